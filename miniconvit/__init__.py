@@ -1,0 +1,27 @@
+"""miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
+
+from . import layers
+from .config import VARIANTS, ConViTConfig
+from .errors import UserError
+from .layers import cross_entropy_backward, cross_entropy_forward
+from .model import convit_backward, convit_forward, init_params, param_shapes
+from .optim import AdamW, clip_grad_norm
+from .schedule import warmup_cosine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VARIANTS",
+    "AdamW",
+    "ConViTConfig",
+    "UserError",
+    "clip_grad_norm",
+    "convit_backward",
+    "convit_forward",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "init_params",
+    "layers",
+    "param_shapes",
+    "warmup_cosine",
+]

@@ -1,0 +1,45 @@
+"""Which array module an array belongs to, the functions it lacks, and counter-based randomness."""
+
+import sys
+from importlib import import_module
+
+import numpy as np
+from scipy.special import erf as scipy_erf
+
+
+def array_module(x):
+    """numpy or cupy: the module that the array x belongs to."""
+    return sys.modules[type(x).__module__.partition(".")[0]]
+
+
+def erf(x):
+    """The error function, elementwise, in the dtype of x."""
+    xp = array_module(x)
+    if xp is np:
+        return scipy_erf(x)
+    return import_module(f"{xp.__name__}x.scipy.special").erf(x)
+
+
+def _mix(bits):
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection that scrambles 64 bits."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    return bits ^ (bits >> 31)
+
+
+def random_bits(seed, *counters, xp=np):
+    """64 random bits for each combination of counters: a pure function of (seed, *counters).
+
+    counters: non-negative integers or integer arrays, broadcast against each other. The same
+    numbers come out for any array module, batch, thread and order of calls. Returns uint64.
+    """
+    bits = xp.full((1,), seed, dtype=xp.uint64)  # an array: overflow wraps without a warning
+    for counter in counters:
+        counter = xp.asarray(counter).astype(xp.uint64)
+        bits = _mix((bits ^ _mix(counter + 1)) + 0x9E3779B97F4A7C15)
+    return bits
+
+
+def uniform(seed, *counters, xp=np):
+    """random_bits as float32 in [0, 1): the upper 24 bits, exactly representable."""
+    return (random_bits(seed, *counters, xp=xp) >> 40).astype(xp.float32) * 2.0**-24

@@ -1,0 +1,79 @@
+"""One transformer block, pre-norm: attention and MLP, each on its own residual branch."""
+
+from ..backend import array_module
+from .ops import REFERENCE, part, prefixed
+
+
+def _branch_forward(x, function, norm, keep, keep_prob, ops):
+    """x + drop_path(function(layernorm(x))): one residual branch. keep None: nothing is dropped."""
+    normed, cache_norm = ops.layernorm_forward(x, norm["weight"], norm["bias"])
+    y, cache_function = function(normed)
+    cache_drop = None
+    if keep is not None:
+        y, cache_drop = ops.drop_path_forward(y, keep, keep_prob)
+    return x + y, (cache_norm, cache_function, cache_drop)
+
+
+def _branch_backward(dy, function_backward, cache, ops):
+    """dx = dy (the residual) + what comes back through the branch.
+
+    Returns dx and the gradients of the branch's function and of its norm.
+    """
+    cache_norm, cache_function, cache_drop = cache
+    dbranch = dy if cache_drop is None else ops.drop_path_backward(dy, cache_drop)
+    dnormed, grads = function_backward(dbranch, cache_function)
+    dx, dweight, dbias = ops.layernorm_backward(dnormed, cache_norm)
+    return dy + dx, grads, {"weight": dweight, "bias": dbias}
+
+
+def block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)).
+
+    x (B, N, D); params: norm1.*, attn.*, norm2.*, mlp.*. The attention is GPSA on the patch grid
+    where the parameters hold attn.gating_param, else MHSA, which needs no grid. keep: the drop-path
+    masks (B,) of the two branches, or None. Returns (B, N, D).
+    """
+    attn = part(params, "attn.")
+
+    def attention(x):
+        if "gating_param" in attn:
+            return ops.gpsa_forward(x, attn, num_heads, grid, ops)
+        return ops.mhsa_forward(x, attn, num_heads, ops)
+
+    def mlp(x):
+        return ops.mlp_forward(x, part(params, "mlp."), ops)
+
+    x, cache1 = _branch_forward(x, attention, part(params, "norm1."), keep[0], keep_prob, ops)
+    x, cache2 = _branch_forward(x, mlp, part(params, "norm2."), keep[1], keep_prob, ops)
+    return x, (cache1, cache2, "gating_param" in attn, ops)
+
+
+def block_backward(dy, cache):
+    """The branches in reverse. Returns dx (B, N, D) and grads with params' keys."""
+    cache1, cache2, is_gpsa, ops = cache
+    attention_backward = ops.gpsa_backward if is_gpsa else ops.mhsa_backward
+    dx, dmlp, dnorm2 = _branch_backward(dy, ops.mlp_backward, cache2, ops)
+    dx, dattn, dnorm1 = _branch_backward(dx, attention_backward, cache1, ops)
+    return dx, (
+        prefixed(dnorm1, "norm1.")
+        | prefixed(dattn, "attn.")
+        | prefixed(dnorm2, "norm2.")
+        | prefixed(dmlp, "mlp.")
+    )
+
+
+def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
+    """Token 0 of the last block's output, which is all that the head reads: (B, D).
+
+    Arguments as in block_forward.
+    """
+    y, cache = ops.block_forward(x, params, num_heads, grid, keep, keep_prob, ops)
+    return y[:, 0], (cache, y.shape, ops)
+
+
+def last_block_backward(dy, cache):
+    """dy (B, D) reaches token 0 alone; the block carries it to all tokens of its input."""
+    cache_block, shape, ops = cache
+    dtokens = array_module(dy).zeros(shape, dy.dtype)
+    dtokens[:, 0] = dy
+    return ops.block_backward(dtokens, cache_block)

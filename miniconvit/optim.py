@@ -1,0 +1,62 @@
+"""AdamW and gradient clipping."""
+
+from math import sqrt
+
+from .backend import array_module
+
+NEVER_DECAYED = ("pos_embed", "cls_token")
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov, Hutter 2019), in place.
+
+    Tensors of two or more axes are decayed, except pos_embed and cls_token: the official groups.
+    State: the two moments of each parameter, `exp_avg` and `exp_avg_sq`, and the step count.
+    """
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8):
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.step_count = 0
+        self.exp_avg = {name: _zeros_like(p) for name, p in params.items()}
+        self.exp_avg_sq = {name: _zeros_like(p) for name, p in params.items()}
+
+    def step(self, params, grads, lr=None):
+        """p -= lr * decay * p;  p -= lr * mhat / (sqrt(vhat) + eps), for every parameter.
+
+        mhat and vhat are the moments divided by 1 - beta^t, which undoes their start at zero.
+        lr: this step's rate, the constructor's where None.
+        """
+        lr = self.lr if lr is None else lr
+        beta1, beta2 = self.betas
+        self.step_count += 1
+        correction1 = 1.0 - beta1**self.step_count
+        correction2 = 1.0 - beta2**self.step_count
+        for name, p in params.items():
+            g, m, v = grads[name], self.exp_avg[name], self.exp_avg_sq[name]
+            if p.ndim >= 2 and name not in NEVER_DECAYED:
+                p *= 1.0 - lr * self.weight_decay
+            m *= beta1
+            m += (1.0 - beta1) * g
+            v *= beta2
+            v += (1.0 - beta2) * g * g
+            denominator = array_module(p).sqrt(v)
+            denominator /= sqrt(correction2)
+            denominator += self.eps
+            p -= (lr / correction1) * m / denominator
+
+
+def clip_grad_norm(grads, max_norm):
+    """Scales all gradients in place so that their joint L2 norm is at most max_norm.
+
+    Returns the norm before, a float.
+    """
+    squares = [(g * g).sum() for g in grads.values()]
+    norm = sqrt(float(sum(squares)))
+    if norm > max_norm:
+        for g in grads.values():
+            g *= max_norm / norm
+    return norm
+
+
+def _zeros_like(p):
+    return array_module(p).zeros_like(p)
