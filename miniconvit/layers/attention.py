@@ -53,7 +53,10 @@ def mhsa_forward(x, params, num_heads, ops=REFERENCE):
 
 
 def mhsa_backward(dout, cache):
-    """Back through proj, the attention and qkv. Returns dx (B, N, D) and grads with params' keys."""
+    """Back through proj, the attention and qkv.
+
+    Returns dx (B, N, D) and grads with params' keys.
+    """
     cache_qkv, cache_attention, cache_proj, num_heads, ops = cache
     dmerged, dproj_weight, dproj_bias = ops.linear_backward(dout, cache_proj)
     (dy,) = split_heads(dmerged, 1, num_heads)

@@ -17,7 +17,8 @@ def linear_forward(x, weight, bias=None):
 def linear_backward(dy, cache, need_dx=True):
     """dx = dy W;  dW = dy^T x;  db = sum of dy over the rows, or None without a bias.
 
-    dy (..., out). Returns dx (..., in), or None with need_dx=False; dweight (out, in), dbias (out,).
+    dy (..., out). Returns dx (..., in), or None with need_dx=False, dweight (out, in) and
+    dbias (out,).
     """
     x, weight, has_bias = cache
     rows = x.reshape(-1, x.shape[-1])  # (R, in)
