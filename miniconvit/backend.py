@@ -33,9 +33,9 @@ def random_bits(seed, *counters, xp=np):
     counters: non-negative integers or integer arrays, broadcast against each other. The same
     numbers come out for any array module, batch, thread and order of calls. Returns uint64.
     """
-    bits = xp.full((1,), seed, dtype=xp.uint64)  # an array: overflow wraps without a warning
+    bits = xp.full((1,), seed, dtype=xp.uint64)  # of one axis: overflow wraps without a warning
     for counter in counters:
-        counter = xp.asarray(counter).astype(xp.uint64)
+        counter = xp.atleast_1d(xp.asarray(counter)).astype(xp.uint64)
         bits = _mix((bits ^ _mix(counter + 1)) + 0x9E3779B97F4A7C15)
     return bits
 

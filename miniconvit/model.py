@@ -81,13 +81,14 @@ def init_params(config, seed=0, dtype="float32", device="cpu"):
     return params
 
 
-def _drop_path(i, images, config, train, seed, step, first):
-    """Masks of block i's two branches and the probability to keep, which falls linearly with depth.
+def drop_path_masks(i, images, config, seed=0, step=0, first=0):
+    """Masks of block i's two branches, 1 = keep, and the probability to keep, which falls linearly
+    with depth. images[0] is image `first` of the whole batch.
 
     Each mask (B,) depends on (seed, step, block, branch, position in the whole batch) alone.
     """
     drop_prob = config.drop_path_rate * i / max(config.depth - 1, 1)
-    if not train or drop_prob == 0.0:
+    if drop_prob == 0.0:
         return (None, None), 1.0
     xp = array_module(images)
     position = first + xp.arange(len(images))
@@ -119,7 +120,9 @@ def convit_forward(images, params, config, train=False, seed=0, step=0, first=0,
         if i == config.local_up_to_layer:
             cls_token = array_module(x).broadcast_to(params["cls_token"], (B, 1, x.shape[2]))
             x = array_module(x).concatenate([cls_token, x], axis=1)  # (B, 1 + N, D)
-        keep, keep_prob = _drop_path(i, images, config, train, seed, step, first)
+        keep, keep_prob = (None, None), 1.0
+        if train:
+            keep, keep_prob = drop_path_masks(i, images, config, seed, step, first)
         is_last = i == config.depth - 1
         block_forward = ops.last_block_forward if is_last else ops.block_forward
         block = part(params, f"blocks.{i}.")

@@ -1,0 +1,252 @@
+"""Every layer of this project, and a whole small ConViT, under the gradient checker.
+
+Sizes all differ, grids are rectangular, and every parameter is random: gates, biases, LayerNorm
+weights and position scores too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from .config import ConViTConfig
+from .errors import UserError
+from .gradcheck import check_gradients
+from .layers.ops import REFERENCE
+from .model import convit_backward, convit_forward, drop_path_masks, param_shapes
+
+FUNCTIONS = SimpleNamespace(
+    **vars(REFERENCE), convit_forward=convit_forward, convit_backward=convit_backward
+)
+"""The layers and the model by name: what the cases check, and what a mutant replaces."""
+
+B, GRID, HEADS, DIM, HIDDEN, CLASSES = 3, (2, 4), 3, 12, 7, 5
+TOKENS = GRID[0] * GRID[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One function pair at one set of inputs."""
+
+    forward: Callable
+    backward: Callable
+    inputs: dict
+    expect_zero: tuple[str, ...] = ()
+
+
+def _draw(rng, **shapes):
+    return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def _draw_params(rng, shapes):
+    """Weights of matrices scaled so that no softmax saturates; everything random."""
+    return {
+        name: rng.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
+        for name, shape in shapes.items()
+    }
+
+
+def _composite(name, ops, rng, shapes, *args, tokens=TOKENS, expect_zero=()):
+    """A case for x_forward(x, params, *args, ops) and its backward, which returns dx and grads."""
+    forward, backward = (getattr(ops, f"{name}_{way}") for way in ("forward", "backward"))
+
+    def by_name(dy, cache):
+        dx, grads = backward(dy, cache)
+        return {"x": dx} | grads
+
+    inputs = _draw(rng, x=(B, tokens, DIM)) | _draw_params(rng, shapes)
+    return Case(lambda x, **params: forward(x, params, *args, ops), by_name, inputs, expect_zero)
+
+
+def _linear(rng, ops):
+    inputs = _draw(rng, x=(B, TOKENS, DIM), weight=(HIDDEN, DIM), bias=(HIDDEN,))
+    yield Case(ops.linear_forward, ops.linear_backward, inputs)
+    without_bias = {name: inputs[name] for name in ("x", "weight")}
+    yield Case(ops.linear_forward, ops.linear_backward, without_bias)
+
+
+def _layernorm(rng, ops):
+    inputs = _draw(rng, x=(B, TOKENS, DIM), weight=(DIM,), bias=(DIM,))
+    yield Case(ops.layernorm_forward, ops.layernorm_backward, inputs)
+
+
+def _gelu(rng, ops):
+    yield Case(ops.gelu_forward, ops.gelu_backward, _draw(rng, x=(B, TOKENS, DIM)))
+
+
+def _softmax(rng, ops):
+    inputs = _draw(rng, x=(B, HEADS, TOKENS, HIDDEN))
+    yield Case(ops.softmax_forward, ops.softmax_backward, inputs)
+
+
+def _patch_embed(rng, ops):
+    C, ph, pw = 2, 3, 2
+    images = (B, C, GRID[0] * ph, GRID[1] * pw)
+    inputs = _draw(rng, images=images, weight=(DIM, C, ph, pw), bias=(DIM,))
+    yield Case(
+        lambda images, weight, bias: ops.patch_embed_forward(images, weight, bias, (ph, pw)),
+        ops.patch_embed_backward,
+        inputs,
+    )
+
+
+def _position_attention(rng, ops, name="position_attention"):
+    forward, backward = (getattr(ops, f"{name}_{way}") for way in ("forward", "backward"))
+    inputs = _draw(rng, weight=(HEADS, 3), bias=(HEADS,))
+    yield Case(lambda weight, bias: forward(weight, bias, GRID), backward, inputs, ("bias",))
+
+
+def _position_attention_dense(rng, ops):
+    yield from _position_attention(rng, ops, "position_attention_dense")
+
+
+def _position_values(rng, ops):
+    rows, cols = GRID
+    inputs = _draw(
+        rng, v=(B, HEADS, TOKENS, HIDDEN), py=(HEADS, rows, rows), px=(HEADS, cols, cols)
+    )
+    yield Case(ops.position_values_forward, ops.position_values_backward, inputs)
+
+
+def _gate(rng, ops):
+    branch = (B, HEADS, TOKENS, HIDDEN)
+    inputs = _draw(rng, content=branch, position=branch, gating_param=(HEADS,))
+    yield Case(ops.gate_forward, ops.gate_backward, inputs)
+
+
+def _attention(rng, ops):
+    heads = (B, HEADS, TOKENS, HIDDEN)
+    inputs = _draw(rng, q=heads, k=heads, v=heads)
+    yield Case(lambda q, k, v: ops.attention_forward(q, k, v, ops), ops.attention_backward, inputs)
+
+
+def _block_shapes(qkv_bias, local, prefix):
+    """Short name to shape of the parameters below `prefix` of a block of the checks' sizes."""
+    config = ConViTConfig(
+        img_size=GRID, patch_size=1, embed_dim=DIM, depth=1, num_heads=HEADS, qkv_bias=qkv_bias,
+        mlp_ratio=HIDDEN / DIM, local_up_to_layer=int(local),
+    )  # fmt: skip
+    prefix = f"blocks.0.{prefix}"
+    return {k.removeprefix(prefix): s for k, s in param_shapes(config).items() if prefix in k}
+
+
+def _gpsa(rng, ops, name="gpsa"):
+    zero = ("pos_proj.bias",)
+    for bias in (True, False):
+        shapes = _block_shapes(bias, True, "attn.")
+        yield _composite(name, ops, rng, shapes, HEADS, GRID, expect_zero=zero)
+
+
+def _gpsa_dense(rng, ops):
+    yield from _gpsa(rng, ops, "gpsa_dense")
+
+
+def _mhsa(rng, ops):
+    for bias in (True, False):
+        yield _composite("mhsa", ops, rng, _block_shapes(bias, False, "attn."), HEADS)
+
+
+def _mlp(rng, ops):
+    yield _composite("mlp", ops, rng, _block_shapes(False, False, "mlp."))
+
+
+def _drop_path(rng, ops):
+    keep = np.array([1, 0, 1])
+    yield Case(
+        lambda x: ops.drop_path_forward(x, keep, 0.7),
+        ops.drop_path_backward,
+        _draw(rng, x=(B, TOKENS, DIM)),
+    )
+
+
+def _block(rng, ops, name="block"):
+    keep = np.array([1, 0, 1]), np.array([0, 1, 1])
+    zero = ("attn.pos_proj.bias",)
+    for masks in (keep, (None, None)):
+        args = (HEADS, GRID, masks, 0.7)
+        local, plain = (_block_shapes(True, local, "") for local in (True, False))
+        yield _composite(name, ops, rng, local, *args, expect_zero=zero)
+        yield _composite(name, ops, rng, plain, *args, tokens=TOKENS + 1)
+
+
+def _last_block(rng, ops):
+    yield from _block(rng, ops, "last_block")
+
+
+def _cross_entropy(rng, ops):
+    labels = rng.integers(CLASSES, size=B)
+    soft = rng.uniform(size=(B, CLASSES))  # rows need not sum to one: taken as they are
+    for targets, smoothing in ((labels, 0.0), (labels, 0.1), (soft, 0.0)):
+        yield Case(
+            lambda logits, targets=targets, smoothing=smoothing: ops.cross_entropy_forward(
+                logits, targets, smoothing
+            ),
+            ops.cross_entropy_backward,
+            _draw(rng, logits=(B, CLASSES)),
+        )
+
+
+def _mixed_seed(seed, images, config):
+    """The first seed from here on whose drop-path masks all keep some images and drop others."""
+    while True:
+        masks = [drop_path_masks(i, images, config, seed)[0] for i in range(1, config.depth)]
+        if all(0 < keep.sum() < len(keep) for pair in masks for keep in pair):
+            return seed
+        seed += 1
+
+
+def _convit(rng, ops):
+    """A whole model at training time: GPSA and plain blocks, drop path; then no GPSA; then all."""
+    for local, bias, pos_embed in ((2, True, True), (0, False, False), (3, False, True)):
+        config = ConViTConfig(
+            img_size=(4, 12), patch_size=(2, 3), in_chans=2, num_classes=CLASSES, embed_dim=DIM,
+            depth=3, num_heads=HEADS, mlp_ratio=HIDDEN / DIM, qkv_bias=bias,
+            local_up_to_layer=local, use_pos_embed=pos_embed, drop_path_rate=0.4,
+        )  # fmt: skip
+        images = rng.standard_normal((B, config.in_chans, *config.image))
+        seed = _mixed_seed(int(rng.integers(1000)), images, config)
+        inputs = _draw_params(rng, param_shapes(config))
+        zero = [name for name in inputs if name.endswith("pos_proj.bias")]
+
+        def forward(images=images, config=config, seed=seed, **params):
+            return ops.convit_forward(images, params, config, True, seed=seed, ops=ops)
+
+        if not config.has_cls_token:
+            zero.append("cls_token")
+        yield Case(forward, ops.convit_backward, inputs, tuple(zero))
+
+
+CASES = {
+    "linear": _linear,
+    "layernorm": _layernorm,
+    "gelu": _gelu,
+    "softmax": _softmax,
+    "cross_entropy": _cross_entropy,
+    "patch_embed": _patch_embed,
+    "attention": _attention,
+    "mhsa": _mhsa,
+    "position_attention": _position_attention,
+    "position_attention_dense": _position_attention_dense,
+    "position_values": _position_values,
+    "gate": _gate,
+    "gpsa": _gpsa,
+    "gpsa_dense": _gpsa_dense,
+    "mlp": _mlp,
+    "drop_path": _drop_path,
+    "block": _block,
+    "last_block": _last_block,
+    "convit": _convit,
+}
+"""Layer to the function (rng, ops) that yields its cases."""
+
+
+def check_layer(name, seed=0, every_entry=False, ops=FUNCTIONS):
+    """The Reports of one layer's cases, drawn from seed. Raises UserError for an unknown name."""
+    if name not in CASES:
+        raise UserError(f"unknown layer {name!r}: choose one of {', '.join(CASES)}")
+    cases = CASES[name](np.random.default_rng(seed), ops)
+    return [
+        check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)
+        for c in cases
+    ]
