@@ -71,6 +71,46 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
     Returns a Report. Raises UserError for inputs that are not float64, and where forward gives
     different results for the same inputs.
     """
+    _require_float64(inputs, expect_zero)
+    rng = np.random.default_rng(seed)
+    inputs = {name: x.copy() for name, x in inputs.items()}
+    before = {name: x.copy() for name, x in inputs.items()}
+    y, cache = forward(**inputs)
+    dys = [rng.standard_normal(np.shape(part)) for part in _as_tuple(y)]
+    magnitude = sum(float(np.abs(part * dy).sum()) for part, dy in _pairs(y, dys))
+    floor = 4 * np.finfo(np.float64).eps * magnitude / STEP
+    value = _weighted(y, dys)
+
+    def loss(name, x):
+        return _weighted(forward(**(before | {name: x}))[0], dys)
+
+    if loss(first := next(iter(before)), before[first]) != value:
+        raise UserError(
+            "forward gives different results for the same inputs: draw masks outside and pass them"
+        )
+    directions = {name: _directions(x, rng, every_entry) for name, x in before.items()}
+    numeric = {
+        name: np.array([_difference(loss, name, x, u) for u in directions[name]()])
+        for name, x in before.items()
+    }
+    # backward runs last, on the first cache, so that one which leans on hidden state is found out.
+    given = [dy.copy() if dy.ndim else float(dy) for dy in map(np.asarray, dys)]
+    grads = _by_name(backward(tuple(given) if isinstance(y, tuple) else given[0], cache), inputs)
+    rows = tuple(
+        _judge(name, x, grads.get(name), directions[name](), numeric[name], floor, every_entry)
+        for name, x in before.items()
+    )
+    changed = [name for name in inputs if not np.array_equal(inputs[name], before[name])]
+    changed += ["dy"] * any(not np.array_equal(a, b) for a, b in zip(given, dys, strict=True))
+    problems = [f"{name} was changed in place" for name in changed]
+    for row in rows:
+        if row.verdict != "WRONG" and (row.verdict == "zero") != (row.name in expect_zero):
+            found = "zero, so nothing was checked" if row.verdict == "zero" else "not zero"
+            problems.append(f"the gradient of {row.name} is {found}: expect_zero says otherwise")
+    return Report(rows, seed, tuple(problems))
+
+
+def _require_float64(inputs, expect_zero):
     for name, x in inputs.items():
         if not isinstance(x, np.ndarray) or x.dtype != np.float64:
             kind = getattr(x, "dtype", type(x).__name__)
@@ -78,52 +118,18 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
                 f"check_gradients needs float64 NumPy arrays, but {name} is {kind}: float32 cannot "
                 f"tell a wrong gradient from round-off; pass {name}.astype('float64')"
             )
-    unknown = set(expect_zero) - set(inputs)
+    unknown = sorted(set(expect_zero) - set(inputs))
     if unknown:
-        raise UserError(f"expect_zero names {sorted(unknown)}, which are not among the inputs")
-    rng = np.random.default_rng(seed)
-    inputs = {name: x.copy() for name, x in inputs.items()}
-    before = {name: x.copy() for name, x in inputs.items()}
-    y, cache = forward(**inputs)
-    outputs = [np.array(part) for part in _as_tuple(y)]
-    dys = [rng.standard_normal(part.shape) for part in outputs]
+        raise UserError(f"expect_zero names {unknown}, which are not among the inputs")
 
-    def loss(name, x):
-        parts = _as_tuple(forward(**(before | {name: x}))[0])
-        return sum(float((part * dy).sum()) for part, dy in zip(parts, dys, strict=True))
 
-    first = next(iter(inputs))
-    if loss(first, before[first]) != sum(
-        float((y * dy).sum()) for y, dy in zip(outputs, dys, strict=True)
-    ):
-        raise UserError(
-            "forward gives different results for the same inputs: draw masks outside and pass them"
-        )
-    magnitude = sum(float(np.abs(y * dy).sum()) for y, dy in zip(outputs, dys, strict=True))
-    floor = 4 * np.finfo(np.float64).eps * magnitude / STEP
-    directions = {name: _directions(x, rng, every_entry) for name, x in before.items()}
-    numeric = {
-        name: np.array([_difference(loss, name, before[name], u) for u in directions[name]()])
-        for name in before
-    }
-    # backward runs last, on the first cache, so that one which leans on hidden state is found out.
-    given = [dy.copy() for dy in dys]
-    dy = (
-        tuple(given) if isinstance(y, tuple) else given[0][()] if outputs[0].ndim == 0 else given[0]
-    )
-    grads = _by_name(backward(dy, cache), inputs)
-    rows, problems = [], []
-    for name, x in before.items():
-        row = _judge(name, x, grads.get(name), directions[name], numeric[name], floor, every_entry)
-        if (row.verdict == "zero") != (name in expect_zero) and row.verdict != "WRONG":
-            found = "is zero: nothing was checked" if row.verdict == "zero" else "is not zero"
-            problems.append(f"the gradient of {name} {found}; expect_zero says otherwise")
-        rows.append(row)
-    changed = [name for name in inputs if not np.array_equal(inputs[name], before[name])]
-    if not all(np.array_equal(a, b) for a, b in zip(given, dys, strict=True)):
-        changed.append("dy")
-    problems += [f"{name} was changed in place" for name in changed]
-    return Report(tuple(rows), seed, tuple(problems))
+def _pairs(y, dys):
+    return zip(_as_tuple(y), dys, strict=True)
+
+
+def _weighted(y, dys):
+    """L = sum(y * dy), over all outputs."""
+    return sum(float((part * dy).sum()) for part, dy in _pairs(y, dys))
 
 
 def _as_tuple(y):
@@ -138,7 +144,7 @@ def _by_name(grads, inputs):
 
 
 def _directions(x, rng, every_entry):
-    """A function that yields the directions u, each of norm 1 and the shape of x."""
+    """A function that yields, each time anew, the directions u: of norm 1 and the shape of x."""
     if not every_entry:
         pair = rng.standard_normal((2, *x.shape))
         return lambda: (u / sqrt((u * u).sum()) for u in pair)
@@ -165,7 +171,7 @@ def _judge(name, x, grad, directions, numeric, floor, every_entry):
     note = _misfit(x, grad)
     if note:
         return Row(name, x.shape, inf, numeric_norm, inf, "WRONG", note)
-    analytic = np.array([float((grad * u).sum()) for u in directions()])
+    analytic = np.array([float((grad * u).sum()) for u in directions])
     analytic_norm = float(np.linalg.norm(grad))
     difference = float(np.linalg.norm(analytic - numeric))
     error = difference / max(analytic_norm, norm, floor)
