@@ -3,6 +3,7 @@
 from . import layers
 from .config import VARIANTS, ConViTConfig
 from .errors import UserError
+from .gradcheck import check_gradients
 from .layers import cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward, init_params, param_shapes
 from .optim import AdamW, clip_grad_norm
@@ -15,6 +16,7 @@ __all__ = [
     "AdamW",
     "ConViTConfig",
     "UserError",
+    "check_gradients",
     "clip_grad_norm",
     "convit_backward",
     "convit_forward",

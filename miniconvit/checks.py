@@ -210,6 +210,7 @@ def _convit(rng, ops):
         zero = [name for name in inputs if name.endswith("pos_proj.bias")]
 
         def forward(images=images, config=config, seed=seed, **params):
+            images = images.astype(params["head.bias"].dtype)
             return ops.convit_forward(images, params, config, True, seed=seed, ops=ops)
 
         if not config.has_cls_token:

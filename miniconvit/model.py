@@ -109,6 +109,11 @@ def convit_forward(images, params, config, train=False, seed=0, step=0, first=0,
     if images.ndim != 4 or images.shape[1:] != (config.in_chans, *config.image):
         expected = f"(B, {config.in_chans}, {config.image[0]}, {config.image[1]})"
         raise UserError(f"the model expects images of shape {expected}, not {images.shape}")
+    if images.dtype != params["head.weight"].dtype:
+        raise UserError(
+            f"images are {images.dtype} but the parameters {params['head.weight'].dtype}: "
+            "normalise the images and cast them to the parameters' dtype"
+        )
     B = len(images)
     x, cache_patch = ops.patch_embed_forward(
         images, params["patch_embed.proj.weight"], params["patch_embed.proj.bias"], config.patch

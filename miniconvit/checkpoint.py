@@ -1,0 +1,199 @@
+"""Checkpoints: parameters, and where wanted the optimizer's moments, in one safetensors file.
+
+Beside the tensors a file holds one metadata entry, a JSON text: the configuration, and what is
+known of normalisation, classes, data set and the state of the training.
+"""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .config import ConViTConfig
+from .errors import UserError
+from .model import param_shapes
+
+METADATA_KEY = "miniconvit"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What load_checkpoint found. moments: {"exp_avg": {name: array}, "exp_avg_sq": {...}} or None;
+    mean, std (per channel), classes (names), data (name of the data set) and state: None where the
+    file says nothing of them."""
+
+    params: dict
+    config: ConViTConfig
+    moments: dict | None = None
+    mean: list | None = None
+    std: list | None = None
+    classes: list | None = None
+    data: str | None = None
+    state: dict | None = None
+
+
+def save_checkpoint(
+    path,
+    params,
+    config,
+    *,
+    optimizer=None,
+    mean=None,
+    std=None,
+    classes=None,
+    data=None,
+    state=None,
+):
+    """Writes params under their official names, the moments of `optimizer` under
+    `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`, and the rest as metadata (JSON types).
+
+    Equal arguments give equal bytes. A kill or a full disk at any moment leaves the old file or the
+    new one, whole. Raises UserError where params do not fit config, where a value is not finite
+    and where the file cannot be written.
+    """
+    moments = {kind: getattr(optimizer, kind) for kind in MOMENTS} if optimizer else {}
+    tensors = _flat(params, moments)
+    problem = _problem(tensors, param_shapes(config), bool(moments)) or not_finite(tensors)
+    if problem:
+        raise UserError(f"{path} is not written: {problem}")
+    about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
+    about |= {"data": data, "state": state}
+    text = json.dumps({key: value for key, value in about.items() if value is not None})
+    write_file(path, save(tensors, {METADATA_KEY: text}))
+
+
+def load_checkpoint(path):
+    """The Checkpoint in the file at path, on the CPU, arrays fresh and writable.
+
+    Raises UserError, naming the file, where it is missing, damaged, not a checkpoint of miniconvit,
+    or where its tensors do not fit its configuration or are not finite.
+    """
+    tensors, about = _read(path)
+    try:
+        config = ConViTConfig.from_dict(about.pop("config"))
+        shapes = param_shapes(config)
+        has_moments = any(name.startswith("optimizer.") for name in tensors)
+        problem = _problem(tensors, shapes, has_moments) or not_finite(tensors)
+        if problem:
+            raise UserError(problem)
+        params, moments = _unflat(tensors, shapes, has_moments)
+        return Checkpoint(params, config, moments, **about)
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged, or was not written by miniconvit: {error}; use another checkpoint"
+        ) from error
+
+
+def not_finite(tensors):
+    """A sentence naming the first tensor with an infinite value or a NaN; None where all is well."""
+    for name, value in tensors.items():
+        if not np.isfinite(value).all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
+def write_file(path, content):
+    """Replaces the file at path by these bytes: at any moment it is the old file or the new one.
+
+    Raises UserError where the disk or the folder refuses; the old file stays.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise UserError(cannot_write(path, error)) from error
+
+
+def cannot_write(path, error):
+    """The sentence for an OSError on writing the file at path."""
+    return (
+        f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
+        "(what was saved before is untouched)"
+    )
+
+
+def _sync_folder(folder):
+    """Makes a rename in the folder outlast a power failure, where the system can do that."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _prefix(kind):
+    return f"optimizer.{kind}."
+
+
+def _flat(params, moments):
+    """Parameters and moments as one dict of arrays."""
+    tensors = dict(params)
+    for kind, values in moments.items():
+        tensors |= {_prefix(kind) + name: value for name, value in values.items()}
+    return tensors
+
+
+def _unflat(tensors, shapes, has_moments):
+    """The inverse of _flat, in the official order: (params, moments or None)."""
+    params = {name: tensors[name] for name in shapes}
+    if not has_moments:
+        return params, None
+    return params, {k: {name: tensors[_prefix(k) + name] for name in shapes} for k in MOMENTS}
+
+
+def _problem(tensors, shapes, has_moments):
+    """What is wrong with names, shapes or dtypes: the first finding, or None."""
+    expected = _flat(shapes, dict.fromkeys(MOMENTS, shapes) if has_moments else {})
+    for name, shape in expected.items():
+        if name not in tensors:
+            return f"the tensor {name} is missing"
+        if tensors[name].shape != shape:
+            return f"{name} has the shape {tensors[name].shape} where {shape} was expected"
+        if tensors[name].dtype not in DTYPES:
+            return f"{name} is {tensors[name].dtype} where float32 or float64 was expected"
+    unknown = sorted(set(tensors) - set(expected))
+    return f"the tensor {unknown[0]} is none of the model's" if unknown else None
+
+
+def _read(path):
+    """The tensors and the metadata, unchecked."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no checkpoint {path}: give the path of a .safetensors file"
+        ) from None
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, or not a safetensors file: {error}; use another checkpoint"
+        ) from error
+    if text is None:
+        raise UserError(
+            f"{path} has no '{METADATA_KEY}' metadata, which tell the model's configuration: "
+            "use a checkpoint that miniconvit wrote"
+        )
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        raise UserError(f"{path} is damaged: its metadata cannot be read; use another checkpoint")
+    return tensors, about

@@ -1,0 +1,126 @@
+"""What a training run shows: a progress bar, a line per epoch, a summary, curves."""
+
+import io
+import sys
+from importlib.util import find_spec
+
+from tqdm import tqdm
+
+from .checkpoint import write_file
+
+COLUMNS = "epoch   train loss   train acc   val loss   val acc        lr   images/s      time"
+BAR = "{desc} |{bar:20}| {percentage:3.0f} %, {rate_noinv_fmt}, {remaining} left"
+PLOT_ROWS, PLOT_COLUMNS = 8, 60
+
+
+class Report:
+    """Lines on standard output, and a progress bar where standard error is a terminal.
+
+    total, done: images of the whole run and those trained on before. quiet: nothing at all.
+    """
+
+    def __init__(self, total, done, epochs, quiet):
+        self.quiet, self.epochs = quiet, epochs
+        hidden = True if quiet else None  # None: tqdm shows itself on terminals only
+        self._bar = tqdm(
+            total=total, initial=done, disable=hidden, unit=" images", bar_format=BAR, leave=False
+        )
+
+    def lines(self, *texts):
+        """Prints lines above the bar."""
+        if not self.quiet:
+            for text in texts:
+                self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, images, epoch, loss, accuracy):
+        """Moves the bar on by one step; loss and accuracy (0 to 1) are the epoch's so far."""
+        self._bar.set_description_str(
+            f"epoch {epoch}/{self.epochs}, loss {loss:.4f}, accuracy {100 * accuracy:.1f} %",
+            refresh=False,
+        )
+        self._bar.update(images)
+
+    def close(self):
+        """Takes the bar away."""
+        self._bar.close()
+
+
+def epoch_line(row):
+    """One row of metrics.jsonl as a line under COLUMNS."""
+    return (
+        f"{row['epoch']:5d}   {row['train_loss']:10.4f}   {100 * row['train_top1']:7.1f} %"
+        f"   {row['val_loss']:8.4f}   {100 * row['val_top1']:5.1f} %   {row['lr']:7.1e}"
+        f"   {row['images_per_second']:8.0f}   {duration(row['seconds']):>7}"
+    )
+
+
+def duration(seconds):
+    """4.2 s, 1:05 min or 2:03:04 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+def table(rows):
+    """Lines of two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}   {value}" for name, value in rows)
+
+
+def draw_curves(rows, path):
+    """A picture of losses and accuracies by epoch. False where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    for axis, name, scale in ((axes[0], "loss", 1), (axes[1], "top1", 100)):
+        for split in ("train", "val"):
+            values = [scale * row[f"{split}_{name}"] for row in rows]
+            axis.plot(epochs, values, marker="o", markersize=3, label=split)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_title("loss")
+    axes[1].set_title("accuracy in %")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
+    return True
+
+
+def text_curve(values, encoding="utf-8"):
+    """Accuracies (0 to 1), one for each epoch, as columns of characters under a title."""
+    step = -(-len(values) // PLOT_COLUMNS)
+    shown = values[step - 1 :: step]
+    wide = max(1, min(3, PLOT_COLUMNS // len(shown)))
+    marks = _marks(encoding)
+    lines = ["validation accuracy"]
+    for row in reversed(range(PLOT_ROWS)):
+        share = (100 * (row + 1)) // PLOT_ROWS
+        label = f"{share:3d} %" if (row + 1) % (PLOT_ROWS // 4) == 0 else ""
+        levels = [round((value * PLOT_ROWS - row) * (len(marks) - 1)) for value in shown]
+        cells = [marks[max(0, min(level, len(marks) - 1))] * wide for level in levels]
+        lines.append(f"{label:>6} |{''.join(cells)}".rstrip())
+    last = len(shown) * step
+    lines.append("       +" + "-" * (wide * len(shown)))
+    lines.append(f"        {'epoch 1':<{max(8, wide * len(shown) - len(str(last)))}}{last}")
+    return "\n".join(lines)
+
+
+def _marks(encoding):
+    """Characters from empty to full, those that the terminal can show."""
+    blocks = " ▁▂▃▄▅▆▇█"
+    try:
+        blocks.encode(encoding)
+    except UnicodeEncodeError:
+        return " .:#"
+    return blocks

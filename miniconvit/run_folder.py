@@ -1,0 +1,148 @@
+"""The folder of one training run: which files it has, and who may write them."""
+
+import json
+import os
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from .checkpoint import cannot_write, write_file
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes in one folder are then not told apart
+    fcntl = None
+
+CONFIG, LOG = "config.json", "log.txt"
+BEFORE_CONFIG = {LOG, CONFIG + ".partial"}  # what a run that dies at once leaves behind
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, last.safetensors, best.safetensors, log.txt and curves.png.
+
+    Reading needs nothing more; writing needs open(), which locks the folder until close().
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
+        self.metrics, self.curves = self.path / "metrics.jsonl", self.path / "curves.png"
+        self._log = None
+
+    def config(self):
+        """What config.json says, or None where no run has begun here."""
+        try:
+            return json.loads((self.path / CONFIG).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / CONFIG} cannot be read: {error}; choose another --out"
+            ) from error
+
+    def check(self, resume):
+        """Raises UserError where a run may not begin, or with resume=True not go on, here."""
+        if self.config() is not None:
+            if not resume:
+                raise UserError(
+                    f"{self.path} holds a run already: continue it with --resume, "
+                    "or choose another folder with --out"
+                )
+            return
+        try:
+            names = {file.name for file in self.path.iterdir()}
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise UserError(f"{self.path} is a file: choose a folder with --out") from None
+        if names - BEFORE_CONFIG:
+            raise UserError(
+                f"{self.path} is not empty and holds no run: choose a new folder with --out"
+            )
+
+    def open(self, resume):
+        """Makes the folder, locks it, checks it and clears what a kill left half-written.
+
+        Raises UserError where another process trains here or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._log = open(self.path / LOG, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(cannot_write(self.path, error)) from error
+        try:
+            self._lock()
+            self.check(resume)
+            for file in self.path.glob("*.partial"):
+                file.unlink()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Ends the log and with it the lock."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _lock(self):
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {self.path}: wait for it, stop it, "
+                "or choose another folder with --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def write_config(self, values):
+        """Writes config.json, which makes the folder a run."""
+        write_file(self.path / CONFIG, json.dumps(values, indent=2).encode() + b"\n")
+
+    def log(self, text):
+        """Appends lines to log.txt, each with the time of day."""
+        now = datetime.now().isoformat(sep=" ", timespec="seconds")
+        self._append(self._log, "".join(f"{now}  {line}\n" for line in text.splitlines()))
+
+    def append_metrics(self, row):
+        """Adds one epoch's row to metrics.jsonl, on the disk when this returns."""
+        try:
+            with open(self.metrics, "ab", buffering=0) as file:
+                self._append(file, json.dumps(row, allow_nan=False) + "\n")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(cannot_write(self.metrics, error)) from error
+
+    def rows(self, count):
+        """The first `count` rows of metrics.jsonl; what stands after them may be half a line.
+
+        Raises UserError where there are fewer.
+        """
+        with suppress(FileNotFoundError, ValueError):
+            lines = self.metrics.read_bytes().split(b"\n")[:-1] if count else []
+            rows = [json.loads(line) for line in lines[:count]]
+            if len(rows) == count:
+                return rows
+        raise UserError(
+            f"{self.metrics} is damaged: {count} whole lines were expected, one for each epoch "
+            "that last.safetensors knows; start again in another folder with --out"
+        )
+
+    def cut_metrics(self, count):
+        """Takes from metrics.jsonl what the checkpoint does not know: all but `count` rows."""
+        self.rows(count)
+        if self.metrics.exists():
+            lines = self.metrics.read_bytes().split(b"\n")
+            write_file(self.metrics, b"".join(line + b"\n" for line in lines[:count]))
+
+    def _append(self, file, text):
+        try:
+            content = text.encode()
+            if file.write(content) != len(content):
+                raise OSError("the disk is full")
+        except OSError as error:
+            raise UserError(cannot_write(file.name, error)) from error

@@ -1,0 +1,490 @@
+"""Training: the settings of a run, its loop, and how it stops and goes on to the bit."""
+
+import signal
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from math import inf, isfinite
+from pathlib import Path
+from platform import python_version
+
+import numpy as np
+
+from .checkpoint import load_checkpoint, not_finite, save_checkpoint
+from .config import VARIANTS, ConViTConfig
+from .data import augment, epoch_order, load_dataset, normalize
+from .errors import UserError
+from .layers import cross_entropy_forward
+from .model import init_params
+from .optim import AdamW, clip_grad_norm
+from .parallel import Engine
+from .recipes import DEFAULT_RECIPE, RECIPES
+from .report import COLUMNS, Report, epoch_line
+from .run_folder import RunFolder
+from .schedule import warmup_cosine
+
+SAVE_SECONDS = 60.0
+EVALUATION_CHUNK = 1024  # images; a signal is answered after so many
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has saved itself. signal: the signal's number."""
+
+    def __init__(self, signum, step):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signal, self.step = signum, step
+
+
+class Diverged(ArithmeticError):
+    """The loss, a gradient or a parameter is not finite; the last good checkpoint stays."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bits of a run. make_settings fills it from a recipe.
+
+    Either epochs or steps is None. clip_grad None: no clipping. Raises UserError where a value is
+    out of range.
+    """
+
+    data: str
+    subset: float
+    recipe: str
+    model: str
+    img_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    local_up_to_layer: int
+    locality_strength: float
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    clip_grad: float | None
+    label_smoothing: float
+    drop_path: float
+    augment: str
+    seed: int
+
+    def __post_init__(self):
+        for name in ("img_size", "patch_size"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, words, holds in (
+            ("subset", "above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("epochs", "at least 1", lambda x: x >= 1),
+            ("steps", "at least 1", lambda x: x >= 1),
+            ("batch_size", "at least 1", lambda x: x >= 1),
+            ("lr", "a positive number", lambda x: 0 < x < inf),
+            ("weight_decay", "0 or a positive number", lambda x: 0 <= x < inf),
+            ("warmup_epochs", "0 or a positive number", lambda x: 0 <= x < inf),
+            ("clip_grad", "a positive number", lambda x: 0 < x < inf),
+            ("label_smoothing", "at least 0 and below 1", lambda x: 0 <= x < 1),
+            ("drop_path", "at least 0 and below 1", lambda x: 0 <= x < 1),
+            ("seed", "at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
+        ):
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag(name)} must be {words}, not {value}")
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError("give the length of the run by --epochs or by --steps, not by both")
+
+    def model_config(self, dataset):
+        """The ConViTConfig for this data set. Raises UserError where they do not fit."""
+        config = replace(
+            VARIANTS[self.model],
+            img_size=self.img_size,
+            patch_size=self.patch_size,
+            local_up_to_layer=self.local_up_to_layer,
+            locality_strength=self.locality_strength,
+            drop_path_rate=self.drop_path,
+            in_chans=dataset.train.images.shape[1],
+            num_classes=len(dataset.classes),
+        )
+        image = dataset.train.images.shape[2:]
+        if config.image != image:
+            raise UserError(
+                f"{self.model} expects images of {size_text(config.image)} pixels and those of "
+                f"{self.data} are {size_text(image)}: add --img-size {size_text(image)} "
+                "with a --patch-size that divides it, or choose a model for that size"
+            )
+        return config
+
+
+def flag(name):
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def size_text(size):
+    """(32, 48) as 32x48."""
+    return "x".join(str(side) for side in size)
+
+
+def make_settings(recipe=None, **given):
+    """Settings from a recipe, and from `given` where it says otherwise.
+
+    recipe: a name of RECIPES; by default the one of given["data"], or of shapes. What neither says
+    about the model is the variant's own. Raises UserError for an unknown name.
+    """
+    recipe = recipe or DEFAULT_RECIPE.get(given.get("data", "shapes"))
+    values = {"recipe": recipe} | _known("recipe", recipe, RECIPES) | given
+    if "steps" in given and "epochs" not in given:
+        values["epochs"] = None
+    _known("data set", values["data"], DEFAULT_RECIPE)
+    variant = _known("model", values["model"], VARIANTS)
+    for name in ("img_size", "patch_size", "local_up_to_layer", "locality_strength"):
+        values.setdefault(name, getattr(variant, name))
+    return Settings(**values)
+
+
+def _known(kind, name, table):
+    if name not in table:
+        raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}")
+    return table[name]
+
+
+def stored_settings(out):
+    """The Settings of the run in the folder `out`, or None where no run has begun there."""
+    config = RunFolder(out).config()
+    if config is None:
+        return None
+    try:
+        return Settings(**config["settings"])
+    except (TypeError, KeyError, UserError) as error:
+        raise UserError(
+            f"the settings in {out}/config.json are damaged: {error}; choose another --out"
+        ) from error
+
+
+def default_out(settings, resume=False):
+    """runs/DATA-MODEL-seedN, with -2, -3, ... after it where that exists: the first folder that
+    does not, or with resume=True the last that does."""
+    name = f"{settings.data}-{settings.model}-seed{settings.seed}"
+    out, number = Path("runs") / name, 1
+    while (following := out if number == 1 else out.with_name(f"{name}-{number}")).exists():
+        number += 1
+    if resume and number > 1:
+        return out if number == 2 else out.with_name(f"{name}-{number - 1}")
+    return following
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has reached. rows: metrics.jsonl; best: its row of best.safetensors;
+    resumed_finished: nothing was left to do."""
+
+    folder: Path
+    step: int
+    rows: list
+    best: dict
+    was_finished: bool
+
+
+def train(
+    settings, out, *, resume=False, data_dir=None, download=True, threads=None, quiet=False
+):
+    """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
+
+    resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved. quiet:
+    prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when the step is done and
+    saved; Diverged where the loss is not finite.
+    """
+    folder = RunFolder(out)
+    folder.check(resume)
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads must be at least 1, not {threads}")
+    dataset = load_dataset(settings.data, data_dir, download, settings.subset)
+    config = settings.model_config(dataset)
+    folder.open(resume)
+    try:
+        with Engine(config, threads) as engine:
+            run = _Run(settings, dataset, engine, folder)
+            if resume and folder.last.exists():
+                run.load()
+            else:
+                folder.cut_metrics(0)
+                folder.write_config(_about(settings, config, data_dir, engine.threads))
+            return run.train(quiet)
+    finally:
+        folder.close()
+
+
+def _about(settings, config, data_dir, threads):
+    """config.json: what decides the run, and where it was made."""
+    versions = {name: version(name) for name in ("numpy", "scipy", "safetensors")}
+    return {
+        "settings": asdict(settings),
+        "model": config.to_dict(),
+        "data_dir": None if data_dir is None else str(data_dir),
+        "threads": threads,
+        "versions": {"python": python_version()} | versions,
+    }
+
+
+def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
+    """(loss, top-1, top-5) over a split: mean cross-entropy, and shares between 0 and 1.
+
+    between_chunks is called now and then, and may raise to end it.
+    """
+    loss, top1, top5 = 0.0, 0, 0
+    for first in range(0, len(split.labels), EVALUATION_CHUNK):
+        between_chunks()
+        chunk = slice(first, first + EVALUATION_CHUNK)
+        images, labels = split.images[chunk], split.labels[chunk]
+
+        def load(start, stop, images=images):
+            return normalize(images[start:stop], mean, std)
+
+        logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
+        loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
+        right = logits[np.arange(len(labels)), labels]
+        rank = (logits > right[:, None]).sum(axis=1)  # (n,), 0 for the best
+        top1 += int((logits.argmax(axis=1) == labels).sum())
+        top5 += int((rank < 5).sum())
+    return loss / len(split.labels), top1 / len(split.labels), top5 / len(split.labels)
+
+
+class _Run:
+    """The state of a training run and what changes it."""
+
+    def __init__(self, settings, dataset, engine, folder):
+        self.settings, self.dataset, self.engine, self.folder = settings, dataset, engine, folder
+        n = len(dataset.train.labels)
+        self.batch_size = min(settings.batch_size, n)
+        self.steps_per_epoch = n // self.batch_size  # a remainder waits for the next epoch's order
+        self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
+        self.epochs = -(-self.total_steps // self.steps_per_epoch)
+        self.params = init_params(engine.config, settings.seed)
+        self.optimizer = AdamW(self.params, settings.lr, settings.weight_decay)
+        self.step, self.epoch = 0, 0  # both finished
+        self.sums = {"loss": 0.0, "correct": 0, "images": 0}  # of the running epoch
+        self.best = None  # {"epoch", "val_top1"}
+        self.stop_requests = []
+        self.saved_at = self.epoch_began = time.perf_counter()
+        self.trained_images, self.trained_seconds = 0, 0.0  # of this epoch in this process
+
+    def load(self):
+        """Takes up last.safetensors. Raises UserError where it is another run's, or damaged."""
+        path = self.folder.last
+        checkpoint = load_checkpoint(path)
+        try:
+            state = checkpoint.state
+            stored = Settings(**state["settings"])
+            self.step, self.epoch = state["step"], state["epoch"]
+            self.sums, self.best = dict(state["sums"]), state["best"]
+            moments = checkpoint.moments["exp_avg"], checkpoint.moments["exp_avg_sq"]
+        except (TypeError, KeyError, UserError) as error:
+            raise UserError(
+                f"{path} is damaged, or is no checkpoint to resume from: "
+                "begin again in another folder with --out"
+            ) from error
+        self._refuse_difference(stored)
+        if checkpoint.config != self.engine.config:
+            raise UserError(
+                f"{path} holds another model than these settings and this data set give: "
+                "resume with the data that the run began with"
+            )
+        self.params = checkpoint.params
+        self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
+        self.optimizer.step_count = self.step
+        self.folder.cut_metrics(self.epoch)
+
+    def _refuse_difference(self, stored):
+        for field in fields(Settings):
+            old, new = getattr(stored, field.name), getattr(self.settings, field.name)
+            if old != new:
+                raise UserError(
+                    f"the run in {self.folder.path} began with {flag(field.name)} {old} and cannot "
+                    f"go on with {new}: leave {flag(field.name)} out, or begin another run "
+                    "with another --out"
+                )
+
+    def save(self):
+        """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
+        problem = not_finite(self.params)
+        if problem:
+            raise self._diverged(problem)
+        state = {"settings": asdict(self.settings), "step": self.step, "epoch": self.epoch}
+        state |= {"sums": self.sums, "best": self.best}
+        self._save(self.folder.last, optimizer=self.optimizer, state=state)
+        self.saved_at = time.perf_counter()
+
+    def _save(self, path, **training):
+        dataset = self.dataset
+        about = {"mean": [float(x) for x in dataset.mean], "std": [float(x) for x in dataset.std]}
+        about |= {"classes": list(dataset.classes), "data": dataset.name}
+        save_checkpoint(path, self.params, self.engine.config, **about, **training)
+
+    def train(self, quiet):
+        """The whole run from where it stands. Returns a Result."""
+        was_finished = self.epoch == self.epochs
+        epoch_images = self.steps_per_epoch * self.batch_size
+        total, done = self.total_steps * self.batch_size, self.step * self.batch_size
+        self.report = Report(total, done, self.epochs, quiet)
+        try:
+            self._introduce(epoch_images)
+            with _signals(self.stop_requests, self.report), warnings.catch_warnings():
+                # An overflow is answered by Diverged, not by NumPy's warning.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                while self.epoch < self.epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+        except (Interrupted, Diverged, UserError) as reason:
+            self.folder.log(str(reason))
+            raise
+        finally:
+            self.report.close()
+        rows = self.folder.rows(self.epoch)
+        self.folder.log(f"finished after step {self.step}")
+        return Result(
+            self.folder.path, self.step, rows, rows[self.best["epoch"] - 1], was_finished
+        )
+
+    def _introduce(self, epoch_images):
+        config, dataset = self.engine.config, self.dataset
+        count = sum(p.size for p in self.params.values())
+        self._say(
+            f"{self.settings.model}, {count:,} parameters, on {dataset.name}: "
+            f"{len(dataset.train.labels):,} images to train, {len(dataset.val.labels):,} "
+            f"to validate, {len(dataset.classes)} classes",
+            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images on "
+            f"{self.engine.threads} threads, kept in {self.folder.path}",
+        )
+        if self.step:
+            self._say(f"resumed after step {self.step} of {self.total_steps}")
+        if self.epoch < self.epochs:
+            self.report.lines("", COLUMNS)
+
+    def _say(self, *texts):
+        for text in texts:
+            self.folder.log(text)
+        self.report.lines(*texts)
+
+    def _train_epoch(self):
+        """The steps of this epoch that are still to do, with a save now and then."""
+        order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
+        end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
+        self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
+        while self.step < end:
+            began = time.perf_counter()
+            position = (self.step - self.epoch * self.steps_per_epoch) * self.batch_size
+            self._train_step(order[position : position + self.batch_size])
+            self.trained_images += self.batch_size
+            self.trained_seconds += time.perf_counter() - began
+            self._stop_if_asked()
+            if time.perf_counter() - self.saved_at > SAVE_SECONDS:
+                self.save()
+
+    def _train_step(self, indices):
+        """One update from the training images with these indices."""
+        s, dataset, epoch = self.settings, self.dataset, self.epoch
+
+        def load(start, stop):
+            part = indices[start:stop]
+            images = augment(dataset.train.images[part], part, s.seed, epoch, s.augment)
+            return normalize(images, dataset.mean, dataset.std), dataset.train.labels[part]
+
+        loss, correct, grads = self.engine.loss_and_grads(
+            load, len(indices), self.params, s.label_smoothing, s.seed, self.step
+        )
+        norm = clip_grad_norm(grads, s.clip_grad or inf)
+        if not isfinite(loss) or not isfinite(norm):
+            raise self._diverged(f"the loss is {loss:g} and the gradient's norm {norm:g}")
+        self.optimizer.step(self.params, grads, self._lr())
+        self.step += 1
+        self.sums["loss"] += loss * len(indices)
+        self.sums["correct"] += correct
+        self.sums["images"] += len(indices)
+        seen = self.sums["images"]
+        self.report.step(
+            len(indices), epoch + 1, self.sums["loss"] / seen, self.sums["correct"] / seen
+        )
+
+    def _lr(self):
+        """The rate of the next step: both ends of the schedule are a hundredth of the peak."""
+        t, total = self.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
+        peak, warmup = self.settings.lr, self.settings.warmup_epochs
+        return warmup_cosine(t, total, peak, warmup, start=peak / 100, minimum=peak / 100)
+
+    def _finish_epoch(self):
+        """Validates and saves. The order makes a kill harmless at any moment: until the last file
+        is in place, a resume trains this epoch's end again and writes the same files."""
+        dataset = self.dataset
+        val_loss, val_top1, _ = evaluate(
+            self.engine, dataset.val, dataset.mean, dataset.std, self.params, self._stop_if_asked
+        )
+        if not isfinite(val_loss):
+            raise self._diverged(f"the validation loss is {val_loss:g}")
+        self.epoch += 1
+        row = self._row(val_loss, val_top1)
+        if self.best is None or val_top1 > self.best["val_top1"]:
+            self.best = {"epoch": self.epoch, "val_top1": val_top1}
+            self._save(self.folder.best)
+        self.folder.append_metrics(row)
+        self.sums = {"loss": 0.0, "correct": 0, "images": 0}
+        self.save()
+        self.folder.log(epoch_line(row))
+        self.report.lines(epoch_line(row))
+
+    def _row(self, val_loss, val_top1):
+        last_lr, images = 0.0, self.sums["images"]
+        self.step -= 1
+        last_lr = self._lr()
+        self.step += 1
+        speed = self.trained_images / self.trained_seconds if self.trained_images else 0.0
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": self.sums["loss"] / images,
+            "train_top1": self.sums["correct"] / images,
+            "val_loss": val_loss,
+            "val_top1": val_top1,
+            "lr": last_lr,
+            "images_per_second": speed,
+            "seconds": time.perf_counter() - self.epoch_began,
+        }
+
+    def _stop_if_asked(self):
+        if self.stop_requests:
+            self.save()
+            raise Interrupted(self.stop_requests[0], self.step)
+
+    def _diverged(self, finding):
+        kept = self.folder.last
+        advice = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
+        return Diverged(
+            f"stopped at step {self.step + 1} (epoch {self.epoch + 1}): {finding}; {advice}; "
+            "a smaller --lr, a longer --warmup-epochs or --clip-grad 1 may help"
+        )
+
+
+@contextmanager
+def _signals(requests, report):
+    """While it lasts, the first SIGINT or SIGTERM is put into `requests`; a second has its usual
+    effect at once. Elsewhere than in the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = {}
+
+    def note(signum, frame):
+        requests.append(signum)
+        restore()
+        sys.stderr.write("\nstopping: this step is finished and saved (again: stop at once)\n")
+
+    def restore():
+        for signum, handler in usual.items():
+            signal.signal(signum, handler)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        usual[signum] = signal.signal(signum, note)
+    try:
+        yield
+    finally:
+        restore()
