@@ -15,6 +15,7 @@ from .errors import UserError
 from .gradcheck import check_gradients
 from .layers.ops import REFERENCE
 from .model import convit_backward, convit_forward, drop_path_masks, param_shapes
+from .mutants import mutate
 
 FUNCTIONS = SimpleNamespace(
     **vars(REFERENCE), convit_forward=convit_forward, convit_backward=convit_backward
@@ -152,7 +153,7 @@ def _mlp(rng, ops):
 
 
 def _drop_path(rng, ops):
-    keep = np.array([1, 0, 1])
+    keep = np.array([1, 1, 0])
     yield Case(
         lambda x: ops.drop_path_forward(x, keep, 0.7),
         ops.drop_path_backward,
@@ -161,7 +162,7 @@ def _drop_path(rng, ops):
 
 
 def _block(rng, ops, name="block"):
-    keep = np.array([1, 0, 1]), np.array([0, 1, 1])
+    keep = np.array([1, 1, 0]), np.array([0, 1, 1])
     zero = ("attn.pos_proj.bias",)
     for masks in (keep, (None, None)):
         args = (HEADS, GRID, masks, 0.7)
@@ -251,3 +252,21 @@ def check_layer(name, seed=0, every_entry=False, ops=FUNCTIONS):
         check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)
         for c in cases
     ]
+
+
+def catch(mutant, seed=0, every_entry=False):
+    """How the checker answers one mutant of the catalogue: the tensor that gives it away, with its
+    error, or the exception that it raises; an empty string where it gets away."""
+    layer = mutant.function.removesuffix("_backward")
+    ops = SimpleNamespace(**(vars(FUNCTIONS) | {mutant.function: mutate(mutant)}))
+    try:
+        reports = check_layer(layer, seed, every_entry, ops)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return f"raises {type(error).__name__}"
+    for report in reports:
+        for row in report.rows:
+            if row.verdict == "WRONG":
+                return f"{row.name}: {row.note or f'error {row.error:.0e}'}"
+        if report.problems:
+            return report.problems[0]
+    return ""

@@ -93,6 +93,7 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
         name: np.array([_difference(loss, name, x, u) for u in directions[name]()])
         for name, x in before.items()
     }
+    kept = [(array, array.copy()) for array in _arrays(cache)]
     # backward runs last, on the first cache, so that one which leans on hidden state is found out.
     given = [dy.copy() if dy.ndim else float(dy) for dy in map(np.asarray, dys)]
     grads = _by_name(backward(tuple(given) if isinstance(y, tuple) else given[0], cache), inputs)
@@ -102,6 +103,8 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
     )
     changed = [name for name in inputs if not np.array_equal(inputs[name], before[name])]
     changed += ["dy"] * any(not np.array_equal(a, b) for a, b in zip(given, dys, strict=True))
+    if not changed and any(not np.array_equal(a, b, equal_nan=True) for a, b in kept):
+        changed.append("the cache")  # a second backward would go wrong
     problems = [f"{name} was changed in place" for name in changed]
     for row in rows:
         if row.verdict != "WRONG" and (row.verdict == "zero") != (row.name in expect_zero):
@@ -134,6 +137,15 @@ def _weighted(y, dys):
 
 def _as_tuple(y):
     return y if isinstance(y, tuple) else (y,)
+
+
+def _arrays(cache):
+    """Every array in a cache of nested tuples, lists and dicts."""
+    if isinstance(cache, np.ndarray):
+        yield cache
+    elif isinstance(cache, tuple | list | dict):
+        for item in cache.values() if isinstance(cache, dict) else cache:
+            yield from _arrays(item)
 
 
 def _by_name(grads, inputs):

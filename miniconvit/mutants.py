@@ -96,7 +96,7 @@ MUTANTS = (
         "One single entry of the weight's gradient, the last, is overwritten.",
     ),
     Mutant(
-        "linear-weight-reshaped-not-transposed",
+        "linear-dx-with-weight-reshaped",
         "linear_backward",
         "(drows @ weight)",
         "(drows @ weight.T.reshape(weight.shape))",
@@ -486,7 +486,7 @@ MUTANTS = (
         "position_attention_backward",
         "(dzx * cols * cols)",
         "(dzx * abs(cols))",
-        "|dx| instead of dx^2: the same on grids of at most two columns.",
+        "The absolute dx instead of dx^2: the same on grids of at most two columns.",
     ),
     Mutant(
         "position-attention-w0-and-w1-swapped",

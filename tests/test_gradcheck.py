@@ -167,6 +167,18 @@ def test_changing_an_argument_in_place_is_said(inputs):
     assert mc.check_gradients(square_forward, square_backward, inputs).ok
 
 
+def test_overwriting_the_cache_is_said():
+    def greedy(dy, y):
+        dx = mc.layers.softmax_backward(dy, y)
+        y *= dy
+        return dx
+
+    x = np.random.default_rng(2).standard_normal((3, 5))
+    report = mc.check_gradients(mc.layers.softmax_forward, greedy, {"x": x})
+    assert not report.ok
+    assert report.problems == ("the cache was changed in place",)
+
+
 def test_hidden_state_is_found_out(inputs):
     memory = {}
 

@@ -1,0 +1,83 @@
+"""`miniconvit gradcheck`: every gradient of the library, proven before your eyes."""
+
+from math import isfinite
+
+import click
+
+from ..checks import CASES, catch, check_layer
+from ..errors import UserError
+from ..mutants import MUTANTS
+from .options import json_option, print_json
+
+
+@click.command("gradcheck")
+@click.option("--layer", metavar="NAME", help="One layer only, such as gpsa or layernorm.")
+@click.option("--mutants", is_flag=True, help="Plant every bug of the catalogue; who is caught?")
+@click.option("--every-entry", is_flag=True, help="Differences along each entry of each tensor.")
+@click.option("--seed", default=0, show_default=True, help="Draws inputs and parameters.")
+@json_option
+def command(layer, mutants, every_entry, seed, as_json):
+    """Compare every backward pass with central differences in float64.
+
+    One row a tensor: ok, WRONG, or zero where the gradient vanishes exactly, as it must for
+    pos_proj.bias. Exits with 1 where a row is WRONG or, with --mutants, a planted bug gets away.
+    """
+    if layer is not None and layer not in CASES:
+        raise UserError(f"unknown layer {layer!r}: choose one of {', '.join(CASES)}")
+    layers = CASES if layer is None else (layer,)
+    run = _kill_table if mutants else _layer_tables
+    return 0 if run(layers, every_entry, seed, as_json) else 1
+
+
+def _layer_tables(layers, every_entry, seed, as_json):
+    reports = []
+    for name in layers:
+        for number, report in enumerate(check_layer(name, seed, every_entry), 1):
+            reports.append((name, report))
+            if not as_json:
+                click.secho(f"{name}, case {number}", bold=True)
+                for line in str(report).splitlines():
+                    click.secho(f"  {line}", fg="red" if "WRONG" in line else None)
+    ok = all(report.ok for _, report in reports)
+    rows = [row for _, report in reports for row in report.rows]
+    worst = max((row.error for row in rows if row.verdict == "ok"), default=0.0)
+    if as_json:
+        cases = [
+            {"layer": name, "ok": r.ok, "problems": r.problems, "rows": [*map(_plain, r.rows)]}
+            for name, r in reports
+        ]
+        print_json({"ok": ok, "seed": seed, "worst_error": worst, "cases": cases})
+    else:
+        verdict = "all right" if ok else "WRONG, see above"
+        click.echo(
+            f"{len(layers)} layers, {len(reports)} cases, {len(rows)} tensors: {verdict}; "
+            f"largest relative error of a right one {worst:.0e}"
+        )
+    return ok
+
+
+def _plain(row):
+    """A row for JSON, which has no infinity."""
+    return {
+        k: None if isinstance(v, float) and not isfinite(v) else v for k, v in vars(row).items()
+    }
+
+
+def _kill_table(layers, every_entry, seed, as_json):
+    chosen = [m for m in MUTANTS if m.function.removesuffix("_backward") in layers]
+    caught = 0
+    results = []
+    if not as_json:
+        click.echo("| planted in | bug | caught by |\n| --- | --- | --- |")
+    for mutant in chosen:
+        answer = catch(mutant, seed, every_entry)
+        caught += bool(answer)
+        results.append({"function": mutant.function, "name": mutant.name, "caught_by": answer})
+        if not as_json:
+            row = f"| `{mutant.function}` | {mutant.story} | {answer or 'NOBODY'} |"
+            click.secho(row, fg=None if answer else "red")
+    if as_json:
+        print_json({"mutants": len(chosen), "caught": caught, "results": results})
+    else:
+        click.echo(f"\n{caught} of {len(chosen)} planted bugs caught (seed {seed}).")
+    return caught == len(chosen)
