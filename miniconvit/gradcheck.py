@@ -24,7 +24,7 @@ TOLERANCE = 1e-7  # relative; correct code stays near 1e-9
 @dataclass(frozen=True)
 class Row:
     """One named tensor. Norms are L2; error = |analytic - numeric| / |gradient|; note says what is
-    wrong where the numbers do not. With two directions numeric_norm is estimated from them."""
+    wrong where the numbers do not. With two directions numeric_norm is an estimate from them."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +41,7 @@ class Report:
 
     rows: tuple[Row, ...]
     seed: int
+    every_entry: bool
     problems: tuple[str, ...] = ()
 
     @property
@@ -51,10 +52,12 @@ class Report:
     def __str__(self):
         width = max([len("tensor"), *(len(row.name) for row in self.rows)])
         lines = [f"{'tensor':{width}}  {'shape':14} {'|analytic|':>10} {'|numeric|':>10}  error"]
+        about = "" if self.every_entry else "~"
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
-            norms = f"{row.analytic_norm:10.3e} {row.numeric_norm:10.3e}"
-            line = f"{row.name:{width}}  {shape:14} {norms}  {row.error:7.1e}  {row.verdict}"
+            norms = f"{row.analytic_norm:10.3e} {about + format(row.numeric_norm, '.3e'):>10}"
+            error = "-" if row.verdict == "zero" else f"{row.error:.1e}"
+            line = f"{row.name:{width}}  {shape:14} {norms}  {error:>7}  {row.verdict}"
             lines.append(f"{line}  {row.note}".rstrip())
         return "\n".join([*lines, *self.problems])
 
@@ -110,7 +113,7 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
         if row.verdict != "WRONG" and (row.verdict == "zero") != (row.name in expect_zero):
             found = "zero, so nothing was checked" if row.verdict == "zero" else "not zero"
             problems.append(f"the gradient of {row.name} is {found}: expect_zero says otherwise")
-    return Report(rows, seed, tuple(problems))
+    return Report(rows, seed, every_entry, tuple(problems))
 
 
 def _require_float64(inputs, expect_zero):

@@ -1,13 +1,14 @@
-"""Training: the settings of a run, its loop, and how it stops and goes on to the bit."""
+"""Training: the loop of a run, how it stops, and how it goes on to the bit."""
 
+import os
 import signal
-import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain, count
 from math import inf, isfinite
 from pathlib import Path
 from platform import python_version
@@ -15,17 +16,16 @@ from platform import python_version
 import numpy as np
 
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
-from .config import VARIANTS, ConViTConfig
 from .data import augment, epoch_order, load_dataset, normalize
 from .errors import UserError
 from .layers import cross_entropy_forward
 from .model import init_params
 from .optim import AdamW, clip_grad_norm
 from .parallel import Engine
-from .recipes import DEFAULT_RECIPE, RECIPES
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
+from .settings import Settings, refuse_difference, stored_settings
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many
@@ -43,141 +43,22 @@ class Diverged(ArithmeticError):
     """The loss, a gradient or a parameter is not finite; the last good checkpoint stays."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the bits of a run. make_settings fills it from a recipe.
-
-    Either epochs or steps is None. clip_grad None: no clipping. Raises UserError where a value is
-    out of range.
-    """
-
-    data: str
-    subset: float
-    recipe: str
-    model: str
-    img_size: int | tuple[int, int]
-    patch_size: int | tuple[int, int]
-    local_up_to_layer: int
-    locality_strength: float
-    epochs: int | None
-    steps: int | None
-    batch_size: int
-    lr: float
-    weight_decay: float
-    warmup_epochs: float
-    clip_grad: float | None
-    label_smoothing: float
-    drop_path: float
-    augment: str
-    seed: int
-
-    def __post_init__(self):
-        for name in ("img_size", "patch_size"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, words, holds in (
-            ("subset", "above 0 and at most 1", lambda x: 0 < x <= 1),
-            ("epochs", "at least 1", lambda x: x >= 1),
-            ("steps", "at least 1", lambda x: x >= 1),
-            ("batch_size", "at least 1", lambda x: x >= 1),
-            ("lr", "a positive number", lambda x: 0 < x < inf),
-            ("weight_decay", "0 or a positive number", lambda x: 0 <= x < inf),
-            ("warmup_epochs", "0 or a positive number", lambda x: 0 <= x < inf),
-            ("clip_grad", "a positive number", lambda x: 0 < x < inf),
-            ("label_smoothing", "at least 0 and below 1", lambda x: 0 <= x < 1),
-            ("drop_path", "at least 0 and below 1", lambda x: 0 <= x < 1),
-            ("seed", "at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
-        ):
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{flag(name)} must be {words}, not {value}")
-        if (self.epochs is None) == (self.steps is None):
-            raise UserError("give the length of the run by --epochs or by --steps, not by both")
-
-    def model_config(self, dataset):
-        """The ConViTConfig for this data set. Raises UserError where they do not fit."""
-        config = replace(
-            VARIANTS[self.model],
-            img_size=self.img_size,
-            patch_size=self.patch_size,
-            local_up_to_layer=self.local_up_to_layer,
-            locality_strength=self.locality_strength,
-            drop_path_rate=self.drop_path,
-            in_chans=dataset.train.images.shape[1],
-            num_classes=len(dataset.classes),
-        )
-        image = dataset.train.images.shape[2:]
-        if config.image != image:
-            raise UserError(
-                f"{self.model} expects images of {size_text(config.image)} pixels and those of "
-                f"{self.data} are {size_text(image)}: add --img-size {size_text(image)} "
-                "with a --patch-size that divides it, or choose a model for that size"
-            )
-        return config
-
-
-def flag(name):
-    """The command line's name of a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def size_text(size):
-    """(32, 48) as 32x48."""
-    return "x".join(str(side) for side in size)
-
-
-def make_settings(recipe=None, **given):
-    """Settings from a recipe, and from `given` where it says otherwise.
-
-    recipe: a name of RECIPES; by default the one of given["data"], or of shapes. What neither says
-    about the model is the variant's own. Raises UserError for an unknown name.
-    """
-    recipe = recipe or DEFAULT_RECIPE.get(given.get("data", "shapes"))
-    values = {"recipe": recipe} | _known("recipe", recipe, RECIPES) | given
-    if "steps" in given and "epochs" not in given:
-        values["epochs"] = None
-    _known("data set", values["data"], DEFAULT_RECIPE)
-    variant = _known("model", values["model"], VARIANTS)
-    for name in ("img_size", "patch_size", "local_up_to_layer", "locality_strength"):
-        values.setdefault(name, getattr(variant, name))
-    return Settings(**values)
-
-
-def _known(kind, name, table):
-    if name not in table:
-        raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}")
-    return table[name]
-
-
-def stored_settings(out):
-    """The Settings of the run in the folder `out`, or None where no run has begun there."""
-    config = RunFolder(out).config()
-    if config is None:
-        return None
-    try:
-        return Settings(**config["settings"])
-    except (TypeError, KeyError, UserError) as error:
-        raise UserError(
-            f"the settings in {out}/config.json are damaged: {error}; choose another --out"
-        ) from error
-
-
 def default_out(settings, resume=False):
-    """runs/DATA-MODEL-seedN, with -2, -3, ... after it where that exists: the first folder that
-    does not, or with resume=True the last that does."""
+    """runs/DATA-MODEL-seedN, or with -2, -3, ... after it: the first of these folders that does not
+    exist; with resume=True the last that does, if any."""
     name = f"{settings.data}-{settings.model}-seed{settings.seed}"
-    out, number = Path("runs") / name, 1
-    while (following := out if number == 1 else out.with_name(f"{name}-{number}")).exists():
-        number += 1
-    if resume and number > 1:
-        return out if number == 2 else out.with_name(f"{name}-{number - 1}")
-    return following
+    last = None
+    for candidate in chain([name], (f"{name}-{number}" for number in count(2))):
+        path = Path("runs") / candidate
+        if not path.exists():
+            return last if resume and last else path
+        last = path
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run has reached. rows: metrics.jsonl; best: its row of best.safetensors;
-    resumed_finished: nothing was left to do."""
+    """What a finished run has reached. rows: metrics.jsonl; best: the row of best.safetensors;
+    was_finished: nothing was left to do."""
 
     folder: Path
     step: int
@@ -186,9 +67,7 @@ class Result:
     was_finished: bool
 
 
-def train(
-    settings, out, *, resume=False, data_dir=None, download=True, threads=None, quiet=False
-):
+def train(settings, out, *, resume=False, data_dir=None, download=True, threads=None, quiet=False):
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved. quiet:
@@ -197,6 +76,9 @@ def train(
     """
     folder = RunFolder(out)
     folder.check(resume)
+    stored = stored_settings(out)
+    if stored is not None:
+        refuse_difference(stored, asdict(settings), out)
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}")
     dataset = load_dataset(settings.data, data_dir, download, settings.subset)
@@ -284,7 +166,7 @@ class _Run:
                 f"{path} is damaged, or is no checkpoint to resume from: "
                 "begin again in another folder with --out"
             ) from error
-        self._refuse_difference(stored)
+        refuse_difference(stored, asdict(self.settings), self.folder.path)
         if checkpoint.config != self.engine.config:
             raise UserError(
                 f"{path} holds another model than these settings and this data set give: "
@@ -294,16 +176,6 @@ class _Run:
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
         self.optimizer.step_count = self.step
         self.folder.cut_metrics(self.epoch)
-
-    def _refuse_difference(self, stored):
-        for field in fields(Settings):
-            old, new = getattr(stored, field.name), getattr(self.settings, field.name)
-            if old != new:
-                raise UserError(
-                    f"the run in {self.folder.path} began with {flag(field.name)} {old} and cannot "
-                    f"go on with {new}: leave {flag(field.name)} out, or begin another run "
-                    "with another --out"
-                )
 
     def save(self):
         """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
@@ -324,37 +196,36 @@ class _Run:
     def train(self, quiet):
         """The whole run from where it stands. Returns a Result."""
         was_finished = self.epoch == self.epochs
-        epoch_images = self.steps_per_epoch * self.batch_size
         total, done = self.total_steps * self.batch_size, self.step * self.batch_size
         self.report = Report(total, done, self.epochs, quiet)
         try:
-            self._introduce(epoch_images)
-            with _signals(self.stop_requests, self.report), warnings.catch_warnings():
+            self._introduce()
+            with _signals(self.stop_requests), warnings.catch_warnings():
                 # An overflow is answered by Diverged, not by NumPy's warning.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 while self.epoch < self.epochs:
                     self._train_epoch()
                     self._finish_epoch()
         except (Interrupted, Diverged, UserError) as reason:
-            self.folder.log(str(reason))
+            with suppress(UserError):  # the reason may be a full disk
+                self.folder.log(str(reason))
             raise
         finally:
             self.report.close()
         rows = self.folder.rows(self.epoch)
         self.folder.log(f"finished after step {self.step}")
-        return Result(
-            self.folder.path, self.step, rows, rows[self.best["epoch"] - 1], was_finished
-        )
+        return Result(self.folder.path, self.step, rows, rows[self.best["epoch"] - 1], was_finished)
 
-    def _introduce(self, epoch_images):
-        config, dataset = self.engine.config, self.dataset
-        count = sum(p.size for p in self.params.values())
+    def _introduce(self):
+        dataset = self.dataset
+        parameters = sum(p.size for p in self.params.values())
         self._say(
-            f"{self.settings.model}, {count:,} parameters, on {dataset.name}: "
+            f"{self.settings.model}, {parameters:,} parameters, on {dataset.name}: "
             f"{len(dataset.train.labels):,} images to train, {len(dataset.val.labels):,} "
             f"to validate, {len(dataset.classes)} classes",
-            f"{self.epochs} epochs of {self.steps_per_epoch} steps of {self.batch_size} images on "
-            f"{self.engine.threads} threads, kept in {self.folder.path}",
+            f"{self.total_steps:,} steps of {self.batch_size} images in {self.epochs} "
+            f"epoch{'s' * (self.epochs > 1)} on {self.engine.threads} threads, kept in "
+            f"{self.folder.path}",
         )
         if self.step:
             self._say(f"resumed after step {self.step} of {self.total_steps}")
@@ -396,7 +267,7 @@ class _Run:
         norm = clip_grad_norm(grads, s.clip_grad or inf)
         if not isfinite(loss) or not isfinite(norm):
             raise self._diverged(f"the loss is {loss:g} and the gradient's norm {norm:g}")
-        self.optimizer.step(self.params, grads, self._lr())
+        self.optimizer.step(self.params, grads, self._lr(self.step))
         self.step += 1
         self.sums["loss"] += loss * len(indices)
         self.sums["correct"] += correct
@@ -406,9 +277,9 @@ class _Run:
             len(indices), epoch + 1, self.sums["loss"] / seen, self.sums["correct"] / seen
         )
 
-    def _lr(self):
-        """The rate of the next step: both ends of the schedule are a hundredth of the peak."""
-        t, total = self.step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
+    def _lr(self, step):
+        """The rate of a step: at both ends of the schedule a hundredth of the peak."""
+        t, total = step / self.steps_per_epoch, self.total_steps / self.steps_per_epoch
         peak, warmup = self.settings.lr, self.settings.warmup_epochs
         return warmup_cosine(t, total, peak, warmup, start=peak / 100, minimum=peak / 100)
 
@@ -433,10 +304,7 @@ class _Run:
         self.report.lines(epoch_line(row))
 
     def _row(self, val_loss, val_top1):
-        last_lr, images = 0.0, self.sums["images"]
-        self.step -= 1
-        last_lr = self._lr()
-        self.step += 1
+        images = self.sums["images"]
         speed = self.trained_images / self.trained_seconds if self.trained_images else 0.0
         return {
             "epoch": self.epoch,
@@ -445,7 +313,7 @@ class _Run:
             "train_top1": self.sums["correct"] / images,
             "val_loss": val_loss,
             "val_top1": val_top1,
-            "lr": last_lr,
+            "lr": self._lr(self.step - 1),
             "images_per_second": speed,
             "seconds": time.perf_counter() - self.epoch_began,
         }
@@ -465,7 +333,7 @@ class _Run:
 
 
 @contextmanager
-def _signals(requests, report):
+def _signals(requests):
     """While it lasts, the first SIGINT or SIGTERM is put into `requests`; a second has its usual
     effect at once. Elsewhere than in the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
@@ -476,7 +344,8 @@ def _signals(requests, report):
     def note(signum, frame):
         requests.append(signum)
         restore()
-        sys.stderr.write("\nstopping: this step is finished and saved (again: stop at once)\n")
+        # Not through sys.stderr, which may be in the middle of a write of its own.
+        os.write(2, b"\nstopping after this step, then saving (ask again to stop at once)\n")
 
     def restore():
         for signum, handler in usual.items():

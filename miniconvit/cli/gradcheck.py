@@ -50,7 +50,7 @@ def _layer_tables(layers, every_entry, seed, as_json):
     else:
         verdict = "all right" if ok else "WRONG, see above"
         click.echo(
-            f"{len(layers)} layers, {len(reports)} cases, {len(rows)} tensors: {verdict}; "
+            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}; "
             f"largest relative error of a right one {worst:.0e}"
         )
     return ok

@@ -1,0 +1,6 @@
+"""In a checkout `python cli.py train` is what `miniconvit train` is once installed."""
+
+from miniconvit.cli import main
+
+if __name__ == "__main__":
+    main()

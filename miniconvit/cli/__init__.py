@@ -1,0 +1,88 @@
+"""The command line: one file per command, each of which parses, calls one function and prints."""
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import click
+
+from .. import __version__
+from ..errors import UserError
+
+COMMANDS = ("train", "eval", "predict", "gradcheck", "tutorial", "coursework", "doctor")
+
+
+class Program(click.Group):
+    """The commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx):
+        return COMMANDS
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name in COMMANDS:
+            return import_module(f".{cmd_name}", __name__).command
+        return None
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="miniconvit %(version)s")
+def program():
+    """ConViT from scratch: every gradient by hand, trained from one command.
+
+    Begin with `miniconvit train`, which needs no download and takes about a minute.
+    """
+
+
+def main(argv=None):
+    """Runs the command line and exits: 0 success, 1 something came out wrong, 2 a mistake answered
+    by a sentence, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    sys.exit(_run(argv))
+
+
+def _run(argv):
+    """The exit status of the command line argv."""
+    launcher = Path(sys.argv[0]).name == "cli.py"
+    name = "python cli.py" if launcher else "miniconvit"
+    try:
+        status = program.main(argv, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        return 0
+    except click.ClickException as error:
+        ctx = getattr(error, "ctx", None)
+        return _fail(f"{error.format_message().rstrip('.')} (see {_path(ctx, name)} --help)")
+    except UserError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"cannot read or write{where}: {error.strerror or error}")
+    except MemoryError as error:
+        return _fail(f"not enough memory ({error}): a smaller --batch-size may help")
+    finally:
+        _end_output()
+
+
+def _path(ctx, name):
+    return ctx.command_path if ctx else name
+
+
+def _fail(message):
+    print(f"Error: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def _end_output():
+    """Empties standard output; where that fails, which has been said by then, the interpreter shall
+    not try it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,96 @@
+"""`miniconvit doctor`."""
+
+import importlib
+import os
+import platform
+import sys
+import time
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import click
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from .. import __version__
+from ..parallel import available_threads
+from ..report import table
+from .options import json_option, print_json
+
+MATMUL = 1024
+
+
+@click.command("doctor")
+@json_option
+def command(as_json):
+    """What this machine has, and whether miniconvit can use it."""
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        shown = {key: "-" if value is None else value for key, value in found.items()}
+        click.echo(table(shown.items()))
+
+
+def examine():
+    """What `doctor` prints: a dict of JSON types. matmul_gflops is measured, on all threads."""
+    blas = next((lib for lib in threadpool_info() if lib["user_api"] == "blas"), None)
+    milliseconds = _matmul_ms()
+    found = {
+        "miniconvit": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.machine()}",
+        "numpy": np.__version__,
+        "scipy": version("scipy"),
+        "blas": f"{blas['internal_api']} {blas['version']}" if blas else None,
+        "blas_threads": blas["num_threads"] if blas else None,
+        "threads": available_threads(),
+        "memory_gb": _memory_gb(),
+        "matmul_ms": round(milliseconds, 2),
+        "matmul_gflops": round(2 * MATMUL**3 / milliseconds / 1e6, 1),
+        "cupy": _cupy(),
+    }
+    return found | {"verdict": _verdict(found)}
+
+
+def _matmul_ms():
+    """The best of five products of two float32 matrices, in milliseconds."""
+    a = np.random.default_rng(0).standard_normal((MATMUL, MATMUL), dtype=np.float32)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 1000 * min(times)
+
+
+def _memory_gb():
+    """Memory that this process may use, in GB: the machine's, or the container's limit."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return round((memory if text == "max" else min(memory, int(text))) / 1e9, 1)
+
+
+def _cupy():
+    """Which CuPy is installed and what it can reach, in words; None without one."""
+    wheels = packages_distributions().get("cupy")
+    if not wheels:
+        return None
+    name = ", ".join(f"{wheel} {version(wheel)}" for wheel in sorted(set(wheels)))
+    try:
+        cupy = importlib.import_module("cupy")
+        devices = cupy.cuda.runtime.getDeviceCount()
+        total = int((cupy.arange(8) ** 2).sum())
+        verdict = "the right" if total == 140 else "a WRONG"
+    except Exception as error:  # whatever a broken driver raises is the finding
+        return f"{name}: not usable ({' '.join(str(error).split())[:200]})"
+    return f"{name}: {devices} GPU, a compiled kernel gives {verdict} sum"
+
+
+def _verdict(found):
+    if found["blas"] is None:
+        return "usable, but no BLAS library was recognised under NumPy: training may be slow"
+    return "ready: miniconvit train"

@@ -1,0 +1,68 @@
+"""`miniconvit eval`."""
+
+from math import isfinite
+from pathlib import Path
+
+import click
+
+from ..data import load_dataset
+from ..errors import UserError
+from ..parallel import Engine
+from ..report import table
+from ..settings import DEFAULT_RECIPE
+from ..train import evaluate
+from .options import data_dir_option, json_option, open_checkpoint, print_json, threads_option
+
+
+@click.command("eval")
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.option(
+    "--split", type=click.Choice(["val", "test", "train"]), default="val", show_default=True
+)
+@click.option(
+    "--data",
+    type=click.Choice(list(DEFAULT_RECIPE)),
+    help="Data set.  [default: the one it was trained on]",
+)
+@data_dir_option
+@threads_option
+@json_option
+def command(checkpoint, split, data, data_dir, threads, as_json):
+    """Loss, top-1 and top-5 accuracy of a model on a data set."""
+    path, model = open_checkpoint(checkpoint)
+    name = data or model.data
+    if name is None:
+        raise UserError(f"{path} does not say on which data it was trained: add --data")
+    dataset = load_dataset(name, data_dir, download=data is not None)
+    _check_fit(path, model, dataset)
+    images = getattr(dataset, split)
+    with Engine(model.config, threads) as engine:
+        loss, top1, top5 = evaluate(
+            engine, images, model.mean or dataset.mean, model.std or dataset.std, model.params
+        )
+    if not isfinite(loss):
+        raise UserError(f"{path} gives a loss of {loss:g} on {name}: use another checkpoint")
+    values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
+    values |= {"loss": loss, "top1": top1, "top5": top5}
+    if as_json:
+        print_json(values)
+    else:
+        shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
+        click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
+
+
+def _check_fit(path, model, dataset):
+    """Raises UserError where the model cannot be asked about these images."""
+    shape = dataset.val.images.shape[1:]
+    expected = (model.config.in_chans, *model.config.image)
+    if shape != expected:
+        raise UserError(
+            f"{path} expects images of (channels, height, width) {expected}, those of "
+            f"{dataset.name} are {shape}: choose another --data or another checkpoint"
+        )
+    classes = list(dataset.classes)
+    if len(classes) != model.config.num_classes or (model.classes and model.classes != classes):
+        raise UserError(
+            f"{path} was trained for other classes than those of {dataset.name}: "
+            "choose another --data or another checkpoint"
+        )

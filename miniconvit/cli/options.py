@@ -1,0 +1,47 @@
+"""What several commands share."""
+
+import json
+from pathlib import Path
+
+import click
+
+from ..checkpoint import load_checkpoint
+from ..run_folder import RunFolder
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        """'32' as 32, '32x48' as (32, 48): height, then width."""
+        try:
+            sides = tuple(int(side) for side in str(value).split("x"))
+        except ValueError:
+            sides = ()
+        if len(sides) not in (1, 2):
+            self.fail(f"{value!r} is neither a number of pixels nor HEIGHTxWIDTH", param, ctx)
+        return sides[0] if len(set(sides)) == 1 else sides
+
+
+SIZE = _Size()
+
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Folder in which to look for the data."
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Workers; any number gives the same bits.  [default: all cores]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object only.")
+
+
+def print_json(values):
+    """One JSON object on standard output."""
+    click.echo(json.dumps(values, indent=2, allow_nan=False))
+
+
+def open_checkpoint(path):
+    """(path, Checkpoint) of a checkpoint file, or of the best one in a run folder."""
+    path = RunFolder(path).checkpoint() if path.is_dir() else path
+    return path, load_checkpoint(path)

@@ -1,0 +1,112 @@
+"""`miniconvit train`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from ..config import VARIANTS
+from ..report import draw_curves, duration, table, text_curve
+from ..run_folder import RunFolder
+from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
+from ..train import Diverged, Interrupted, default_out, train
+from .options import SIZE, data_dir_option, threads_option
+
+
+@click.command("train")
+@click.option(
+    "--data", type=click.Choice(list(DEFAULT_RECIPE)), help="Data set.  [default: shapes]"
+)
+@data_dir_option
+@click.option("--no-download", is_flag=True, help="Never fetch a data set.")
+@click.option(
+    "--subset", type=float, help="Train on this share of the images, the first of each class."
+)
+@click.option(
+    "--model",
+    type=click.Choice(list(VARIANTS)),
+    metavar="NAME",
+    help="One of "
+    + ", ".join(name for name in VARIANTS if name.startswith("convit_"))
+    + ", or vit_... for the plain ViT of each.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="Named settings; explicit flags win.  [default: by --data]",
+)
+@click.option("--img-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
+@click.option("--patch-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
+@click.option("--local-up-to-layer", type=int, help="How many of the first blocks are GPSA.")
+@click.option("--locality-strength", type=float, help="How sharply heads look at first.")
+@click.option("--epochs", type=int, help="Length of the run, in passes over the data.")
+@click.option("--steps", type=int, help="Length of the run in steps, instead of --epochs.")
+@click.option("--batch-size", type=int, help="Images in a step.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--weight-decay", type=float, help="AdamW's decoupled decay.")
+@click.option("--warmup-epochs", type=float, help="Epochs in which the rate rises to its peak.")
+@click.option("--clip-grad", type=float, help="Greatest norm of the gradient.")
+@click.option("--label-smoothing", type=float, help="Share of a target spread over all classes.")
+@click.option("--drop-path", type=float, help="Drop rate of the last block's branches.")
+@click.option("--augment", type=click.Choice(["none", "crop-flip"]), help="Augmentation.")
+@click.option("--seed", type=int, help="Of parameters, order, augmentation, drop path.")
+@threads_option
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/...]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, to the bit.")
+@click.option("--quiet", is_flag=True, help="Show only the end.")
+@click.pass_context
+def command(ctx, data_dir, no_download, threads, out, resume, quiet, **flags):
+    """Train a model; keep metrics and checkpoints in a run folder.
+
+    Without flags: a small ConViT on `shapes`, images drawn by the program itself.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    out = out or default_out(make_settings(**given), resume)
+    settings = stored_settings(out) if resume else None
+    if settings is None:
+        settings = make_settings(**given)
+    else:
+        refuse_difference(settings, given, out)
+    try:
+        result = train(
+            settings,
+            out,
+            resume=resume,
+            data_dir=data_dir,
+            download=not no_download,
+            threads=threads,
+            quiet=quiet,
+        )
+    except Interrupted as stop:
+        again = f"{ctx.command_path} --resume --out {out}"
+        if data_dir:
+            again += f" --data-dir {data_dir}"
+        click.echo(f"{stop} and saved; go on with: {again}", err=True)
+        return 128 + stop.signal
+    except Diverged as reason:
+        click.echo(f"Error: {reason}", err=True)
+        return 1
+    _summarise(ctx, result)
+    return 0
+
+
+def _summarise(ctx, result):
+    """The table at the end, and curves: a picture, or characters where matplotlib is missing."""
+    folder = RunFolder(result.folder)
+    rows, last = result.rows, result.rows[-1]
+    if result.was_finished:
+        click.echo(f"nothing to resume: the run in {folder.path} is finished")
+    has_picture = draw_curves(rows, folder.curves)
+    if not has_picture:
+        click.echo("\n" + text_curve([row["val_top1"] for row in rows], sys.stdout.encoding))
+    seconds = sum(row["seconds"] for row in rows)
+    best = result.best
+    entries = [
+        ("best validation accuracy", f"{100 * best['val_top1']:.1f} %, epoch {best['epoch']}"),
+        ("last validation accuracy", f"{100 * last['val_top1']:.1f} %, epoch {last['epoch']}"),
+        ("time", f"{duration(seconds)}, {result.step} steps"),
+        ("best checkpoint", folder.best),
+        *([("curves", folder.curves)] if has_picture else []),
+        ("test it", f"{ctx.find_root().command_path} eval {folder.path} --split test"),
+    ]
+    click.echo("\n" + table(entries))

@@ -1,0 +1,176 @@
+"""The settings of a training run: named recipes, and the values that flags change."""
+
+from dataclasses import dataclass, replace
+from math import inf
+
+from .config import VARIANTS
+from .data.dataset import SOURCES
+from .errors import UserError
+from .run_folder import RunFolder
+
+BASE = {
+    "subset": 1.0,
+    "steps": None,
+    "weight_decay": 0.05,
+    "clip_grad": None,
+    "label_smoothing": 0.0,
+    "drop_path": 0.0,
+    "seed": 0,
+}
+
+RECIPES = {
+    "shapes-minute": BASE
+    | {
+        "data": "shapes",
+        "model": "convit_micro32",
+        "epochs": 12,
+        "batch_size": 64,
+        "lr": 2e-3,
+        "warmup_epochs": 1.0,
+    },
+    "cifar10-10min": BASE
+    | {
+        "data": "cifar10",
+        "model": "convit_mini32",
+        "epochs": 20,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "warmup_epochs": 1.0,
+    },
+}
+
+DEFAULT_RECIPE = {"shapes": "shapes-minute", "cifar10": "cifar10-10min"}
+"""Data set to recipe."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the bits of a run. make_settings fills it from a recipe.
+
+    Either epochs or steps is None. clip_grad None: no clipping. Raises UserError where a value is
+    out of range.
+    """
+
+    data: str
+    subset: float
+    recipe: str
+    model: str
+    img_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    local_up_to_layer: int
+    locality_strength: float
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    clip_grad: float | None
+    label_smoothing: float
+    drop_path: float
+    augment: str
+    seed: int
+
+    def __post_init__(self):
+        for name in ("img_size", "patch_size"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, words, holds in (
+            ("subset", "above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("epochs", "at least 1", lambda x: x >= 1),
+            ("steps", "at least 1", lambda x: x >= 1),
+            ("batch_size", "at least 1", lambda x: x >= 1),
+            ("lr", "a positive number", lambda x: 0 < x < inf),
+            ("weight_decay", "0 or a positive number", lambda x: 0 <= x < inf),
+            ("warmup_epochs", "0 or a positive number", lambda x: 0 <= x < inf),
+            ("clip_grad", "a positive number", lambda x: 0 < x < inf),
+            ("label_smoothing", "at least 0 and below 1", lambda x: 0 <= x < 1),
+            ("drop_path", "at least 0 and below 1", lambda x: 0 <= x < 1),
+            ("seed", "at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
+        ):
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag(name)} must be {words}, not {value}")
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError("give the length of the run by --epochs or by --steps, not by both")
+
+    def model_config(self, dataset):
+        """The ConViTConfig for this data set. Raises UserError where they do not fit."""
+        config = replace(
+            VARIANTS[self.model],
+            img_size=self.img_size,
+            patch_size=self.patch_size,
+            local_up_to_layer=self.local_up_to_layer,
+            locality_strength=self.locality_strength,
+            drop_path_rate=self.drop_path,
+            in_chans=dataset.train.images.shape[1],
+            num_classes=len(dataset.classes),
+        )
+        image = dataset.train.images.shape[2:]
+        if config.image != image:
+            expected, found = (
+                "x".join(str(side) for side in size) for size in (config.image, image)
+            )
+            raise UserError(
+                f"{self.model} expects images of {expected} pixels and those of {self.data} are "
+                f"{found}: add --img-size {found} with a --patch-size that divides it, or choose "
+                "a model for that size"
+            )
+        return config
+
+
+def flag(name):
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def make_settings(recipe=None, **given):
+    """Settings from a recipe, and from `given` where it says otherwise.
+
+    recipe: a name of RECIPES; by default the one of given["data"], or of shapes. Neither need speak
+    of what the model and the data set bring themselves. Raises UserError for an unknown name.
+    """
+    recipe = recipe or _known("data", given.get("data", "shapes"), DEFAULT_RECIPE)
+    values = {"recipe": recipe} | _known("recipe", recipe, RECIPES) | given
+    if "steps" in given and "epochs" not in given:
+        values["epochs"] = None
+    _known("data", values["data"], DEFAULT_RECIPE)
+    values.setdefault("augment", SOURCES[values["data"]].AUGMENTATION)
+    variant = _known("model", values["model"], VARIANTS)
+    for name in ("img_size", "patch_size", "local_up_to_layer", "locality_strength"):
+        values.setdefault(name, getattr(variant, name))
+    return Settings(**values)
+
+
+def _known(kind, name, table):
+    if name not in table:
+        raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}")
+    return table[name]
+
+
+def stored_settings(out):
+    """The Settings of the run in the folder `out`, or None where no run has begun there."""
+    config = RunFolder(out).config()
+    if config is None:
+        return None
+    try:
+        return Settings(**config["settings"])
+    except (TypeError, KeyError, UserError) as error:
+        raise UserError(
+            f"the settings in {out}/config.json are damaged: {error}; choose another --out"
+        ) from error
+
+
+def refuse_difference(stored, given, folder):
+    """Raises UserError, naming the first of the settings `given` (a dict) that is not what the run
+    in `folder` began with."""
+    for name, value in given.items():
+        if (old := getattr(stored, name)) != value:
+            raise UserError(
+                f"the run in {folder} began {_with(name, old)} and cannot go on "
+                f"{_with(name, value)}: resume it as it began, or begin another with another --out"
+            )
+
+
+def _with(name, value):
+    return f"without {flag(name)}" if value is None else f"with {flag(name)} {value}"

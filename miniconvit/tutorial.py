@@ -1,0 +1,127 @@
+"""Tutorial pages: Markdown whose Python fences are run by the tests and make up a notebook.
+
+A fence ```python is code; a fence ```text directly below it shows what that code prints. Code that
+is not meant to run, because it needs minutes, a download or a GPU, stands under an HTML comment
+`<!-- no-run: reason -->` and stays part of the prose.
+"""
+
+import json
+import re
+from base64 import b64encode
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "tutorials"
+"""The pages of a checkout; an installed package has none."""
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
+_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.png)\)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Prose, or a piece of code with the output that the page shows below it, if it shows any.
+
+    line and output_line: the number of lines of the page above source and output.
+    """
+
+    source: str
+    line: int
+    is_code: bool = False
+    output: str | None = None
+    output_line: int = 0
+
+
+def split_page(markdown):
+    """The cells of a page, in order; blank prose is left out."""
+    cells, start = [], 0
+
+    def line(position):
+        return markdown.count("\n", 0, position)
+
+    def add_prose(end):
+        if markdown[start:end].strip():
+            cells.append(Cell(markdown[start:end], line(start)))
+
+    for fence in _FENCE.finditer(markdown):
+        language, body = fence.groups()
+        before = markdown[start : fence.start()]
+        if language == "python" and not _NO_RUN.search(before):
+            add_prose(fence.start())
+            cells.append(Cell(body, line(fence.start(2)), is_code=True))
+            start = fence.end()
+        elif language == "text" and cells and cells[-1].is_code and not before.strip():
+            cells[-1] = replace(cells[-1], output=body, output_line=line(fence.start(2)))
+            start = fence.end()
+    add_prose(len(markdown))
+    return cells
+
+
+def find_page(name):
+    """The file of a page, given by its path or number. Raises UserError where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    found = sorted(FOLDER.glob(f"{int(name):02}-*.md")) if name.isdecimal() else []
+    if not found:
+        raise UserError(
+            f"no tutorial page {name!r}: give the path of a page, or, in a checkout of the source, "
+            f"the number of one in {FOLDER}"
+        )
+    return found[0]
+
+
+def write_notebook(page, path):
+    """Writes the page (a Path) as a notebook, with its pictures inside and the outputs it shows.
+
+    Raises UserError where the file exists: a notebook holds its reader's work.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another name")
+    path.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
+
+
+def notebook(page):
+    """The page as a notebook of format 4.5: a dict for JSON."""
+    cells = split_page(page.read_text(encoding="utf-8"))
+    convert = [_code_cell if cell.is_code else _prose_cell for cell in cells]
+    return {
+        "cells": [
+            {"id": f"cell-{i}", "metadata": {}} | convert[i](cell, page.parent)
+            for i, cell in enumerate(cells)
+        ],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+def _lines(text):
+    return text.strip("\n").splitlines(keepends=True)
+
+
+def _code_cell(cell, folder):
+    outputs = []
+    if cell.output is not None:
+        outputs = [{"output_type": "stream", "name": "stdout", "text": _lines(cell.output)}]
+    source = _lines(cell.source)
+    return {"cell_type": "code", "execution_count": None, "source": source, "outputs": outputs}
+
+
+def _prose_cell(cell, folder):
+    """Mathematics in Jupyter's notation instead of GitHub's, and pictures as attachments."""
+    text = re.sub(r"\$`(.+?)`\$", r"$\1$", cell.source)
+    text = re.sub(r"^```math\n(.*?)^```$", r"$$\n\1$$", text, flags=re.MULTILINE | re.DOTALL)
+    attachments = {}
+    for _, link in _IMAGE.findall(text):
+        data = b64encode((folder / link).read_bytes()).decode()
+        attachments[Path(link).name] = {"image/png": data}
+    text = _IMAGE.sub(lambda image: f"![{image[1]}](attachment:{Path(image[2]).name})", text)
+    prose = {"cell_type": "markdown", "source": _lines(text)}
+    return prose | ({"attachments": attachments} if attachments else {})
