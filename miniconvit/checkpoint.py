@@ -92,7 +92,7 @@ def load_checkpoint(path):
 
 
 def not_finite(tensors):
-    """A sentence naming the first tensor with an infinite value or a NaN; None where all is well."""
+    """What is wrong, naming the first tensor with an infinity or a NaN; None where all is well."""
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             return f"{name} holds values that are not finite"

@@ -4,39 +4,86 @@ The pieces' size and the order of the sum depend on the model and the batch alon
 number of threads, so any number of threads gives the same bits.
 """
 
+import ctypes
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from .kernels import CPU
 from .layers import cross_entropy_backward, cross_entropy_forward
-from .layers.ops import REFERENCE
 from .model import convit_backward, convit_forward
 
+PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
 
-def available_threads():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+def available_threads(cgroup="/sys/fs/cgroup"):
+    """Cores that this process may use: its affinity, and a container's quota rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # no control groups here, or no limit: the word "max"
+        quota, period = (int(word) for word in Path(cgroup, "cpu.max").read_text().split())
+        count = min(count, max(1, ceil(quota / period)))
+    return count
+
+
+def keep_freed_memory():
+    """Lets glibc's malloc keep what is freed, in one heap for all threads, for the next step.
+
+    By default a large array's pages go back to the system when it is freed, and come back one page
+    fault at a time. Does nothing where the C library is another one.
+    """
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h
+    with suppress(OSError, TypeError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(arena_max, 1)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def cut(n, rows_per_image):
+    """n images as pieces [(start, stop)] of nearly equal size, of at most PIECE_ROWS tokens.
+
+    A multiple of four pieces, or of two, so that threads have equal shares, as long as the pieces
+    do not fall below half of PIECE_ROWS for it.
+    """
+    most = max(1, PIECE_ROWS // rows_per_image)
+    count = ceil(n / most)
+    for multiple in (4, 2):
+        rounded = ceil(count / multiple) * multiple
+        if n >= rounded * max(1, most // 2):
+            count = rounded
+            break
+    return [(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 class Engine:
     """Runs training steps and inference of one model over pieces of a batch.
 
     threads: workers, by default all available cores; BLAS runs at one thread inside each.
+    ops: the namespace of functions to run, by default the fast ones for the CPU.
     Use as a context manager, or close() it.
     """
 
-    def __init__(self, config, threads=None, ops=REFERENCE):
+    def __init__(self, config, threads=None, ops=CPU):
         self.config, self.ops = config, ops
         self.threads = threads or available_threads()
-        self.piece = max(1, 1024 // (config.num_patches + 1))  # images: about 1024 rows
+        self._inference_ops = SimpleNamespace(**vars(ops))
+        for name in ("block_forward", "last_block_forward"):
+            setattr(self._inference_ops, name, _without_cache(getattr(ops, name)))
+        keep_freed_memory()
         self._blas = threadpool_limits(limits=1, user_api="blas")
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def close(self):
         """Ends the workers and gives BLAS its threads back."""
-        self._pool.shutdown()
+        if self._pool:
+            self._pool.shutdown()
         self._blas.restore_original_limits()
 
     def __enter__(self):
@@ -45,8 +92,27 @@ class Engine:
     def __exit__(self, *exception):
         self.close()
 
-    def _pieces(self, n):
-        return [(start, min(start + self.piece, n)) for start in range(0, n, self.piece)]
+    def _map(self, function, n):
+        """function(start, stop) of every piece of n images, in order.
+
+        Only `threads` results wait at a time, so that memory does not grow with the batch.
+        """
+        pieces = cut(n, self.config.num_patches)
+        if self._pool is None:
+            for piece in pieces:
+                yield function(*piece)
+            return
+        waiting = deque()
+        try:
+            for piece in pieces:
+                waiting.append(self._pool.submit(function, *piece))
+                if len(waiting) > self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
     def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
         """One training step's mean loss, number of right answers, and gradients.
@@ -56,8 +122,7 @@ class Engine:
         (seed, step). Returns (loss, correct, grads) with loss a float and correct an int.
         """
 
-        def run(piece):
-            start, stop = piece
+        def run(start, stop):
             images, targets = load(start, stop)
             logits, cache = convit_forward(
                 images, params, self.config, True, seed, step, start, self.ops
@@ -70,7 +135,7 @@ class Engine:
             return float(loss) * share, correct, grads
 
         loss, correct, total = 0.0, 0, None
-        for piece_loss, piece_correct, grads in self._pool.map(run, self._pieces(n)):
+        for piece_loss, piece_correct, grads in self._map(run, n):
             loss += piece_loss
             correct += piece_correct
             if total is None:
@@ -78,6 +143,7 @@ class Engine:
             else:
                 for name, grad in grads.items():
                     total[name] += grad
+            del grads  # before the next piece is waited for
         return loss, correct, total
 
     def logits(self, load, n, params):
@@ -86,9 +152,14 @@ class Engine:
         load(start, stop) -> images, or (images, targets) of which only the images are used.
         """
 
-        def run(piece):
-            loaded = load(*piece)
+        def run(start, stop):
+            loaded = load(start, stop)
             images = loaded[0] if isinstance(loaded, tuple) else loaded
-            return convit_forward(images, params, self.config, ops=self.ops)[0]
+            return convit_forward(images, params, self.config, ops=self._inference_ops)[0]
 
-        return np.concatenate(list(self._pool.map(run, self._pieces(n))))
+        return np.concatenate(list(self._map(run, n)))
+
+
+def _without_cache(forward):
+    """The same function for inference, which keeps nothing for a backward pass."""
+    return lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)

@@ -100,7 +100,8 @@ def draw_curves(rows, path):
 def text_curve(values, encoding="utf-8"):
     """Accuracies (0 to 1), one for each epoch, as columns of characters under a title."""
     step = -(-len(values) // PLOT_COLUMNS)
-    shown = values[step - 1 :: step]
+    first = (len(values) - 1) % step  # so that the last epoch is shown
+    shown = values[first::step]
     wide = max(1, min(3, PLOT_COLUMNS // len(shown)))
     marks = _marks(encoding)
     lines = ["validation accuracy"]
@@ -110,9 +111,9 @@ def text_curve(values, encoding="utf-8"):
         levels = [round((value * PLOT_ROWS - row) * (len(marks) - 1)) for value in shown]
         cells = [marks[max(0, min(level, len(marks) - 1))] * wide for level in levels]
         lines.append(f"{label:>6} |{''.join(cells)}".rstrip())
-    last = len(shown) * step
+    last = str(len(values)) if len(shown) > 1 else ""
     lines.append("       +" + "-" * (wide * len(shown)))
-    lines.append(f"        {'epoch 1':<{max(8, wide * len(shown) - len(str(last)))}}{last}")
+    lines.append(f"        {f'epoch {first + 1}':<{max(10, wide * len(shown) - len(last))}}{last}")
     return "\n".join(lines)
 
 

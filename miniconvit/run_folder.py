@@ -55,7 +55,7 @@ class RunFolder:
         except FileNotFoundError:
             return
         except NotADirectoryError:
-            raise UserError(f"{self.path} is a file: choose a folder with --out") from None
+            raise UserError(f"{self.path} is not a folder: choose another --out") from None
         if names - BEFORE_CONFIG:
             raise UserError(
                 f"{self.path} is not empty and holds no run: choose a new folder with --out"
@@ -79,6 +79,16 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def checkpoint(self):
+        """The path of best.safetensors, or before the first epoch's end of last.safetensors.
+
+        Raises UserError where there is neither.
+        """
+        for path in (self.best, self.last):
+            if path.exists():
+                return path
+        raise UserError(f"{self.path} holds no checkpoint: give the folder of a run")
 
     def close(self):
         """Ends the log and with it the lock."""

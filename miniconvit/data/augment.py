@@ -1,43 +1,57 @@
-"""Augmentation and normalisation, on whichever array module the images are."""
+"""What happens to the images of an epoch: their order, their augmentation, their normalisation."""
+
+import numpy as np
 
 from ..backend import array_module, random_bits
 from ..errors import UserError
 
-AUGMENT_STREAM = 2  # keeps these random numbers apart from those of other uses of the same seed
-PADDING = 4  # pixels of zeros on each side before the crop
-PRESETS = ("none", "crop-flip")
+PADDING = 4
+
+
+def epoch_order(n, seed, epoch):
+    """A permutation of 0 .. n-1, int64 (n,): a pure function of (n, seed, epoch)."""
+    return np.argsort(random_bits(seed, epoch, np.arange(n)), kind="stable").astype(np.int64)
 
 
 def augment(images, indices, seed, epoch, preset, repeat=0):
-    """Changes each image at random: a function of (seed, epoch, its index, repeat) alone.
+    """Random changes of images that keep their class. Returns uint8 of the same shape.
 
-    images uint8 (b, 3, height, width), indices (b,) their places in the data set. Presets: "none";
-    "crop-flip": padded by 4 pixels of zeros, cropped to the old size, mirrored with probability
-    1/2. Returns uint8 of the same shape. Raises UserError for an unknown preset.
+    images: uint8 (b, 3, H, W); indices: their (b,) places in the data set. preset "none" returns
+    images as they are; "crop-flip" pads by 4 black pixels, crops back to H x W at random and
+    mirrors left and right with probability 1/2. The draw for an image is a pure function of
+    (seed, epoch, index, repeat), whatever else is in the batch. Raises UserError on another preset.
     """
     if preset == "none":
         return images
     if preset != "crop-flip":
-        raise UserError(f"unknown augmentation {preset!r}: choose one of {', '.join(PRESETS)}")
+        raise UserError(
+            f"unknown augmentation {preset!r}: expected 'none' or 'crop-flip', choose one of them"
+        )
     xp = array_module(images)
-    b, channels, height, width = images.shape
-    bits = random_bits(seed, AUGMENT_STREAM, epoch, xp.asarray(indices), repeat, xp=xp)
-    places = 2 * PADDING + 1
-    dy = (bits >> 40) % places  # (b,) each, from bits apart from each other
-    dx = (bits >> 16 & 0xFFFFFF) % places
-    flip = (bits & 1).astype(bool)
-    rows = dy[:, None].astype(xp.int64) + xp.arange(height)  # (b, height), in the padded image
-    cols = dx[:, None].astype(xp.int64) + xp.arange(width)
-    cols = xp.where(flip[:, None], cols[:, ::-1], cols)
-    padded = xp.zeros((b, channels, height + 2 * PADDING, width + 2 * PADDING), dtype=images.dtype)
-    padded[:, :, PADDING:-PADDING, PADDING:-PADDING] = images
-    image, channel = xp.arange(b)[:, None, None, None], xp.arange(channels)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], cols[:, None, None, :]]
+    batch, channels, height, width = images.shape
+    bits = random_bits(seed, epoch, xp.asarray(indices), repeat, xp=xp)  # (b,)
+    offsets = 2 * PADDING + 1
+    top = (bits % offsets).astype(xp.int64)[:, None]
+    left = (bits // offsets % offsets).astype(xp.int64)[:, None]
+    mirrored = (bits >> 63).astype(bool)[:, None]
+    rows = top + xp.arange(height)  # (b, H)
+    cols = left + xp.where(mirrored, xp.arange(width)[::-1], xp.arange(width))  # (b, W)
+    margin = (PADDING, PADDING)
+    padded = xp.pad(images, ((0, 0), (0, 0), margin, margin))
+    which = xp.arange(batch)[:, None, None, None]
+    channel = xp.arange(channels)[:, None, None]
+    return padded[which, channel, rows[:, None, :, None], cols[:, None, None, :]]  # (b, 3, H, W)
 
 
 def normalize(images, mean, std, dtype="float32"):
-    """(images / 255 - mean) / std per channel, in dtype all the way. images uint8 (b, C, h, w)."""
+    """(images / 255 - mean) / std per channel, computed in dtype throughout.
+
+    images: uint8 (b, 3, H, W); mean and std: one number for each channel, in units where white
+    is 1. Returns (b, 3, H, W) of dtype.
+    """
     xp = array_module(images)
-    scale = xp.asarray([1.0 / (255.0 * s) for s in std], dtype=dtype)[:, None, None]
-    shift = xp.asarray([m / s for m, s in zip(mean, std, strict=True)], dtype=dtype)[:, None, None]
-    return images.astype(dtype) * scale - shift
+    y = images.astype(dtype)
+    y /= 255
+    y -= xp.asarray(mean, dtype=dtype)[:, None, None]
+    y /= xp.asarray(std, dtype=dtype)[:, None, None]
+    return y

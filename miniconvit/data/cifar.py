@@ -1,115 +1,135 @@
-"""CIFAR-10 (Krizhevsky 2009) from the official binary files, found or downloaded."""
+"""CIFAR-10 from its official binary files (A. Krizhevsky, "Learning Multiple Layers of Features
+from Tiny Images", 2009).
+
+A record is one label byte and 3,072 pixel bytes: red, green, blue, each row by row.
+"""
 
 import hashlib
+import os
 import sys
 import tarfile
-from contextlib import suppress
-from pathlib import Path
+import tempfile
 
 import numpy as np
 import pooch
 
 from ..errors import UserError
-from .dataset import Dataset, Split, data_folders
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+ARCHIVE_SIZE = "about 170 MB"
 FOLDER = "cifar-10-batches-bin"
-NAMES = "batches.meta.txt"
-TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-TEST = "test_batch.bin"
-MD5 = {
-    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-    "batches.meta.txt": "728051cd483f366e254dddb25bead8b3",
+FILES = {  # name: (bytes, MD5)
+    "data_batch_1.bin": (30_730_000, "5dd7e06a14cb22eb9f671a540d1b7c25"),
+    "data_batch_2.bin": (30_730_000, "5ea93a67294ea407fff1d09f752e9692"),
+    "data_batch_3.bin": (30_730_000, "942cd6a4bcdd0dd3c604fbe906cb4421"),
+    "data_batch_4.bin": (30_730_000, "ae636b3ba5c66a11e91e8cb52e771fcb"),
+    "data_batch_5.bin": (30_730_000, "53f37980c15c3d472c316c40844f3f0d"),
+    "test_batch.bin": (30_730_000, "803d5f7f4d78ea53de84dbe85f74fb6d"),
+    "batches.meta.txt": (61, "728051cd483f366e254dddb25bead8b3"),
 }
-RECORD = 1 + 3 * 32 * 32  # bytes: a label, then the red, green and blue planes, row by row
-HELD_OUT = 500  # of each class: the last ones in the order of the files
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HELD_OUT = 500
+"""Images of each class that leave the official training set for val."""
+
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+AUGMENTATION = "crop-flip"
 
 
-def load_cifar10(data_dir=None, download=True):
-    """50,000 training images, of which the last 500 of each class are val, and 10,000 of test.
+def read(folders, download):
+    """(class names, {"train", "val", "test": (images, labels)}) of the first folder that has it.
 
-    Raises UserError where the files are not found and not to be had, or damaged.
+    folders: Path or None each; a folder may be the files' own or the one above it. val is the last
+    HELD_OUT images of each class of the official training set, train the others, all in the order
+    of the files. Raises UserError on missing or damaged files and a failed download.
     """
-    folder = _find(data_dir) or _download(data_dir, download)
-    contents = {name: _checked(folder / name) for name in MD5}
-    classes = tuple(contents[NAMES].decode().split())
-    whole = _split(b"".join(contents[name] for name in TRAIN))
-    held_out = np.zeros(len(whole.labels), dtype=bool)
+    folder = _find(folders)
+    if folder is None:
+        target = folders[0] or folders[-1]
+        if not download:
+            raise UserError(
+                f"CIFAR-10 was not found: expected the folder {FOLDER} in --data-dir, in the "
+                "folder that MINICONVIT_DATA names or in the user's cache; put it there or allow "
+                "the download"
+            )
+        folder = _download(target)
+    content = {name: _checked(folder / name) for name in FILES}
+    classes = tuple(line for line in content["batches.meta.txt"].decode().splitlines() if line)
+    batches = [
+        _records(content[name], folder / name, len(classes))
+        for name in FILES
+        if name.startswith("data_batch")
+    ]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    held_out = np.zeros(len(labels), dtype=bool)
     for label in range(len(classes)):
-        held_out[np.flatnonzero(whole.labels == label)[-HELD_OUT:]] = True
-    train, val = (Split(whole.images[m], whole.labels[m]) for m in (~held_out, held_out))
-    test = _split(contents[TEST])
-    return Dataset("cifar10", classes, MEAN, STD, "crop-flip", train, val, test)
+        held_out[np.flatnonzero(labels == label)[-HELD_OUT:]] = True
+    return classes, {
+        "train": (images[~held_out], labels[~held_out]),
+        "val": (images[held_out], labels[held_out]),
+        "test": _records(content["test_batch.bin"], folder / "test_batch.bin", len(classes)),
+    }
 
 
-def _find(data_dir):
-    """The folder with the files, or None. A data_dir may be that folder itself."""
-    for folder in data_folders(data_dir):
-        for candidate in (folder, folder / FOLDER):
-            if (candidate / TRAIN[0]).exists():
+def _find(folders):
+    for folder in filter(None, folders):
+        for candidate in (folder / FOLDER, folder):
+            if any(os.path.exists(candidate / name) for name in FILES):
                 return candidate
     return None
 
 
 def _checked(path):
-    """The bytes of one of the files. Raises UserError where they are not the official ones."""
+    size, md5 = FILES[path.name]
+    remedy = f"delete the folder {path.parent} and let it be downloaded again"
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"cannot read {path}: {error.strerror or error}; delete the folder {path.parent} "
-            "and run again to download it"
+            f"CIFAR-10 file {path} cannot be read ({error.strerror}): {remedy}"
         ) from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[path.name]:
+    if len(content) != size:
         raise UserError(
-            f"{path} is damaged ({len(content):,} bytes, wrong MD5): delete the folder "
-            f"{path.parent} and run again to download it"
+            f"CIFAR-10 file {path} is damaged: expected {size:,} bytes, found {len(content):,}; "
+            f"{remedy}"
+        )
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise UserError(
+            f"CIFAR-10 file {path} is damaged: expected MD5 {md5}, found {found}; {remedy}"
         )
     return content
 
 
-def _split(content):
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, RECORD)
-    images = np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)
-    return Split(images, records[:, 0].astype(np.int64))
-
-
-def _download(data_dir, allowed):
-    """Fetches, verifies and unpacks the archive; the folder with the files."""
-    places = data_folders(data_dir)
-    looked = ", ".join(str(place) for place in places)
-    if not allowed:
+def _records(content, path, num_classes):
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    labels = records[:, 0].astype(np.int64)
+    if labels.max() >= num_classes:
         raise UserError(
-            f"CIFAR-10 ({FOLDER}) was not found in {looked}: give --data-dir, or allow the download"
+            f"CIFAR-10 file {path} is damaged: expected labels below {num_classes}, found "
+            f"{labels.max()}; delete the file and download it again"
         )
-    target = Path(data_dir) if data_dir else places[-1]
-    print(f"downloading CIFAR-10 from {URL} (170 MB) to {target}", file=sys.stderr, flush=True)
+    return records[:, 1:].reshape(-1, 3, 32, 32).copy(), labels
+
+
+def _download(target):
+    """Download and unpack the archive; the folder appears under its name only when complete."""
+    print(f"Downloading CIFAR-10 from {URL} ({ARCHIVE_SIZE}) to {target}", file=sys.stderr)
+    pooch.get_logger().setLevel("WARNING")  # the line above says it already
     try:
-        archive = pooch.retrieve(
-            URL, f"md5:{ARCHIVE_MD5}", path=target, fname=Path(URL).name, progressbar=True
-        )
-        with tarfile.open(archive) as tar:
-            wanted = [tar.getmember(f"{FOLDER}/{name}") for name in MD5]
-            tar.extractall(target, wanted, filter="data")
-    except Exception as error:  # of requests, pooch, tarfile or the disk: one answer to all
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target) as work:
+            archive = pooch.retrieve(
+                URL, f"md5:{ARCHIVE_MD5}", path=work, fname="archive.tar.gz", progressbar=True
+            )
+            with tarfile.open(archive) as tar:
+                members = [tar.getmember(f"{FOLDER}/{name}") for name in FILES]
+                tar.extractall(work, members=members, filter="data")
+            os.replace(os.path.join(work, FOLDER), target / FOLDER)
+    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"could not download CIFAR-10 from {URL} ({_cause(error)}): download and unpack it "
-            "yourself and give its folder as --data-dir"
+            f"CIFAR-10 could not be downloaded from {URL} to {target}: {reason}; check the network "
+            f"and the disk, or put the folder {FOLDER} there yourself"
         ) from error
-    with suppress(OSError):
-        Path(archive).unlink()
     return target / FOLDER
-
-
-def _cause(error):
-    """The innermost reason, in a few words."""
-    while (error.__cause__ or error.__context__) is not None:
-        error = error.__cause__ or error.__context__
-    return " ".join(str(error).split())[:150] or type(error).__name__

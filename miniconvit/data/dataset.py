@@ -1,18 +1,22 @@
-"""A data set in memory, and the order in which an epoch visits it."""
+"""A data set by its name: three splits, and what a model has to know about them."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pooch
 
 from ..errors import UserError
+from . import cifar, shapes
+
+SOURCES = {"shapes": shapes, "cifar10": cifar}
+"""Name to the module with MEAN, STD, AUGMENTATION and read(folders, download)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """images uint8 (n, 3, height, width), labels int64 (n,)."""
+    """images: uint8 (n, 3, H, W); labels: int64 (n,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -20,9 +24,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits and what is known of them. Settings are chosen on val; test is for reporting.
+    """Three disjoint splits: choose settings on val, report on test.
 
-    mean and std are the training images' per channel, in 0..1; augmentation: the usual preset.
+    mean and std are per channel, in units where white is 1; augmentation is the preset that suits
+    the data ("none" or "crop-flip").
     """
 
     name: str
@@ -35,31 +40,38 @@ class Dataset:
     test: Split
 
 
-def take_subset(dataset, fraction):
-    """The data set with that fraction of each class of train: the first images, at least one.
+def load_dataset(name, data_dir=None, download=True, subset=1.0):
+    """The data set "shapes" (built in) or "cifar10" (files, see `cifar`).
 
-    Raises UserError for a fraction outside (0, 1].
+    Files are looked for in data_dir, then in the folder that MINICONVIT_DATA names, then in the
+    user's cache folder; what is found nowhere is downloaded to data_dir, or to the cache, if
+    download is true. subset keeps the first fraction of each class of train, at least one image
+    of each. Raises UserError on an unknown name, a fraction outside (0, 1], missing or damaged
+    files and a failed download.
     """
-    if not 0 < fraction <= 1:
-        raise UserError(f"the subset must be above 0 and at most 1, not {fraction}")
-    if fraction == 1:
-        return dataset
-    labels = dataset.train.labels
-    chosen = []
-    for label in range(len(dataset.classes)):
-        indices = np.flatnonzero(labels == label)
-        # Rounded first: 0.29 * 100 is 28.999999999999996.
-        chosen.append(indices[: max(1, int(round(len(indices) * fraction, 6)))])
-    kept = np.sort(np.concatenate(chosen))
-    return replace(dataset, train=Split(dataset.train.images[kept], labels[kept]))
+    if name not in SOURCES:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}")
+    if not 0 < subset <= 1:
+        raise UserError(f"subset must be a fraction in (0, 1], not {subset}")
+    source = SOURCES[name]
+    classes, arrays = source.read(_folders(data_dir), download)
+    splits = {split: Split(images, labels) for split, (images, labels) in arrays.items()}
+    if subset < 1:
+        splits["train"] = _first_of_each_class(splits["train"], subset)
+    return Dataset(name, classes, source.MEAN, source.STD, source.AUGMENTATION, **splits)
 
 
-def epoch_order(n, seed, epoch):
-    """The order in which epoch `epoch` visits n images: int64 (n,), a function of its arguments."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def _folders(data_dir):
+    """Where files may lie, in the order of search; the first and the last may be downloaded to."""
+    named = (data_dir, os.environ.get("MINICONVIT_DATA"), pooch.os_cache("miniconvit"))
+    return [Path(folder).expanduser() if folder else None for folder in named]
 
 
-def data_folders(data_dir):
-    """Where data are looked for, in this order: data_dir, MINICONVIT_DATA, the user's cache."""
-    folders = [data_dir, os.environ.get("MINICONVIT_DATA"), pooch.os_cache("miniconvit")]
-    return [Path(folder) for folder in folders if folder]
+def _first_of_each_class(split, fraction):
+    counts = np.bincount(split.labels)
+    kept = []
+    for label in np.flatnonzero(counts):
+        count = max(1, round(fraction * int(counts[label])))
+        kept.append(np.flatnonzero(split.labels == label)[:count])
+    kept = np.sort(np.concatenate(kept))
+    return Split(split.images[kept], split.labels[kept])

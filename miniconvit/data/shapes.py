@@ -1,47 +1,57 @@
 """shapes: procedural 32x32 colour images whose ten classes need both texture and layout.
 
-Four objects stand in the four quarters of the image, each striped vertically or horizontally; the
-class says which ones are vertical: one of the four, or two of them (4 + 6 = 10 classes). Outline,
-colours, position within the quarter and phase of the stripes are drawn at random, independently of
+Four objects stand in the four quarters of an image; some are striped, the others checked, and the
+class says which are striped: one of the four, or two of them (4 + 6 = 10 classes). Outline,
+colours, place within the quarter, phase and direction of the texture are drawn independently of
 the class. Hence, exactly:
 
-- Whoever sees only the layout (outlines, places, mean colours: `render(..., flat=True)`) is left
-  with chance, 10 %: nothing but the texture differs between the classes.
-- Whoever sees only the textures (the patches in any order: `shuffle_patches`) can count the
-  vertical objects and no more, 20 %: one of four classes or one of six, (4/10)/4 + (6/10)/6 = 1/5.
-  An object never leaves its quarter and the quarters begin on multiples of 4 pixels, so that no 4x4
-  patch tells which quarter it comes from.
-- A pixel's mean is the same in all classes, since dark and light are exchanged with probability
-  1/2: a linear classifier stays near chance.
+- Whoever sees only the layout (`flatten_textures`: outlines, places, mean colours) is left with
+  chance, 10 %, because nothing but the texture differs between the classes.
+- Whoever sees only which textures there are can count the striped objects and no more, 20 %: one
+  of four classes or one of six, 0.4 / 4 + 0.6 / 6. `shuffle_patches` leaves just that: objects stay
+  within their quarter and quarters begin at multiples of 4 pixels, so that the 4x4 patches of an
+  object are distributed alike in every quarter.
+- The mean of every pixel is the same in all classes, because dark and light change places with
+  probability 1/2: a linear classifier finds next to nothing.
 
-Every pixel is decided by integer arithmetic on counter-based bits, so the bytes are the same on
-every machine; SHA256 pins them.
+The texture's cells are 3 pixels wide, so a 4x4 patch shows less than one period: a texture is read
+from a patch and its neighbours. All pixels come from counter-based bits by integer arithmetic,
+which gives the same bytes on every machine.
 """
+
+import hashlib
 
 import numpy as np
 
 from ..backend import random_bits
-from .dataset import Dataset, Split
+from ..errors import UserError
+
+COUNTS = {"train": 10_000, "val": 2_000, "test": 2_000}
+SHA256 = "93238e861bd42f4fbec8e59d24e5fbc6f6ef2dfe9a13c011625b06314697723e"
+"""Of the bytes of images and labels (little-endian), train, val, test."""
+
+MEAN = (0.526, 0.500, 0.485)
+STD = (0.253, 0.239, 0.196)
+AUGMENTATION = "none"  # a flip would change the class
+
+STRIPED = {  # which of top left, top right, bottom left, bottom right
+    "top left striped": (1, 0, 0, 0),
+    "top right striped": (0, 1, 0, 0),
+    "bottom left striped": (0, 0, 1, 0),
+    "bottom right striped": (0, 0, 0, 1),
+    "top row striped": (1, 1, 0, 0),
+    "bottom row striped": (0, 0, 1, 1),
+    "left column striped": (1, 0, 1, 0),
+    "right column striped": (0, 1, 0, 1),
+    "falling diagonal striped": (1, 0, 0, 1),
+    "rising diagonal striped": (0, 1, 1, 0),
+}
+CLASSES = tuple(STRIPED)
 
 SEED = 2021
-SHA256 = "afb754d49250453c6e24068a58115676abf03079608f726e02171f591b2b0f69"
-"""Of each split's images and then labels (little-endian), one after the other."""
-COUNTS = {"train": 10_000, "val": 2_000, "test": 2_000}
-CHUNK = 500  # scenes rendered at once, to stay in the caches
-
-ARRANGEMENTS = {
-    "top left vertical": (1, 0, 0, 0),
-    "top right vertical": (0, 1, 0, 0),
-    "bottom left vertical": (0, 0, 1, 0),
-    "bottom right vertical": (0, 0, 0, 1),
-    "top row vertical": (1, 1, 0, 0),
-    "bottom row vertical": (0, 0, 1, 1),
-    "left column vertical": (1, 0, 1, 0),
-    "right column vertical": (0, 1, 0, 1),
-    "falling diagonal vertical": (1, 0, 0, 1),
-    "rising diagonal vertical": (0, 1, 1, 0),
-}
-"""Class to which places are vertical: top left, top right, bottom left, bottom right."""
+CELL = 3
+PLACES = np.arange(4)
+CHUNK = 500  # scenes drawn at a time: the intermediate arrays stay in the cache
 
 DARK = np.array(
     [(38, 70, 83), (29, 53, 87), (106, 4, 15), (45, 106, 79), (90, 24, 154), (20, 20, 24)]
@@ -58,100 +68,103 @@ LIGHT = np.array(
 )
 GROUND = np.array([(128, 132, 140), (140, 128, 116), (116, 134, 122), (134, 120, 138)])
 OUTLINES = np.array([(12, 24, 150), (11, 22, 242), (12, 17, 288), (12, 15, 288)])
-"""Disc, square, octagon, diamond: the most that max(|x|, |y|), |x| + |y| and x^2 + y^2 may be, in
-half pixels from the centre."""
-
-STRIPE = 4  # pixels of one colour
-SIDE = 16  # pixels of a quarter
-NOISE_PLACE = 4  # the random stream after those of the four places
-NOISE = 8  # grey levels: each value of a pixel is shifted by -8..7
+"""Disc, square, octagon, diamond: the largest max(|x|, |y|), |x| + |y| and x^2 + y^2 of a pixel,
+in half pixels from the centre."""
 
 
-def load_shapes():
-    """The three splits: disjoint draws, balanced classes."""
-    splits, first = {}, 0
-    for name, count in COUNTS.items():
-        parts = [render(start, CHUNK) for start in range(first, first + count, CHUNK)]
-        splits[name] = Split(*map(np.concatenate, zip(*parts, strict=True)))
-        first += count
-    images = splits["train"].images
-    # Exact sums of integers, so that mean and std too are the same on every machine.
-    n = images.size // 3
-    total = images.sum(axis=(0, 2, 3), dtype=np.int64)
-    squares = np.square(images, dtype=np.int32).sum(axis=(0, 2, 3), dtype=np.int64)
-    mean = total / n
-    std = np.sqrt(squares / n - mean**2)
-    mean, std = (tuple(round(float(x) / 255, 4) for x in values) for values in (mean, std))
-    return Dataset("shapes", tuple(ARRANGEMENTS), mean, std, "none", **splits)
+def read(folders=(), download=False):
+    """(class names, {"train", "val", "test": (images, labels)}); the arguments have no effect."""
+    return CLASSES, {split: (_render(split), _labels(split)) for split in COUNTS}
 
 
-def render(first, count, flat=False):
-    """Scenes number first..first+count-1: images uint8 (count, 3, 32, 32), labels int64 (count,).
+def flatten_textures(split):
+    """The images of a split ("train", "val", "test") with the textures gone, uint8 (n, 3, 32, 32).
 
-    flat: every texture is replaced by its mean colour, the scenes staying the same.
+    The same scenes, noise included, but every object is filled with the mean of its two colours.
     """
-    s = _scenes(first, count)
-    x = np.arange(SIDE, dtype=np.int16)
-    y = x[:, None]
-    u = abs(2 * x - (SIDE - 1) - _pixels(s["dx"]))  # (n, 4, 1, 16), half pixels from the centre
-    v = abs(2 * y - (SIDE - 1) - _pixels(s["dy"]))  # (n, 4, 16, 1)
-    a, b, c = (_pixels(OUTLINES[s["outline"]][..., i]) for i in range(3))
-    inside = (np.maximum(u, v) <= a) & (u + v <= b) & (u * u + v * v <= c)  # (n, 4, 16, 16)
-    across = (x + _pixels(s["phase_x"])) // STRIPE & 1
-    down = (y + _pixels(s["phase_y"])) // STRIPE & 1
-    vertical = np.array(list(ARRANGEMENTS.values()), dtype=bool)[s["label"]]  # (n, 4)
-    is_light = np.where(_pixels(vertical), across, down) ^ _pixels(s["swap"])
-    dark, light = DARK[s["dark"]], LIGHT[s["light"]]  # (n, 4, 3)
-    if flat:
-        dark = light = (dark + light) // 2
-    colour = np.where(is_light[:, :, None], _pixels(light), _pixels(dark))  # (n, 4, 3, 16, 16)
-    ground = GROUND[s["ground"]].astype(np.int16)[:, None, :, None, None]
-    quarters = np.where(inside[:, :, None], colour, ground).reshape(count, 2, 2, 3, SIDE, SIDE)
-    images = quarters.transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, 2 * SIDE, 2 * SIDE)
-    images = np.clip(images + _noise(first, count, images.shape), 0, 255).astype(np.uint8)
-    return images, s["label"]
+    return _render(split, flat=True)
 
 
-def shuffle_patches(images, seed, patch=4):
-    """Each image's patches in a random order of its own: textures stay, the layout goes."""
+def shuffle_patches(images, seed, patch_size=4):
+    """The patches of each image in a random order of its own: the textures stay, the layout goes.
+
+    images (n, channels, H, W). Returns the same shape and dtype. Raises UserError where patch_size
+    does not divide H and W.
+    """
     n, channels, height, width = images.shape
-    rows, cols = height // patch, width // patch
-    tiles = images.reshape(n, channels, rows, patch, cols, patch)
-    tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(n, rows * cols, channels, patch, patch)
-    order = np.random.default_rng(seed).random((n, rows * cols)).argsort(axis=1)
-    tiles = tiles[np.arange(n)[:, None], order].reshape(n, rows, cols, channels, patch, patch)
+    if height % patch_size or width % patch_size:
+        raise UserError(
+            f"images of {height}x{width} pixels cannot be cut into patches of {patch_size}: choose "
+            "a patch size that divides both sides"
+        )
+    rows, cols = height // patch_size, width // patch_size
+    tiles = images.reshape(n, channels, rows, patch_size, cols, patch_size)
+    tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(n, rows * cols, -1)
+    order = random_bits(seed, np.arange(n)[:, None], np.arange(rows * cols)).argsort(axis=1)
+    tiles = np.take_along_axis(tiles, order[:, :, None], axis=1)
+    tiles = tiles.reshape(n, rows, cols, channels, patch_size, patch_size)
     return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
-def _scenes(first, count):
-    """What is drawn for each scene and place, by name: (n,) or (n, 4)."""
-    scene = np.arange(first, first + count)[:, None]  # (n, 1)
-    place = np.arange(4)
+def digest(arrays):
+    """SHA-256 of the splits that `read` returns, to compare with SHA256."""
+    sha = hashlib.sha256()
+    for split in COUNTS:
+        images, labels = arrays[split]
+        sha.update(images.tobytes())
+        sha.update(labels.astype("<i8").tobytes())
+    return sha.hexdigest()
+
+
+def _labels(split):
+    return np.arange(COUNTS[split], dtype=np.int64) % len(CLASSES)
+
+
+def _render(split, flat=False):
+    """Scenes are numbered through train, val and test, so no two splits share a draw."""
+    first = sum(COUNTS[name] for name in list(COUNTS)[: list(COUNTS).index(split)])
+    labels = _labels(split)
+    chunks = [
+        _render_scenes(np.arange(first + start, first + start + len(part)), part, flat)
+        for start in range(0, len(labels), CHUNK)
+        for part in [labels[start : start + CHUNK]]
+    ]
+    return np.concatenate(chunks)
+
+
+def _render_scenes(scenes, labels, flat):
+    """uint8 (n, 3, 32, 32): four quarters of 16 x 16, each with an object on the ground."""
+    n = len(scenes)
 
     def choose(detail, options):
-        return (random_bits(SEED, scene, place, detail) >> 32).astype(np.int64) % options
+        """One of so many options for every object, (n, 4, 1, 1)."""
+        chosen = random_bits(SEED, scenes[:, None], PLACES, detail) % options
+        return chosen.astype(np.int16)[:, :, None, None]
 
-    return {
-        "label": scene[:, 0] % len(ARRANGEMENTS),
-        "dark": choose(0, len(DARK)),
-        "light": choose(1, len(LIGHT)),
-        "swap": choose(2, 2),
-        "dx": choose(3, 7) - 3,
-        "dy": choose(4, 7) - 3,
-        "outline": choose(5, len(OUTLINES)),
-        "phase_x": choose(6, 2 * STRIPE),
-        "phase_y": choose(7, 2 * STRIPE),
-        "ground": choose(9, len(GROUND))[:, 0],
-    }
+    def colour(values):
+        return values.astype(np.int16)[..., None, None]
 
+    x, y = np.arange(16, dtype=np.int16), np.arange(16, dtype=np.int16)[:, None]
+    right, down = abs(2 * x - 12 - choose(0, 7)), abs(2 * y - 12 - choose(1, 7))  # from the centre
+    largest, diamond, disc = OUTLINES.astype(np.int16)[choose(2, len(OUTLINES))[..., 0, 0]].T
+    largest, diamond, disc = (limit.T[:, :, None, None] for limit in (largest, diamond, disc))
+    inside = (np.maximum(right, down) <= largest) & (right + down <= diamond)
+    inside &= right * right + down * down <= disc  # (n, 4, 16, 16)
 
-def _noise(first, count, shape):
-    scene = np.arange(first, first + count)[:, None]
-    words = random_bits(SEED, scene, NOISE_PLACE, np.arange(shape[1] * shape[2] * shape[3] // 8))
-    levels = words.astype("<u8").view(np.uint8) >> 4  # 0..15
-    return levels.reshape(shape).astype(np.int16) - NOISE
+    across, along = (x + choose(3, 2 * CELL)) // CELL, (y + choose(4, 2 * CELL)) // CELL
+    stripes = np.where(choose(5, 2) == 1, across, along)
+    striped = np.array(list(STRIPED.values()))[labels][:, :, None, None] == 1
+    is_light = (np.where(striped, stripes, across + along) + choose(6, 2)) % 2 == 1
 
+    dark = DARK[choose(7, len(DARK))[..., 0, 0]]  # (n, 4, 3)
+    light = LIGHT[choose(8, len(LIGHT))[..., 0, 0]]
+    if flat:
+        dark = light = (dark + light) // 2
+    ground = GROUND[choose(9, len(GROUND))[:, :1, 0, 0]]  # (n, 1, 3): one for the image
+    quarters = np.where(is_light[:, :, None], colour(light), colour(dark))
+    quarters = np.where(inside[:, :, None], quarters, colour(ground))  # (n, 4, 3, 16, 16)
+    images = quarters.reshape(n, 2, 2, 3, 16, 16).transpose(0, 3, 1, 4, 2, 5).reshape(n, 3, 32, 32)
 
-def _pixels(values):
-    """One number for all pixels of a quarter: two axes more."""
-    return values.astype(np.int16)[..., None, None]
+    words = random_bits(SEED, scenes[:, None], len(PLACES), np.arange(images[0].size // 8))
+    noise = words.astype("<u8").view(np.uint8).reshape(images.shape) >> 4
+    return np.clip(images + noise.astype(np.int16) - 8, 0, 255).astype(np.uint8)

@@ -1,0 +1,16 @@
+"""A coursework kit: blanks cut out of the library, graded by gradient checks.
+
+`create` makes it, `grade_exercise` and `grade_submission` judge, `grade` judges a folder of
+submissions, `pack` makes a submission; `EXERCISES` is the table of what there is to write.
+"""
+
+from .create import create
+from .exercises import EXERCISES, exercises
+from .grading import (
+    autograde,
+    grade,
+    grade_exercise,
+    grade_submission,
+    load_assignment,
+)
+from .submission import pack, read_submission

@@ -1,0 +1,238 @@
+"""Makes a coursework: the students' folder and the instructor's."""
+
+import hashlib
+import json
+import secrets
+import zipfile
+from base64 import urlsafe_b64encode
+from configparser import ConfigParser
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+from .. import __version__
+from ..errors import UserError
+from ..mutants import MUTANTS
+from .exercises import exercises
+from .grading import INSTRUCTOR_FILE, STUDENT_FILE
+from .skeleton import kit_source, skeleton, skeleton_hash, solution
+
+PACKAGE = Path(__file__).parents[1]
+SHORTEST_SECRET = 16
+
+README = """\
+# Coursework: a vision transformer by hand
+
+Write the functions that say `raise NotImplementedError`, forward and backward, with NumPy alone.
+The docstrings give formulas and shapes. What `x_forward` keeps for `x_backward` is yours to choose:
+it returns `(output, cache)`, and `x_backward(dy, cache)` returns the gradients in the order named.
+
+```
+pip install miniconvit
+miniconvit coursework check        # in this folder: what is right, what is wrong, and how
+pytest                             # the same, as tests
+miniconvit coursework pack         # writes submission.zip
+```
+
+Rules: import numpy, math and kit only. Leave your arguments as they are. Keep the dtype: float32
+in, float32 out. A function's answer depends on its arguments alone, in any order of calls. Every
+exercise counts by itself, and every tensor by itself; the others' functions, which you reach
+through `ops` or `kit`, are right ones while you are graded. Grading uses other numbers and sizes:
+one image and three, one head, grids that are not square.
+
+{table}
+{hints}
+"""
+
+TEST = '''\
+"""The visible tests: what `miniconvit coursework check` runs, for pytest."""
+
+from pathlib import Path
+
+import pytest
+
+from miniconvit.coursework import grade_exercise, load_assignment, read_submission
+
+FOLDER = Path(__file__).parent
+ASSIGNMENT = load_assignment(FOLDER)
+
+
+@pytest.mark.parametrize("exercise", ASSIGNMENT.exercises, ids=lambda exercise: exercise.name)
+def test_exercise(exercise):
+    texts, problems, _ = read_submission(FOLDER, [exercise])
+    assert not problems
+    result = grade_exercise(texts[exercise.name], exercise, ASSIGNMENT)
+    assert result.is_full, result.text
+'''
+
+SETUP = """\
+#!/usr/bin/env bash
+# Needs Python 3.11 or newer: choose an image of Ubuntu 24.04 or later.
+set -e
+apt-get update
+apt-get install -y python3 python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install /autograder/source/miniconvit-*.whl
+"""
+
+RUN = """\
+#!/usr/bin/env bash
+set -e
+root=$(cd "$(dirname "$0")" && pwd)
+# The students' code runs as nobody, who then cannot read the secret or the reference.
+chmod 700 "$root/source" "$root/venv"
+"$root/venv/bin/python" -c '
+import sys
+from miniconvit.coursework import autograde
+autograde(sys.argv[1])' "$root"
+"""
+
+
+def create(out, secret_file, names=None):
+    """Writes out/student and out/instructor for the exercises of these names (all where None).
+
+    secret_file: the text that hidden inputs are drawn from; drawn and written where it is missing.
+    Returns the exercises. Raises UserError where out is not empty or the secret is too short.
+    """
+    chosen, out, secret_file = exercises(names), Path(out), Path(secret_file)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose a folder that is empty or new")
+    if (out / "student").resolve() in secret_file.resolve().parents:
+        raise UserError(f"{secret_file} would be in the students' folder: keep it elsewhere")
+    secret = _secret(secret_file)
+    edition = skeleton_hash(chosen)
+    config = {"exercises": [e.name for e in chosen], "skeleton": edition, "version": __version__}
+    blanks = {exercise.file: skeleton(exercise) for exercise in chosen}
+    student = blanks | {
+        "kit.py": kit_source(),
+        "README.md": README.format(table=_table(chosen), hints=_hints(chosen)),
+        "test_visible.py": TEST,
+        STUDENT_FILE: json.dumps(config, indent=2) + "\n",
+    }
+    hidden = json.dumps(config | {"secret": secret, "visibility": "visible"}, indent=2) + "\n"
+    solutions = {f"solution/{exercise.file}": solution(exercise) for exercise in chosen}
+    instructor = solutions | {
+        "solution/kit.py": kit_source(),
+        f"solution/{STUDENT_FILE}": student[STUDENT_FILE],
+        INSTRUCTOR_FILE: hidden,
+        "notes.md": _notes(chosen),
+        "autograder/setup.sh": SETUP,
+        "autograder/run_autograder": RUN,
+        f"autograder/{INSTRUCTOR_FILE}": hidden,
+    }
+    for folder, files in (("student", student), ("instructor", instructor)):
+        for name, text in files.items():
+            _write(out / folder / name, text)
+    autograder = out / "instructor" / "autograder"
+    write_wheel(autograder)
+    _zip(autograder, out / "instructor" / "autograder.zip")
+    return chosen
+
+
+def _secret(path):
+    if not path.exists():
+        _write(path, secrets.token_hex(32) + "\n", mode=0o600)
+    secret = path.read_text(encoding="utf-8").strip()
+    if len(secret) < SHORTEST_SECRET:
+        raise UserError(
+            f"the secret in {path} has {len(secret)} characters, but needs {SHORTEST_SECRET}: "
+            "delete the file and a good one is drawn"
+        )
+    return secret
+
+
+def _write(path, text, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    if path.name == INSTRUCTOR_FILE:
+        mode = 0o600
+    if path.name in ("setup.sh", "run_autograder"):
+        mode = 0o755
+    if mode:
+        path.chmod(mode)
+
+
+def _zip(folder, path):
+    """The files of a folder at the root of a zip file, with their permissions."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+    path.chmod(0o600)
+
+
+def _table(chosen):
+    rows = [f"| {e.name} | {e.points} | {e.minutes} | {e.goal} |" for e in chosen]
+    return "\n".join(["| exercise | points | minutes | goal |", "| --- | --- | --- | --- |", *rows])
+
+
+def _hints(chosen):
+    lines = [f"- `{e.file}` ({', '.join(e.functions)}): {e.hint}" for e in chosen]
+    return "\n".join(["", "Hints:", "", *lines])
+
+
+def _notes(chosen):
+    """Notes for the instructor; common mistakes are the planted bugs that the tests find."""
+    parts = [
+        "# Notes for the instructor",
+        _table(chosen),
+        "Points are shared equally among the tensors of an exercise. The lists are bugs of "
+        "students and of real projects; each, planted into the solution, loses points here.",
+    ]
+    for exercise in chosen:
+        stories = [m.story for m in MUTANTS if m.function in exercise.functions]
+        functions = ", ".join(f"`{name}`" for name in exercise.functions)
+        parts += [
+            f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
+            f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+        ]
+        if stories:
+            parts += ["Common mistakes:", "\n".join(f"- {story}" for story in stories)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_wheel(folder):
+    """This project as a wheel, made of its files as they are, without build tools or a network.
+
+    Returns its path.
+    """
+    info = f"miniconvit-{__version__}.dist-info"
+    files = {
+        f"miniconvit/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes()
+        for path in sorted(PACKAGE.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    dependencies = "".join(f"Requires-Dist: {line}\n" for line in _dependencies())
+    texts = {
+        "METADATA": f"Metadata-Version: 2.1\nName: miniconvit\nVersion: {__version__}\n"
+        f"Requires-Python: >=3.11\n{dependencies}",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: miniconvit\nRoot-Is-Purelib: true\n"
+        "Tag: py3-none-any\n",
+        "entry_points.txt": "[console_scripts]\nminiconvit = miniconvit.cli:main\n",
+    }
+    files |= {f"{info}/{name}": text.encode() for name, text in texts.items()}
+    record = "".join(f"{name},{_digest(data)},{len(data)}\n" for name, data in files.items())
+    files[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
+    path = Path(folder) / f"miniconvit-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def _digest(data):
+    return "sha256=" + urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+
+
+def _dependencies():
+    """The requirements without extras: of the checkout that this runs in, else as installed."""
+    checkout = PACKAGE.parent / "setup.cfg"
+    if checkout.is_file():
+        parser = ConfigParser()
+        parser.read(checkout, encoding="utf-8")
+        return parser["options"]["install_requires"].split()
+    try:
+        return [line for line in requires("miniconvit") or [] if "extra ==" not in line]
+    except PackageNotFoundError as error:
+        raise UserError(
+            "the autograder needs miniconvit's dependencies, but no list of them was found: run "
+            "this in a checkout, or install miniconvit with pip"
+        ) from error

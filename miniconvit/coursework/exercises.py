@@ -1,0 +1,180 @@
+"""The twelve exercises: which functions of the library a student writes, and what for."""
+
+import ast
+import inspect
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+from .. import layers, optim
+from ..errors import UserError
+from ..layers.ops import REFERENCE
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One function pair `name_forward`, `name_backward`; what each returns, by name.
+
+    A gradient called `grads` stands for a dict of gradients. `adamw_steps` has no backward.
+    """
+
+    name: str
+    gradients: tuple[str, ...]
+    outputs: tuple[str, ...] = ("y",)
+
+    @property
+    def forward(self):
+        return f"{self.name}_forward" if self.gradients else self.name
+
+    @property
+    def backward(self):
+        return f"{self.name}_backward"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One file of a student.
+
+    module: the library's module that it is cut from. helpers: further functions that are blanked.
+    goal is for the instructor and the student, minutes a guess for one who knows NumPy.
+    """
+
+    name: str
+    module: str
+    units: tuple[Unit, ...]
+    points: int
+    minutes: int
+    goal: str
+    hint: str
+    helpers: tuple[str, ...] = ()
+
+    @property
+    def file(self):
+        return f"{self.name}.py"
+
+    @property
+    def functions(self):
+        """The public names that the student writes."""
+        if self.name == "adamw":
+            return ("AdamW.step",)
+        return tuple(name for unit in self.units for name in (unit.forward, unit.backward))
+
+    @property
+    def source_module(self):
+        return optim if self.module == "optim" else sys.modules[f"{layers.__name__}.{self.module}"]
+
+
+WEIGHTED = ("dx", "dweight", "dbias")
+COMPOSITE = ("dx", "grads")
+
+EXERCISES = (
+    Exercise(
+        "linear", "linear", (Unit("linear", WEIGHTED),), 6, 20,
+        "The gradient of a matrix product, with the leading axes folded into rows.",
+        "Write the shape of each factor down: only one order of the product fits.",
+    ),
+    Exercise(
+        "softmax", "softmax", (Unit("softmax", ("dx",)),), 6, 25,
+        "A Jacobian that is not diagonal, applied without ever being formed.",
+        "Every output depends on every input of its row. What does a constant dy give?",
+    ),
+    Exercise(
+        "layernorm", "layernorm", (Unit("layernorm", WEIGHTED),), 9, 40,
+        "Three paths from the input to the output: directly, through the mean, the variance.",
+        "First take the weight into dy; only then form the two means.",
+    ),
+    Exercise(
+        "gelu", "gelu", (Unit("gelu", ("dx",)),), 5, 15,
+        "The product rule elementwise, and the derivative of the error function.",
+        "The derivative of a distribution function is its density.",
+    ),
+    Exercise(
+        "cross_entropy", "loss", (Unit("cross_entropy", ("dlogits",), ("loss",)),), 7, 30,
+        "Softmax and logarithm cancel; a stable logarithm; smoothed and soft targets.",
+        "Work with log p throughout. Soft targets are taken as they are: rows need not sum to 1.",
+    ),
+    Exercise(
+        "patch_embed", "patch_embed",
+        (Unit("patch_embed", ("dimages", "dweight", "dbias")),), 8, 30,
+        "A strided convolution as one matrix product; reshape and transpose, and their inverses.",
+        "Name the six axes. Backward applies the inverse permutation before it reshapes.",
+    ),
+    Exercise(
+        "mhsa", "attention",
+        (Unit("attention", ("dq", "dk", "dv")), Unit("mhsa", COMPOSITE)), 12, 60,
+        "Content attention: two products and a softmax backwards; heads as axes.",
+        "dv needs the transposed map. The scale 1 / sqrt(d) appears once, in the scores' gradient.",
+    ),
+    Exercise(
+        "position_attention", "position",
+        (
+            Unit("position_attention_dense", ("dweight", "dbias"), ("P",)),
+            Unit("position_attention", ("dweight", "dbias"), ("py", "px")),
+            Unit("position_values", ("dv", "dpy", "dpx")),
+        ), 12, 60,
+        "Attention that sees positions only, its two forms, and a gradient that is exactly zero.",
+        "The maps are shared by all images. The softmax ignores whatever moves a whole row alike.",
+    ),
+    Exercise(
+        "gpsa", "gpsa",
+        (
+            Unit("gate", ("dcontent", "dposition", "dgating_param")),
+            Unit("gpsa_dense", COMPOSITE),
+            Unit("gpsa", COMPOSITE),
+        ), 15, 90,
+        "ConViT's own layer: a gate per head mixes where to look with what to look for.",
+        "The values hear from both branches, and the input from qk and v.",
+        helpers=("_project_forward", "_project_backward"),
+    ),
+    Exercise(
+        "mlp", "mlp", (Unit("mlp", COMPOSITE),), 6, 15,
+        "Chaining finished layers: caches are taken in reverse.",
+        "Each backward needs the cache of its own forward.",
+    ),
+    Exercise(
+        "block", "block", (Unit("block", COMPOSITE),), 8, 45,
+        "Residual branches: where a value is used twice, two gradients are added.",
+        "dy goes along the shortcut untouched, and through the branch with the mask.",
+        helpers=("_branch_forward", "_branch_backward"),
+    ),
+    Exercise(
+        "adamw", "optim", (Unit("adamw_steps", ()),), 6, 30,
+        "Two moments, their bias correction, and a weight decay that stays out of them.",
+        "The decay touches only tensors of two or more axes. The step count starts at 1.",
+    ),
+)  # fmt: skip
+
+
+def exercises(names=None):
+    """The exercises of these names, or all. Raises UserError for an unknown name."""
+    by_name = {exercise.name: exercise for exercise in EXERCISES}
+    unknown = sorted(set(names or ()) - set(by_name))
+    if unknown:
+        raise UserError(f"unknown exercise {', '.join(unknown)}: choose of {', '.join(by_name)}")
+    return tuple(by_name[name] for name in by_name if not names or name in names)
+
+
+@cache
+def allowed_functions(unit_name):
+    """The right functions that a student's unit may call: those that the library's own uses, and
+    whatever these are made of, but never the unit itself."""
+    own = {f"{unit_name}_forward", f"{unit_name}_backward"}
+    found, queue = set(), sorted(own & set(vars(REFERENCE)))
+    while queue:
+        for name in _names_called(vars(REFERENCE)[queue.pop()]):
+            pair = {name, name.replace("_forward", "_backward")} - found - own
+            found |= pair
+            queue += pair
+    return frozenset(found)
+
+
+def _names_called(function):
+    """Names of the reference functions in the body of `function` and of its module's helpers."""
+    module = sys.modules[function.__module__]
+    tree = ast.parse(inspect.getsource(function))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for helper in [name for name in names if name.startswith("_") and hasattr(module, name)]:
+        if callable(getattr(module, helper)):
+            names |= _names_called(getattr(module, helper))
+    return {name for name in names if name in vars(REFERENCE)}

@@ -1,0 +1,245 @@
+"""Grading: one exercise, one submission, a folder of submissions."""
+
+import csv
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import UserError
+from .cases import HIDDEN, VISIBLE, Size
+from .exercises import Exercise, allowed_functions, exercises
+from .judge import Row, judge
+from .sandbox import LIMITS, Limits, Sandbox
+from .submission import read_submission
+
+STUDENT_FILE, INSTRUCTOR_FILE = "coursework.json", "hidden.json"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is graded, and on which inputs. The secret is text; visibility is Gradescope's word."""
+
+    exercises: tuple[Exercise, ...]
+    secret: str
+    sizes: tuple[Size, ...]
+    skeleton: str = ""
+    visibility: str = "visible"
+    limits: Limits = LIMITS
+
+
+@dataclass(frozen=True)
+class Result:
+    """One exercise of one student: rows of tensors, or the problem because of which none was run.
+
+    printed: the beginning of what the student's code printed.
+    """
+
+    exercise: Exercise
+    rows: tuple[Row, ...] = ()
+    problem: str = ""
+    printed: str = ""
+
+    @property
+    def score(self):
+        """Points: every tensor counts alike. What is right without any work counts only in a unit
+        of which something else is right."""
+        earned = {row.unit for row in self.rows if row.ok and not row.is_free}
+        right = sum(row.ok and row.unit in earned for row in self.rows)
+        return round(self.exercise.points * right / max(len(self.rows), 1), 2)
+
+    @property
+    def is_full(self):
+        return self.score == self.exercise.points
+
+    @property
+    def text(self):
+        """What to tell the student: a line per wrong tensor."""
+        if self.problem:
+            return self.problem
+        wrong = [row for row in self.rows if not row.ok]
+        if not wrong:
+            return f"all {len(self.rows)} tensors are right"
+        units = {row.unit: [r for r in wrong if r.unit == row.unit] for row in wrong}
+        lines = []
+        for unit, rows in units.items():
+            if len(rows) > 1 and len({row.complaint for row in rows}) == 1:
+                lines.append(f"{unit}: {rows[0].complaint} ({len(rows)} tensors lost)")
+            else:
+                lines += [f"{unit}, {row.tensor}: {row.complaint}" for row in rows]
+        if self.printed.strip():
+            lines.append(f"printed: {self.printed.strip()[:500]}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One submission. remark: a sentence on the submission as a whole."""
+
+    student: str
+    results: tuple[Result, ...]
+    remark: str = ""
+    seconds: float = 0.0
+
+    @property
+    def score(self):
+        return round(sum(result.score for result in self.results), 2)
+
+    @property
+    def max_score(self):
+        return sum(result.exercise.points for result in self.results)
+
+
+def load_assignment(folder):
+    """The Assignment of a student's folder (visible tests) or an instructor's (hidden tests).
+
+    Raises UserError where there is none.
+    """
+    for name in (INSTRUCTOR_FILE, STUDENT_FILE):
+        path = Path(folder) / name
+        if path.is_file():
+            break
+    else:
+        raise UserError(
+            f"{folder} holds neither {STUDENT_FILE} nor {INSTRUCTOR_FILE}: name a folder that "
+            "`miniconvit coursework create` made"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        chosen = exercises(config["exercises"])
+        if name == STUDENT_FILE:
+            return Assignment(chosen, "visible", VISIBLE, config["skeleton"])
+        secret, visibility = config["secret"], config["visibility"]
+        return Assignment(chosen, secret, HIDDEN, config["skeleton"], visibility)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
+
+
+def grade_exercise(text, exercise, assignment):
+    """The Result of one file's text. Every unit runs in a process of its own."""
+    rows, printed = [], ""
+    for unit in exercise.units:
+        allowed = allowed_functions(unit.name)
+        with Sandbox(text, exercise.name, allowed, assignment.limits) as sandbox:
+            rows += judge(sandbox.call, unit, assignment.secret, assignment.sizes)
+        printed = printed or sandbox.printed
+    return Result(exercise, tuple(rows), printed=printed)
+
+
+def grade_submission(path, assignment, student=""):
+    """The Graded of a folder or zip file. Whatever is in it gets a score and a sentence."""
+    start = time.monotonic()
+    texts, problems, remark = read_submission(path, assignment.exercises, assignment.skeleton)
+    results = tuple(
+        grade_exercise(texts[exercise.name], exercise, assignment)
+        if exercise.name in texts
+        else Result(exercise, problem=problems[exercise.name])
+        for exercise in assignment.exercises
+    )
+    return Graded(student, results, remark, time.monotonic() - start)
+
+
+def grade(submissions, instructor, out, jobs=None):
+    """Grades every folder and zip file in `submissions`, `jobs` at a time (all cores where None).
+
+    Writes out/STUDENT/results.json for each and out/grades.csv. Returns the Graded, by name.
+    Raises UserError where there is nothing to grade.
+    """
+    assignment = load_assignment(instructor)
+    if assignment.sizes is not HIDDEN:
+        raise UserError(f"{instructor} is a student's folder: name the instructor's")
+    paths = _submissions(Path(submissions))
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    graded = {}
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        futures = {
+            pool.submit(_grade_safely, path, assignment, student): student
+            for student, path in paths.items()
+        }
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), unit=" submissions"):
+                one = future.result()
+                graded[one.student] = one
+                folder = out / one.student
+                folder.mkdir(exist_ok=True)
+                write_results(one, assignment, folder / "results.json")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    graded = dict(sorted(graded.items()))
+    _write_csv(graded.values(), assignment, out / "grades.csv")
+    return graded
+
+
+def _submissions(folder):
+    """{student: path} of what can be graded in a folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name the one that holds the submissions")
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".zip"):
+            student = path.name.removesuffix(".zip")
+            if student in found:
+                raise UserError(f"{student} has two submissions, {path} and {found[student]}")
+            found[student] = path
+    if not found:
+        raise UserError(f"{folder} holds no submissions: it needs a folder or zip file for each")
+    return found
+
+
+def _grade_safely(path, assignment, student):
+    try:
+        return grade_submission(path, assignment, student)
+    except Exception as error:  # one submission must not end the others' grading
+        problem = f"could not be graded, please look at it by hand: {type(error).__name__}: {error}"
+        results = (Result(exercise, problem=problem) for exercise in assignment.exercises)
+        return Graded(student, tuple(results), problem)
+
+
+def write_results(graded, assignment, path):
+    """results.json as Gradescope reads it."""
+    tests = [
+        {
+            "name": result.exercise.name,
+            "number": str(number),
+            "score": result.score,
+            "max_score": result.exercise.points,
+            "status": "passed" if result.is_full else "failed",
+            "output": result.text,
+            "tags": [result.exercise.module],
+            "visibility": assignment.visibility,
+        }
+        for number, result in enumerate(graded.results, 1)
+    ]
+    content = {
+        "score": graded.score,
+        "output": graded.remark or f"{graded.score:g} of {graded.max_score} points",
+        "visibility": assignment.visibility,
+        "stdout_visibility": "hidden",
+        "execution_time": round(graded.seconds, 1),
+        "tests": tests,
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_csv(graded, assignment, path):
+    names = [exercise.name for exercise in assignment.exercises]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["student", "score", "max_score", *names, "remark"])
+        for one in graded:
+            scores = [result.score for result in one.results]
+            writer.writerow([one.student, one.score, one.max_score, *scores, one.remark])
+
+
+def autograde(root):
+    """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
+    root = Path(root)
+    assignment = load_assignment(root / "source")
+    graded = grade_submission(root / "submission", assignment)
+    (root / "results").mkdir(exist_ok=True)
+    write_results(graded, assignment, root / "results" / "results.json")

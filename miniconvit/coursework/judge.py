@@ -1,0 +1,252 @@
+"""What is right, what is wrong, and what the mistake looks like."""
+
+import inspect
+from dataclasses import dataclass
+from math import isclose, sqrt
+
+import numpy as np
+
+from ..layers.ops import REFERENCE
+from .cases import cases
+from .runner import Broken, Failure, Other, adamw_steps
+
+TOLERANCE = {"float64": 1e-7, "float32": 1e-4}  # of the largest entry
+
+
+@dataclass(frozen=True)
+class Row:
+    """One named tensor of one unit: right in every case, or what is wrong in the first that fails.
+
+    is_free: also right where nothing was written, so it earns nothing by itself.
+    """
+
+    unit: str
+    tensor: str
+    complaint: str = ""
+    is_free: bool = False
+
+    @property
+    def ok(self):
+        return not self.complaint
+
+
+def judge(call, unit, secret, sizes):
+    """The Rows of a unit. call(name, *args) runs a function of the student's."""
+    ledger, drawn = _Ledger(unit), cases(unit, secret, sizes)
+    for case in drawn:
+        _announce(unit, case, ledger)
+    ledger.add("arguments", "")
+    try:
+        for case in drawn:
+            _judge_case(call, unit, case, ledger)
+        _judge_arguments(call, unit, ledger)
+    except Failure as error:
+        ledger.blame(ledger.stage, str(error))
+    except Broken as error:
+        ledger.blame("", str(error))
+    return ledger.rows()
+
+
+class _Ledger:
+    """Tensor to its first complaint, "" while there is none."""
+
+    def __init__(self, unit):
+        self.unit, self.stage = unit, ""
+        self.complaints = {}
+        self.free, self.gradients = {"arguments"}, {"arguments"}
+
+    def blame(self, stage, sentence):
+        """All tensors that are right so far, or at the stage "backward" all gradients, fail."""
+        for name in self.complaints:
+            if stage != "backward" or name in self.gradients:
+                self.add(name, sentence)
+
+    def add(self, name, complaint):
+        self.complaints[name] = self.complaints.get(name) or complaint
+
+    def rows(self):
+        return [
+            Row(self.unit.name, name, complaint, name in self.free)
+            for name, complaint in self.complaints.items()
+        ]
+
+
+def _judge_case(call, unit, case, ledger):
+    """Forward and backward; both for other inputs in between; backward once more on the first."""
+    first, second = case.first, case.second
+    ledger.stage = ""
+    if not unit.gradients:
+        for draw, remark in ((first, ""), (second, ""), (first, AGAIN)):
+            _compare(ledger, call(unit.forward, *draw.args), draw.y, None, case, (), remark)
+        return
+    y, kept = call(unit.forward, *first.args)
+    _compare(ledger, y, first.y, None, case, unit.outputs)
+    ledger.stage = "backward"
+    got = call(unit.backward, first.dy, kept)
+    _compare(ledger, got, first.gradients, first.of_first_image, case, unit.gradients)
+    ledger.stage = ""
+    y, other = call(unit.forward, *second.args)
+    _compare(ledger, y, second.y, None, case, unit.outputs)
+    ledger.stage = "backward"
+    got = call(unit.backward, first.dy, kept)
+    _compare(ledger, got, first.gradients, None, case, unit.gradients, AGAIN)
+    got = call(unit.backward, second.dy, other)
+    _compare(ledger, got, second.gradients, second.of_first_image, case, unit.gradients)
+
+
+AGAIN = (
+    "right at first, wrong when it runs again after other inputs: it changes what was kept, "
+    "or leans on something outside its arguments"
+)
+
+
+def _announce(unit, case, ledger):
+    """Enters the tensors of the case, so that they count however the student's code ends."""
+    for draw in (case.first, case.second):
+        outputs = named(draw.y, unit.outputs if unit.gradients else ())
+        gradients = named(draw.gradients, unit.gradients)
+        for name, expected in (outputs | gradients).items():
+            ledger.complaints.setdefault(name, "")
+            if not np.any(expected):
+                ledger.free.add(name)
+        ledger.gradients |= set(gradients)
+
+
+def _judge_arguments(call, unit, ledger):
+    try:
+        for function, position in call("changed_arguments"):
+            names = [*inspect.signature(getattr(REFERENCE, function, adamw_steps)).parameters]
+            name = names[position + (function == "adamw_steps")]
+            ledger.add("arguments", f"{function} changes its argument {name} in place")
+    except (TypeError, ValueError, LookupError, AttributeError):
+        ledger.add("arguments", "the process answered with something else")
+
+
+def named(value, names):
+    """{name: array} of what a function returned; names ("dx", "grads"): grads is a dict."""
+    if value is None and not names:
+        return {}
+    if len(names) == 1:
+        value = (value,)
+    if isinstance(value, dict) and not names:
+        return dict(value)
+    if not isinstance(value, tuple) or len(value) != len(names):
+        return {}
+    arrays = {}
+    for name, item in zip(names, value, strict=True):
+        if isinstance(item, dict):
+            arrays |= {f'{name}["{key}"]': array for key, array in item.items()}
+        elif item is not None:
+            arrays[name] = item
+    return arrays
+
+
+def _compare(ledger, got, expected, of_first_image, case, names, remark=""):
+    """Enters a complaint for every tensor that is missing or wrong."""
+    right, got = named(expected, names), named(got, names)
+    first = named(of_first_image, names) if of_first_image is not None else {}
+    for name, array in right.items():
+        complaint = ""
+        if name not in got:
+            complaint = f"missing: {', '.join(names or right)} must be returned"
+        else:
+            others = {other: a for other, a in right.items() if other != name}
+            complaint = complain(got[name], array, case.size, first.get(name), others)
+            complaint = complaint and (remark or complaint)
+        ledger.add(name, complaint and f"{complaint} [{case.size}]")
+
+
+def complain(got, expected, size, of_first_image=None, others=()):
+    """What is wrong with one tensor, with its error and a hint, or "" where it is right."""
+    expected = np.asarray(expected)
+    if isinstance(got, Other):
+        return f"is {got.kind}, not an array of numbers"
+    if not isinstance(got, np.ndarray | np.generic | int | float):
+        return f"is of type {type(got).__name__}, not an array"
+    is_array, got = isinstance(got, np.ndarray | np.generic), np.asarray(got)
+    if got.shape != expected.shape:
+        return _misshapen(got, expected, size)
+    if not np.all(np.isfinite(got)):
+        return f"not finite in {np.sum(~np.isfinite(got))} of {got.size} entries"
+    tolerance = TOLERANCE[size.dtype]
+    error = float(np.max(np.abs(got - expected), initial=0.0)) / _scale(expected)
+    if error > tolerance:
+        hint = _hint(got.astype(float), expected, size, of_first_image, dict(others))
+        return f"error {error:.1e}; {hint}"
+    if is_array and got.dtype != size.dtype:
+        return f"is {got.dtype}, but the inputs are {size.dtype}: the dtype must be kept"
+    return ""
+
+
+def _scale(expected):
+    """The largest entry; 1 where all are zero, so that an error is then absolute."""
+    return float(np.max(np.abs(expected), initial=0.0)) or 1.0
+
+
+def _close(a, b, tolerance=1e-6):
+    return a.shape == b.shape and np.max(np.abs(a - b), initial=0.0) <= tolerance * _scale(b)
+
+
+def _misshapen(got, expected, size):
+    text = f"shape {got.shape} instead of {expected.shape}"
+    tolerance = TOLERANCE[size.dtype]
+    if got.shape == expected.shape[::-1] and _close(got.T, expected, tolerance):
+        return f"{text}: equal up to transposition"
+    if got.shape[1:] == expected.shape and _close(got.sum(axis=0), expected, tolerance):
+        return f"{text}: not summed over the first axis"
+    if got.size == expected.size and _close(got.reshape(expected.shape), expected, tolerance):
+        return f"{text}: a reshape is missing"
+    return text
+
+
+def _hint(got, expected, size, of_first_image, others):
+    """The first known mistake that explains the difference; else where it lies."""
+    tolerance = 10 * TOLERANCE[size.dtype]
+    if not np.any(got):
+        return "zero everywhere"
+    if not np.any(expected):
+        return "it should be exactly zero"
+    factor = float((got * expected).sum() / (expected * expected).sum())
+    if _close(got, factor * expected, tolerance):
+        return _factor(factor, size, tolerance)
+    if expected.ndim > 1 and _close(got.swapaxes(-1, -2), expected, tolerance):
+        return "equal up to transposition"
+    for name, other in others.items():
+        if _close(got, np.asarray(other), tolerance):
+            return f"this is the right {name}: are the two exchanged?"
+    if of_first_image is not None and _close(got, of_first_image, tolerance):
+        return "the contribution of the first image alone: sum over the images"
+    if expected.ndim > 2 and len(expected) == size.B > 1 and _close(got[0], expected[0], tolerance):
+        return "right for the first image only"
+    if _close(np.sort(got, axis=None), np.sort(expected, axis=None), tolerance):
+        return "the right numbers in the wrong places: check axes and order"
+    if _close(got, expected - expected.mean(), tolerance):
+        return "right up to a constant"
+    wrong = np.abs(got - expected) > tolerance * _scale(expected)
+    cosine = float((got * expected).sum() / sqrt((got * got).sum() * (expected * expected).sum()))
+    index = ", ".join(map(str, np.argwhere(wrong)[0])) if wrong.any() else ""
+    place = f"{wrong.sum()} of {wrong.size} entries wrong, the first at [{index}]"
+    if cosine > 0.9999:
+        return f"nearly right, {place}: is a constant rounded, or a formula an approximation?"
+    return f"{place}; cosine with the right one {cosine:.3f}: a term is missing or wrong"
+
+
+def _factor(factor, size, tolerance):
+    """A sentence on got = factor * expected."""
+    if isclose(factor, -1.0, rel_tol=tolerance):
+        return "exactly the right value with the opposite sign"
+    named_sizes = {
+        "the batch size": size.B,
+        "the number of tokens": size.N,
+        "images times tokens": size.B * size.N,
+        "the root of the head width": sqrt(size.d),
+        "the head width": size.d,
+        "the number of classes": size.C,
+    }
+    for name, value in named_sizes.items():
+        if value > 1 and isclose(factor, value, rel_tol=tolerance):
+            return f"exactly {value:.6g} times the right value; {value:.6g} is {name}"
+        if value > 1 and isclose(factor, 1 / value, rel_tol=tolerance):
+            mean = ": a mean where a sum belongs?" if "root" not in name else ""
+            return f"exactly 1 / {value:.6g} of the right value; {value:.6g} is {name}{mean}"
+    return f"exactly {factor:.6g} times the right value"

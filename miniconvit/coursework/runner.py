@@ -1,0 +1,345 @@
+"""Runs one file of a student in a process of its own: inputs come in, arrays go out.
+
+This file is copied beside the student's and needs NumPy alone. What a right answer would be is not
+known here, neither are seeds; functions of other exercises are computed by the parent process.
+"""
+
+import json
+import os
+import struct
+import sys
+from contextlib import suppress
+from functools import partial
+from math import prod
+
+import numpy as np
+
+LARGEST = 1 << 17  # bytes of a message: the tests' arrays are far smaller
+FRAMEWORKS = (
+    *("miniconvit", "torch", "jax", "tensorflow", "autograd", "cupy", "mlx", "keras", "tinygrad"),
+    *("subprocess", "_posixsubprocess", "socket", "_socket", "multiprocessing", "ctypes", "cffi"),
+)
+WHITELIST = (
+    *("numpy", "math", "kit", "functools", "itertools", "operator", "dataclasses", "typing"),
+    *("collections", "__future__"),
+)
+NOBODY = 65534
+
+
+class Broken(Exception):
+    """The other side ended, or sent what is no message."""
+
+
+class Failure(Exception):
+    """The function called raised; the text says what."""
+
+
+class Kept:
+    """What a forward function kept, in the process that made it: here it is but a number."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+class Other:
+    """A value that is no array, number, text, tuple or dict; `kind` says what it is."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+
+OPS = object()
+"""Stands for the argument `ops`: each side puts its own namespace there."""
+
+
+class Wire:
+    """Calls in both directions over two pipes, one at a time.
+
+    Values travel as JSON, followed by the arrays' bytes; nothing is ever unpickled. functions(name)
+    is what the other side may call; ops the namespace it means by OPS; largest_number bounds the
+    numbers it may send, so that it cannot ask for arrays larger than memory.
+    """
+
+    def __init__(self, read, write, functions, ops, largest_number=None):
+        self._read, self._write = read, write
+        self._functions, self._ops, self._largest = functions, ops, largest_number
+        self._kept = []
+
+    def call(self, name, *args, **kwargs):
+        """What the other side's function returns; a cache comes back as Kept. Raises Failure."""
+        self._send("call", name, list(args), kwargs)
+        while True:
+            kind, *content = self._receive()
+            if kind == "return":
+                return content[0]
+            if kind == "error":
+                raise Failure(str(content[0]))
+            self._answer(*content)
+
+    def serve(self):
+        """Answers calls until the other side ends."""
+        with suppress(Broken):
+            while True:
+                self._answer(*self._receive()[1:])
+
+    def _answer(self, name, args, kwargs):
+        try:
+            result = self._functions(name)(*args, **kwargs)
+            if name.endswith("_forward"):
+                if not isinstance(result, tuple | list) or len(result) != 2:
+                    raise TypeError(f"{name} must return the pair (output, cache)")
+                self._kept.append(result[1])
+                result = result[0], Kept(len(self._kept) - 1)
+            self._send("return", result)
+        except Broken:
+            raise
+        except Exception as error:
+            self._send("error", describe(error))
+
+    def _send(self, *message):
+        arrays = []
+        header = json.dumps(self._encode(message, arrays)).encode()
+        size = len(header) + sum(a.nbytes for a in arrays)
+        if size > LARGEST:
+            raise ValueError(f"{size} bytes of results are far too many")
+        parts = [struct.pack("<II", len(header), size), header, *(a.tobytes() for a in arrays)]
+        try:
+            self._write(b"".join(parts))
+        except OSError as error:
+            raise Broken from error
+
+    def _receive(self):
+        header, size = struct.unpack("<II", self._read(8))
+        if not header <= size <= LARGEST:
+            raise Broken
+        content = self._read(size)
+        try:
+            tree, *values = json.loads(content[:header])
+            self._bytes, self._at, self._is_call = content, header, tree == "call"
+            return tree, *map(self._decode, values)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise Broken from error
+
+    def _encode(self, value, arrays):
+        if isinstance(value, np.ndarray | np.generic):
+            value = np.asarray(value)
+            if value.dtype.kind not in "fiub":
+                return {"other": f"an array of dtype {value.dtype}"}
+            arrays.append(np.ascontiguousarray(value))
+            return {"array": [value.dtype.str, list(value.shape)]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, tuple | list):
+            return [self._encode(item, arrays) for item in value]
+        if isinstance(value, dict):
+            return {"dict": [[str(k), self._encode(v, arrays)] for k, v in value.items()]}
+        if isinstance(value, Kept):
+            return {"kept": value.number}
+        if value is self._ops or value is OPS:
+            return {"ops": True}
+        return {"other": f"a {type(value).__name__}"}
+
+    def _decode(self, tree):
+        if isinstance(tree, list):
+            return tuple(self._decode(item) for item in tree)
+        if not isinstance(tree, dict):
+            is_bounded = self._is_call and self._largest and isinstance(tree, int | float)
+            if is_bounded and not -self._largest <= tree <= self._largest:
+                raise ValueError(f"the number {tree} is too large")
+            return tree
+        ((kind, content),) = tree.items()
+        if kind == "array":
+            return self._next_array(np.dtype(content[0]), content[1])
+        if kind == "dict":
+            return {str(key): self._decode(value) for key, value in content}
+        if kind == "kept":  # in a call a number of ours comes home, in an answer theirs arrives
+            return self._kept[content] if self._is_call else Kept(int(content))
+        return self._ops if kind == "ops" else Other(str(content)[:80])
+
+    def _next_array(self, dtype, shape):
+        if dtype.kind not in "fiub" or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("not an array of numbers")
+        start, self._at = self._at, self._at + prod(shape) * dtype.itemsize
+        array = np.frombuffer(self._bytes[start : self._at], dtype).reshape(shape)
+        return array.astype(dtype.newbyteorder("="))
+
+
+class Watched:
+    """Functions by name that remember what they were given, to tell what they changed in it."""
+
+    def __init__(self, namespace):
+        self._namespace, self._given = namespace, []
+
+    def __call__(self, name):
+        """The function of this name, watched. Raises Failure."""
+        if name == "changed_arguments":
+            return self.changed
+        wanted = "AdamW" if name == "adamw_steps" else name
+        function = self._namespace.get(wanted)
+        if not callable(function):
+            raise Failure(f"there is no {wanted}")
+        if name == "adamw_steps":
+            function = partial(adamw_steps, function)
+
+        def watched(*args):
+            for i, argument in enumerate(args[:1] if name.endswith("_backward") else args):
+                self._given += [(name, i, a, a.copy()) for a in _arrays(argument)]
+            try:
+                return function(*args)
+            except BaseException as error:  # SystemExit and its like too
+                raise Failure(describe(error)) from error
+
+        return watched
+
+    def changed(self):
+        """[(function, number of the argument), ...] of all arguments that changed since."""
+        return sorted({(f, i) for f, i, a, before in self._given if not _same(a, before)})
+
+
+def adamw_steps(AdamW, params, gradients, rates, settings):
+    """Name to the parameter's values after each step, stacked: (steps, ...)."""
+    params = {name: p.copy() for name, p in params.items()}
+    optimizer = AdamW(params, **settings)
+    trace = {name: [] for name in params}
+    for grads, lr in zip(gradients, rates, strict=True):
+        optimizer.step(params, grads, lr)
+        for name, p in params.items():
+            trace[name].append(p.copy())
+    return {name: np.stack(values) for name, values in trace.items()}
+
+
+def _arrays(value):
+    """The arrays in an argument, whatever its nesting."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [array for item in value for array in _arrays(item)]
+    return [value] if isinstance(value, np.ndarray) else []
+
+
+def _same(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def describe(error):
+    """One line: the exception, and the last line of the student's file that it went through."""
+    if isinstance(error, Failure):
+        return str(error)
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:300].rstrip(": ")
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        name = os.path.basename(trace.tb_frame.f_code.co_filename)
+        if name not in ("runner.py", "kit.py") and os.path.exists(name):
+            where = f" ({name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return text + where
+
+
+def _limit_resources(seconds, memory, output):
+    """No more time, memory, output or processes than this; where root starts it, as nobody."""
+    try:
+        import resource  # before we are nobody, who may not read the standard library
+    except ImportError:  # Windows: the parent's clock remains
+        return
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": output, "NPROC": 0, "CORE": 0}
+    for name, value in limits.items():
+        with suppress(ValueError, OSError, AttributeError):  # not every system has every limit
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+
+
+def _guard(folder):
+    """An audit hook, which cannot be taken off: no file but those beside us and NumPy's own, for
+    reading only; no process, network, foreign library or framework."""
+    roots = tuple(os.path.realpath(root) for root in (folder, os.path.dirname(np.__file__)))
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    families = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "signal.", "resource.")
+    families += ("pty.", "fcntl.", "mmap.", "syslog.", "tempfile.", "glob.", "pathlib.")
+    realpath, separator = os.path.realpath, os.sep
+
+    def allowed(path):
+        if isinstance(path, int):
+            return False
+        path = realpath(os.fsdecode(path or "."))
+        return any(path == root or path.startswith(root + separator) for root in roots)
+
+    def hook(event, args):
+        if event == "open":
+            refused = not allowed(args[0]) or bool((args[2] or 0) & writing)
+        elif event in ("os.listdir", "os.scandir"):
+            refused = not allowed(args[0])
+        elif event == "import":
+            refused = args[0].partition(".")[0] in FRAMEWORKS
+        else:
+            refused = event.startswith(families)
+        if refused:
+            what = args[0] if args and isinstance(args[0], str) else ""
+            raise PermissionError(f"not allowed while being graded: {event} {what}".strip())
+
+    sys.addaudithook(hook)
+
+
+class _RightOps:
+    """The functions of the other exercises, computed by the parent: right ones."""
+
+    def __init__(self):
+        self._wire = None
+
+    def __getattr__(self, name):
+        if not name.endswith(("_forward", "_backward")):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self._wire.call(name, *args, **kwargs)
+
+
+def _pipes():
+    """Exact reads from, and writes to, the parent; prints go where errors go."""
+    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+
+    def read(size):
+        data = incoming.read(size)
+        if len(data) < size:
+            raise Broken
+        return data
+
+    def write(data):
+        outgoing.write(data)
+        outgoing.flush()
+
+    return read, write
+
+
+def main(name, seconds, memory, output):
+    """Loads name.py, then answers the parent's calls."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    for module in (*WHITELIST, "numpy.linalg", "numpy.random", "inspect", "traceback"):
+        __import__(module)  # later, nothing outside the folder can be read
+    kit = sys.modules["kit"]
+    with open(f"{name}.py", encoding="utf-8") as file:
+        if "erf" in file.read():
+            kit.erf(np.zeros(1))  # loads SciPy, which takes longer than NumPy
+    kit.REFERENCE = ops = _RightOps()
+    read, write = _pipes()
+    _limit_resources(seconds, memory, output)
+    _guard(folder)
+    try:
+        watched, problem = Watched(vars(__import__(name))), None
+    except BaseException as error:
+        problem = describe(error)
+
+    def functions(function):
+        if problem is not None:
+            raise Failure(problem)
+        return watched(function)
+
+    ops._wire = Wire(read, write, functions, ops)
+    ops._wire.serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:5]))

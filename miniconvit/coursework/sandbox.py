@@ -1,0 +1,140 @@
+"""A student's process seen from outside: started, asked, cut off in time, and cleared away."""
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..layers.ops import REFERENCE
+from . import runner
+from .runner import Broken, Failure, Wire
+from .skeleton import kit_source
+
+LARGEST_NUMBER = 64  # in a student's call of a right function: grids, heads, patch sizes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one student process: seconds of the clock, bytes of memory, bytes printed."""
+
+    seconds: float = 10.0
+    memory: int = 2 << 30
+    output: int = 1 << 20
+
+
+LIMITS = Limits()
+FORGED = "the process wrote something into the pipe of the results"
+
+
+class Sandbox:
+    """One process with one file of a student in it, and a temporary folder around it.
+
+    with Sandbox(text, name, allowed, limits) as sandbox: sandbox.call("x_forward", ...)
+    allowed: names of the right functions that the file may call.
+    """
+
+    def __init__(self, text, name, allowed, limits=LIMITS):
+        self._text, self._name, self._allowed, self._limits = text, name, allowed, limits
+        self.printed = ""
+
+    def __enter__(self):
+        self._folder = Path(tempfile.mkdtemp(prefix="coursework-"))
+        self._folder.chmod(0o755)  # nobody may read it, and only read it
+        (self._folder / f"{self._name}.py").write_text(self._text, encoding="utf-8")
+        (self._folder / "kit.py").write_text(kit_source(), encoding="utf-8")
+        shutil.copyfile(runner.__file__, self._folder / "runner.py")
+        self._log = tempfile.TemporaryFile()
+        limits = self._limits
+        numbers = (int(limits.seconds) + 1, limits.memory, limits.output)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-u", "runner.py", self._name, *map(str, numbers)],
+            cwd=self._folder,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        self._deadline = time.monotonic() + limits.seconds
+        self._clock = threading.Timer(limits.seconds, self._kill)
+        self._clock.start()
+        self._wire = Wire(self._read, self._write, self._function, REFERENCE, LARGEST_NUMBER)
+        return self
+
+    def __exit__(self, *_):
+        self._clock.cancel()
+        self._kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):
+                pipe.close()
+        self._process.wait()
+        self._log.seek(0)
+        self.printed = self._log.read(4000).decode(errors="replace")
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def call(self, name, *args):
+        """What the student's function returns. Raises Failure where it raises, and Broken, with a
+        sentence, where the process is gone."""
+        try:
+            answer = self._wire.call(name, *args)
+        except Broken as error:
+            raise Broken(self._epitaph()) from error
+        if name.endswith("_forward") and not (isinstance(answer, tuple) and len(answer) == 2):
+            raise Broken(FORGED)
+        return answer
+
+    def _function(self, name):
+        if name not in self._allowed:
+            raise Failure(f"{name} may not be called here")
+        return getattr(REFERENCE, name)
+
+    def _read(self, size):
+        data, pipe = b"", self._process.stdout.fileno()
+        while len(data) < size:
+            left = self._deadline - time.monotonic()
+            if os.name == "posix" and not select.select([pipe], [], [], max(left, 0))[0]:
+                raise Broken
+            chunk = os.read(pipe, size - len(data))
+            if not chunk or left < 0:
+                raise Broken
+            data += chunk
+        return data
+
+    def _write(self, data):
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
+    def _epitaph(self):
+        """Why there is no answer, in a sentence."""
+        if time.monotonic() >= self._deadline:
+            return f"stopped after {self._limits.seconds:g} seconds: is there an endless loop?"
+        try:
+            status = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return FORGED
+        if status < 0:
+            return f"the process was killed by {signal.Signals(-status).name}"
+        return f"the process ended by itself, with status {status}"
+
+    def _kill(self):
+        with suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+
+
+def _environment():
+    """Nothing of ours but what a Python process needs to start; NumPy on one thread."""
+    names = ("LD_LIBRARY_PATH", "SYSTEMROOT")
+    threads = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {n: os.environ[n] for n in names if n in os.environ} | dict.fromkeys(threads, "1")

@@ -1,0 +1,165 @@
+"""A student's file, and its solution, cut out of the library's own source by function name."""
+
+import ast
+import hashlib
+import inspect
+from functools import cache
+
+from .. import backend, config
+from ..errors import UserError
+from ..layers import attention, drop_path, ops
+from .exercises import EXERCISES
+
+GIVEN = (
+    (backend, "array_module"),
+    (backend, "erf"),
+    (config, "as_pair"),
+    (ops, "part"),
+    (ops, "prefixed"),
+    (attention, "split_heads"),
+    (attention, "merge_heads"),
+    (drop_path, "drop_path_forward"),
+    (drop_path, "drop_path_backward"),
+)
+"""What every exercise may use as it is, by module and name: the functions of kit.py."""
+
+KIT = '''"""What the exercises have in common: import from here, and change nothing.
+
+The functions of the other exercises can be imported from here too, and REFERENCE.name is the same:
+yours, from the files in this folder. While your work is checked they are right ones instead, so
+every exercise counts by itself.
+"""
+
+import sys
+from importlib import import_module
+
+import numpy as np
+
+FILES = {files}
+
+
+class _Others:
+    drop_path_forward = staticmethod(lambda *args: drop_path_forward(*args))
+    drop_path_backward = staticmethod(lambda *args: drop_path_backward(*args))
+
+    def __getattr__(self, name):
+        if name not in FILES:
+            raise AttributeError(name)
+        return getattr(import_module(FILES[name]), name)
+
+
+REFERENCE = _Others()
+
+
+def __getattr__(name):
+    return getattr(REFERENCE, name)
+
+
+def scipy_erf(x):
+    from scipy.special import erf
+
+    return erf(x)
+'''
+
+
+@cache
+def kit_source():
+    """The text of kit.py."""
+    files = {name: e.name for e in EXERCISES if e.name != "adamw" for name in e.functions}
+    listing = "".join(f"    {name!r}: {file!r},\n" for name, file in files.items())
+    parts = [KIT.replace("{files}", "{\n" + listing.replace("'", '"') + "}")]
+    parts += [inspect.getsource(getattr(module, name)) for module, name in GIVEN]
+    return "\n\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def solution(exercise):
+    """The library's own text of the exercise, importing from kit."""
+    return _cut(exercise, blank=False)
+
+
+@cache
+def skeleton(exercise):
+    """The same with the bodies of the exercise's functions and helpers replaced; signatures and
+    docstrings stay. Raises UserError where the library has no such function."""
+    return _cut(exercise, blank=True)
+
+
+def _cut(exercise, blank):
+    source = inspect.getsource(exercise.source_module)
+    lines, tree = source.splitlines(), ast.parse(source)
+    units = {unit.name for unit in exercise.units}
+    wanted = _wanted(exercise)
+    found = set()
+    # From the end, so that the line numbers above stay right.
+    for node in reversed(tree.body):
+        first, last = node.lineno - 1, node.end_lineno
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = ", ".join(alias.name for alias in node.names)
+            lines[first:last] = [f"from kit import {names}"]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if _is_foreign(node.name, units, exercise):
+                del lines[first:last]
+                continue
+            for function in reversed(_functions(node)):
+                if function[0] in wanted:
+                    found.add(function[0])
+                    if blank:
+                        _blank(lines, *function)
+    missing = sorted(set(wanted) - found)
+    if missing:
+        raise UserError(f"the library has no function {', '.join(missing)} to make an exercise of")
+    text = "\n".join(lines)
+    while "\n\n\n\n" in text:
+        text = text.replace("\n\n\n\n", "\n\n\n")
+    return text.rstrip("\n") + "\n"
+
+
+def _wanted(exercise):
+    return (*exercise.functions, *exercise.helpers)
+
+
+def _is_foreign(name, units, exercise):
+    """A pair, or another public function of the module, that is not this exercise's."""
+    if exercise.name == "adamw":
+        return name not in ("AdamW", "_zeros_like")
+    pair, _, way = name.rpartition("_")
+    return way in ("forward", "backward") and not name.startswith("_") and pair not in units
+
+
+def _functions(node):
+    """[(qualified name, its node), ...] of a function or of a class's methods."""
+    if isinstance(node, ast.FunctionDef):
+        return [(node.name, node)]
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    return [(f"{node.name}.{method.name}", method) for method in methods]
+
+
+def _blank(lines, name, node):
+    docstring, *body = node.body
+    indent = " " * node.body[0].col_offset
+    last = docstring.end_lineno if ast.get_docstring(node) else docstring.lineno - 1
+    lines[last : body[-1].end_lineno if body else node.end_lineno] = [
+        f'{indent}raise NotImplementedError("{name}")'
+    ]
+
+
+def unfinished(text, exercise):
+    """The names of the exercise that are missing from a student's text, or still blank."""
+    bodies = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bodies |= {name: function.body for name, function in _functions(node)}
+    return [name for name in exercise.functions if _is_blank(bodies.get(name))]
+
+
+def _is_blank(body):
+    if not body:
+        return True
+    last = body[-1]
+    return isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
+
+
+def skeleton_hash(exercises):
+    """A short hash of the blanks, by which a submission says which edition it was made from."""
+    text = kit_source() + "".join(skeleton(exercise) for exercise in exercises)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,291 @@
+"""GPSA, MHSA and the last block for the CPU, features first as in `tokenwise.py`.
+
+Attention maps are (B, H, keys, queries), so that every product reads and writes contiguous rows. No
+map is ever divided or mixed: E = exp(scores) keeps the sums of its columns, and these and the gate
+act on the values, which are thinner than a map.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from ..layers.block import _branch_backward, _branch_forward
+from ..layers.ops import REFERENCE, part, prefixed
+from ..layers.position import position_attention_forward, relative_positions
+from .tokenwise import features_first, row_sums, tokens_first
+
+TILE = 2**17  # elements: a tile of maps, 512 KB, stays in the L2 cache
+LARGEST_SUM = 1e12  # a sum of exp(scores) within it and its inverse is far from float32's ends
+SMALLEST = 1e-18  # products of two numbers above it are no denormals, which cost 100 times more
+
+
+def _heads(columns, num_heads, B):
+    """columns (D, B * N) as (B, H, d, N): a view."""
+    D, R = columns.shape
+    return columns.reshape(num_heads, D // num_heads, B, R // B).transpose(2, 0, 1, 3)
+
+
+def _tiles(B, map_size):
+    """Slices of the images, as many at a time as fill a tile with their maps."""
+    step = max(1, TILE // map_size)
+    return [slice(start, start + step) for start in range(0, B, step)]
+
+
+def _exp_scores(q, k, E, sums):
+    """E = exp(k^T q) and its sums over the keys. Only where a sum comes near float32's ends are the
+    maxima taken off first, which changes nothing else."""
+    np.matmul(k.swapaxes(-1, -2), q, out=E)
+    with np.errstate(over="ignore"):
+        np.exp(E, out=E)
+        E.sum(axis=-2, out=sums)
+    if not (sums.max() < LARGEST_SUM and sums.min() > 1.0 / LARGEST_SUM):
+        np.matmul(k.swapaxes(-1, -2), q, out=E)
+        E -= E.max(axis=-2, keepdims=True)
+        np.exp(E, out=E)
+        E.sum(axis=-2, out=sums)
+
+
+def _content_forward(q, k, v, num_heads, B):
+    """y = C v with C = softmax(k^T q) over the keys; q is scaled by 1 / sqrt d already.
+
+    q (D, B * queries), k and v (D, B * keys). Returns y like q, the maps E (B, H, keys, queries)
+    and the inverse sums of their columns (H, 1, B * queries).
+    """
+    y, H = np.empty_like(q), num_heads
+    q, k, v, y_heads = (_heads(columns, H, B) for columns in (q, k, v, y))  # (B, H, d, N) each
+    keys, queries = k.shape[-1], q.shape[-1]
+    E = np.empty((B, H, keys, queries), y.dtype)
+    sums = np.empty((H, B, queries), y.dtype)
+    for tile in _tiles(B, H * keys * queries):
+        _exp_scores(q[tile], k[tile], E[tile], sums.swapaxes(0, 1)[tile])
+        np.matmul(v[tile], E[tile], out=y_heads[tile])
+    inverse = (1.0 / sums).reshape(H, 1, -1)
+    y.reshape(H, -1, inverse.shape[-1])[...] *= inverse
+    return y, E, inverse
+
+
+def _content_backward(dy, q, k, v, E, factor, rho, dq, dk, dv):
+    """dE = v^T dy - rho;  dS = E dE;  dq = k dS;  dk = q dS^T;  dv = dy E^T, into dq, dk and dv.
+
+    factor (H, 1, B * queries) turns E into C (and dy into dC's share of it, where there is a gate);
+    rho (H, B * queries) is the row's dy . y.
+    """
+    B, H, keys, queries = E.shape
+    scaled = (dy.reshape(H, -1, B * queries) * factor).reshape(dy.shape)
+    rho = (rho * factor[:, 0]).reshape(H, B, 1, queries).swapaxes(0, 1)  # (B, H, 1, queries)
+    scaled, q, k, v, dq, dk, dv = (_heads(c, H, B) for c in (scaled, q, k, v, dq, dk, dv))
+    tiles = _tiles(B, H * keys * queries)
+    buffer = np.empty_like(E[tiles[0]])
+    for tile in tiles:
+        dS = np.matmul(v[tile].swapaxes(-1, -2), scaled[tile], out=buffer[: len(E[tile])])
+        dS -= rho[tile]
+        dS *= E[tile]
+        np.matmul(scaled[tile], E[tile].swapaxes(-1, -2), out=dv[tile])
+        np.matmul(k[tile], dS, out=dq[tile])
+        np.matmul(q[tile], dS.swapaxes(-1, -2), out=dk[tile])
+
+
+def _projection(weights, biases, num_heads):
+    """The weight (3D, D) and bias (3D, 1) or None that give q / sqrt d, k and v at once."""
+    weight = np.concatenate(weights)
+    D = weight.shape[1]
+    weight[:D] *= (D // num_heads) ** -0.5
+    if biases[0] is None:
+        return weight, None
+    bias = np.concatenate(biases)[:, None]
+    bias[:D] *= (D // num_heads) ** -0.5
+    return weight, bias
+
+
+def _linear(columns, weight, bias):
+    y = weight @ columns
+    if bias is not None:
+        y += bias.reshape(-1, 1)
+    return y
+
+
+def _projection_backward(dqkv, columns, num_heads, has_bias):
+    """The gradients of the unscaled weight (3D, D) and bias (3D,) or None."""
+    D = len(columns)
+    dweight = dqkv @ columns.T
+    dweight[:D] *= (D // num_heads) ** -0.5
+    if not has_bias:
+        return dweight, None
+    dbias = row_sums(dqkv)
+    dbias[:D] *= (D // num_heads) ** -0.5
+    return dweight, dbias
+
+
+def mhsa_forward(x, params, num_heads, ops=REFERENCE):
+    columns = features_first(x)  # (D, R)
+    weight, bias = _projection([params["qkv.weight"]], [params.get("qkv.bias")], num_heads)
+    qkv = _linear(columns, weight, bias).reshape(3, *columns.shape)
+    y, E, inverse = _content_forward(*qkv, num_heads, len(x))
+    out = _linear(y, params["proj.weight"], params["proj.bias"])
+    cache = columns, weight, bias is not None, qkv, y, E, inverse, params["proj.weight"]
+    return tokens_first(out, x.shape[:-1]), cache
+
+
+def mhsa_backward(dout, cache):
+    columns, weight, has_bias, qkv, y, E, inverse, proj_weight = cache
+    H = len(inverse)
+    dcolumns = features_first(dout)
+    dy = proj_weight.T @ dcolumns
+    rho = (dy * y).reshape(H, -1, columns.shape[1]).sum(axis=1)  # (H, R)
+    dqkv = np.empty_like(qkv)
+    _content_backward(dy, *qkv, E, inverse, rho, *dqkv)
+    dqkv = dqkv.reshape(len(weight), -1)
+    dweight, dbias = _projection_backward(dqkv, columns, H, has_bias)
+    grads = {
+        "qkv.weight": dweight,
+        "proj.weight": dcolumns @ y.T,
+        "proj.bias": row_sums(dcolumns),
+    }
+    if has_bias:
+        grads["qkv.bias"] = dbias
+    return tokens_first(weight.T @ dqkv, dout.shape[:-1]), grads
+
+
+@lru_cache(maxsize=8)
+def _offsets(grid):
+    """relative_positions with the key first, (N * N, 3)."""
+    offsets = relative_positions(grid, np.empty(0, np.float32))
+    return np.ascontiguousarray(offsets.swapaxes(0, 1)).reshape(-1, 3)
+
+
+def _position_maps(weight, bias, grid):
+    """P = Py (x) Px as (H, keys, queries), without denormals: one product serves all images."""
+    factors, _ = position_attention_forward(weight, bias, grid)
+    for factor in factors:
+        factor[factor < SMALLEST] = 0.0
+    py, px = (factor.swapaxes(-1, -2) for factor in factors)  # (H, keys, queries) each
+    P = py[:, :, None, :, None] * px[:, None, :, None, :]  # (H, rows, cols, rows, cols)
+    return P.reshape(len(weight), grid[0] * grid[1], -1)
+
+
+def _position_backward(v, dy, P, g, grid):
+    """dP = v^T dy, summed over the images; then as in position_attention_dense_backward.
+
+    v and dy (H, d * B, N). Returns dweight (H, 3) and each head's sum of dy . P v, (H,).
+    """
+    dscores = v.swapaxes(-1, -2) @ dy  # (H, keys, queries)
+    dscores *= P
+    dots = dscores.sum(axis=1, keepdims=True)  # (H, 1, queries)
+    dscores -= P * dots
+    return g[:, None] * (dscores.reshape(len(P), -1) @ _offsets(grid)), dots.sum(axis=(1, 2))
+
+
+def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
+    H, columns = num_heads, features_first(x)  # (D, R)
+    weights = [params["qk.weight"], params["v.weight"]]
+    biases = [params.get("qk.bias"), params.get("v.bias")]
+    weight, bias = _projection(weights, biases, H)
+    qkv = _linear(columns, weight, bias).reshape(3, *columns.shape)
+    content, E, inverse = _content_forward(*qkv, H, len(x))
+    g = 0.5 + 0.5 * np.tanh(0.5 * params["gating_param"])  # (H,)
+    P = _position_maps(params["pos_proj.weight"], params["pos_proj.bias"], grid)  # (H, N, N)
+    gP = P * g[:, None, None]
+    y = qkv[2].reshape(H, -1, x.shape[1]) @ gP  # (H, d * B, N)
+    y += content.reshape(y.shape) * (1.0 - g)[:, None, None]
+    y = y.reshape(columns.shape)
+    out = _linear(y, params["proj.weight"], params["proj.bias"])
+    projections = columns, weight, bias is not None, y, params["proj.weight"]
+    return tokens_first(out, x.shape[:-1]), (projections, qkv, content, E, inverse, g, P, gP, grid)
+
+
+def gpsa_backward(dout, cache):
+    projections, qkv, content, E, inverse, g, P, gP, grid = cache
+    columns, weight, has_bias, y, proj_weight = projections
+    H, N = P.shape[:2]
+    dcolumns = features_first(dout)
+    dy = proj_weight.T @ dcolumns
+    dy_maps = dy.reshape(H, -1, N)  # (H, d * B, N)
+    dpos_weight, dots = _position_backward(qkv[2].reshape(dy_maps.shape), dy_maps, P, g, grid)
+    rho = (dy * content).reshape(H, -1, columns.shape[1]).sum(axis=1)  # (H, R)
+    dqkv = np.empty_like(qkv)
+    _content_backward(dy, *qkv, E, inverse * (1.0 - g)[:, None, None], rho, *dqkv)
+    dqkv[2].reshape(dy_maps.shape)[...] += dy_maps @ gP.swapaxes(-1, -2)
+    dqkv = dqkv.reshape(len(weight), -1)
+    dweight, dbias = _projection_backward(dqkv, columns, H, has_bias)
+    D = len(columns)
+    grads = {
+        "gating_param": g * (1.0 - g) * (dots - rho.sum(axis=1)),
+        "qk.weight": dweight[: 2 * D],
+        "v.weight": dweight[2 * D :],
+        "proj.weight": dcolumns @ y.T,
+        "proj.bias": row_sums(dcolumns),
+        "pos_proj.weight": dpos_weight,
+        "pos_proj.bias": np.zeros_like(g),
+    }
+    if has_bias:
+        grads |= {"qk.bias": dbias[: 2 * D], "v.bias": dbias[2 * D :]}
+    return tokens_first(weight.T @ dqkv, dout.shape[:-1]), grads
+
+
+def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
+    """Queries, proj and MLP for the class token alone; keys and values for all tokens.
+
+    GPSA has no class token, and its last block is the reference's.
+    """
+    attn = part(params, "attn.")
+    if "gating_param" in attn:
+        y, cache = REFERENCE.last_block_forward(x, params, num_heads, grid, keep, keep_prob, ops)
+        return y, (None, cache)
+    B, N, D = x.shape
+    normed, cache_norm = ops.layernorm_forward(x, params["norm1.weight"], params["norm1.bias"])
+    columns = features_first(normed)  # (D, B * N)
+    first = np.ascontiguousarray(columns[:, ::N])  # (D, B)
+    weight, bias = _projection([attn["qkv.weight"]], [attn.get("qkv.bias")], num_heads)
+    q = _linear(first, weight[:D], None if bias is None else bias[:D])
+    kv = _linear(columns, weight[D:], None if bias is None else bias[D:]).reshape(2, D, -1)
+    y, E, inverse = _content_forward(q, *kv, num_heads, B)
+    out = tokens_first(_linear(y, attn["proj.weight"], attn["proj.bias"]), (B, 1))
+    cache_drop = None
+    if keep[0] is not None:
+        out, cache_drop = ops.drop_path_forward(out, keep[0], keep_prob)
+    token, cache_mlp = _branch_forward(
+        x[:, :1] + out,
+        lambda x: ops.mlp_forward(x, part(params, "mlp."), ops),
+        part(params, "norm2."),
+        keep[1],
+        keep_prob,
+        ops,
+    )
+    arrays = columns, first, weight, bias is not None, q, kv, y, E, inverse, attn["proj.weight"]
+    return token[:, 0], (arrays, cache_norm, cache_drop, cache_mlp, ops)
+
+
+def last_block_backward(dy, cache):
+    if cache[0] is None:
+        return REFERENCE.last_block_backward(dy, cache[1])
+    arrays, cache_norm, cache_drop, cache_mlp, ops = cache
+    columns, first, weight, has_bias, q, kv, y, E, inverse, proj_weight = arrays
+    D, B = first.shape
+    H = len(inverse)
+    dtoken, dmlp, dnorm2 = _branch_backward(dy[:, None], ops.mlp_backward, cache_mlp, ops)
+    dout = dtoken if cache_drop is None else ops.drop_path_backward(dtoken, cache_drop)
+    dout = features_first(dout)  # (D, B)
+    dattended = proj_weight.T @ dout
+    rho = (dattended * y).reshape(H, -1, B).sum(axis=1)
+    dq, dkv = np.empty_like(q), np.empty_like(kv)
+    _content_backward(dattended, q, *kv, E, inverse, rho, dq, *dkv)
+    dkv = dkv.reshape(2 * D, -1)
+    dcolumns = weight[D:].T @ dkv
+    dcolumns[:, :: columns.shape[1] // B] += weight[:D].T @ dq
+    dnormed = tokens_first(dcolumns, (B, columns.shape[1] // B))
+    dx, dweight, dbias = ops.layernorm_backward(dnormed, cache_norm)
+    dx[:, :1] += dtoken
+    scale = (D // H) ** -0.5
+    dattn = {
+        "qkv.weight": np.concatenate([dq @ first.T * scale, dkv @ columns.T]),
+        "proj.weight": dout @ y.T,
+        "proj.bias": row_sums(dout),
+    }
+    if has_bias:
+        dattn["qkv.bias"] = np.concatenate([row_sums(dq) * scale, row_sums(dkv)])
+    return dx, (
+        prefixed({"weight": dweight, "bias": dbias}, "norm1.")
+        | prefixed(dattn, "attn.")
+        | prefixed(dnorm2, "norm2.")
+        | prefixed(dmlp, "mlp.")
+    )

@@ -1,0 +1,91 @@
+"""The real command line on a data set so small that a whole run takes a second or two.
+
+`python small_run.py train ...` is `miniconvit train ...` on 8x8 images. Environment: SAVE_SECONDS
+is the time between saves; KILL_AT=k makes the process kill itself at its k-th disk event. These are
+the moments before a flush to the disk (with the file's last bytes cut off, as a crash may leave it)
+and before and after a rename.
+"""
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+import miniconvit.train as training
+from miniconvit.cli import main
+
+OPTIONS = {
+    "--model": "convit_micro32",
+    "--img-size": 8,
+    "--epochs": 16,
+    "--batch-size": 16,
+    "--lr": 3e-3,
+    "--drop-path": 0.2,
+    "--augment": "crop-flip",
+    "--label-smoothing": 0.1,
+    "--clip-grad": 1.5,
+    "--seed": 3,
+}
+FLAGS = [str(word) for pair in OPTIONS.items() for word in pair]
+
+
+def small_dataset(*_args, **_kwargs):
+    """100 training images and 30 + 30 others in three classes: noise, with a class's colour."""
+    rng = np.random.default_rng(5)
+
+    def split(n):
+        labels = np.arange(n) % 3
+        images = rng.integers(0, 160, (n, 3, 8, 8))
+        images[np.arange(n), labels] += 14
+        return SimpleNamespace(images=images.astype(np.uint8), labels=labels.astype(np.int64))
+
+    return SimpleNamespace(
+        name="shapes",
+        classes=("reddish", "greenish", "bluish"),
+        mean=(0.36, 0.37, 0.38),
+        std=(0.19, 0.20, 0.21),
+        augmentation="none",
+        train=split(100),
+        val=split(30),
+        test=split(30),
+    )
+
+
+def kill_at(event):
+    """Makes the process kill itself at the given disk event, counted from 1."""
+    events = 0
+    fsync, replace = os.fsync, os.replace
+
+    def happens():
+        nonlocal events
+        events += 1
+        return events == event
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing_fsync(descriptor):
+        if happens():
+            size = os.fstat(descriptor).st_size
+            if os.path.isfile(f"/proc/self/fd/{descriptor}"):
+                os.truncate(f"/proc/self/fd/{descriptor}", size - 5)
+            kill()
+        fsync(descriptor)
+
+    def killing_replace(source, target):
+        if happens():
+            kill()
+        replace(source, target)
+        if happens():
+            kill()
+
+    os.fsync, os.replace = killing_fsync, killing_replace
+
+
+if __name__ == "__main__":
+    training.load_dataset = small_dataset
+    training.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS))
+    kill_at(int(os.environ.get("KILL_AT", "0")))
+    main(sys.argv[1:])

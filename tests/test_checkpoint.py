@@ -1,0 +1,244 @@
+"""Checkpoints: what is read is what was written, and every kind of damage is a sentence."""
+
+import errno
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from miniconvit import AdamW, ConViTConfig, UserError, init_params
+from miniconvit.checkpoint import load_checkpoint, save_checkpoint, write_file
+
+CONFIG = ConViTConfig(
+    (12, 8), (4, 2), 1, 3, embed_dim=8, depth=2, num_heads=4, qkv_bias=True, local_up_to_layer=1
+)
+
+
+@pytest.fixture
+def params():
+    return init_params(CONFIG, seed=7)
+
+
+@pytest.fixture
+def optimizer(params):
+    rng = np.random.default_rng(8)
+    optimizer = AdamW(params)
+    for moments in (optimizer.exp_avg, optimizer.exp_avg_sq):
+        for value in moments.values():
+            value[...] = rng.random(value.shape)
+    return optimizer
+
+
+def assert_same(left, right):
+    assert list(left) == list(right)
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], strict=True)
+
+
+def test_round_trip(tmp_path, params, optimizer):
+    path = tmp_path / "a.safetensors"
+    about = {"mean": [0.1 + 0.2], "std": [0.3], "classes": ["a", "b", "ü"], "data": "letters"}
+    save_checkpoint(
+        path, params, CONFIG, optimizer=optimizer, state={"loss": 1 / 3, "step": 5}, **about
+    )
+    found = load_checkpoint(path)
+    assert found.config == CONFIG
+    assert_same(found.params, params)
+    assert_same(found.moments["exp_avg"], optimizer.exp_avg)
+    assert_same(found.moments["exp_avg_sq"], optimizer.exp_avg_sq)
+    assert {name: getattr(found, name) for name in about} == about
+    assert found.state == {"loss": 1 / 3, "step": 5}
+    assert all(value.flags.writeable for value in found.params.values())
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_parameters_are_the_only_tensors_without_an_optimizer(tmp_path, params):
+    save_checkpoint(tmp_path / "a.safetensors", params, CONFIG)
+    assert set(load_file(tmp_path / "a.safetensors")) == set(params)
+    found = load_checkpoint(tmp_path / "a.safetensors")
+    assert (found.moments, found.state, found.mean, found.classes) == (None, None, None, None)
+
+
+def test_equal_arguments_give_equal_bytes(tmp_path, params, optimizer):
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, params, CONFIG, optimizer=optimizer, state={"step": 5})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def parts(path):
+    """(header, tensors' bytes) of a safetensors file, by the format's definition."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def with_tensors(path, change):
+    """Writes the file again with other tensors and the metadata of before."""
+    header, _ = parts(path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, header["__metadata__"])
+
+
+def with_metadata(path, change):
+    header, data = parts(path)
+    about = json.loads(header["__metadata__"]["miniconvit"])
+    change(about)
+    header["__metadata__"]["miniconvit"] = json.dumps(about)
+    with_header(path, header, data)
+
+
+def truncate(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def drop_metadata(path):
+    header, data = parts(path)
+    del header["__metadata__"]
+    with_header(path, header, data)
+
+
+def spoil_metadata(path):
+    header, data = parts(path)
+    header["__metadata__"]["miniconvit"] = "{"
+    with_header(path, header, data)
+
+
+def metadata_list(path):
+    header, data = parts(path)
+    header["__metadata__"]["miniconvit"] = "[1]"
+    with_header(path, header, data)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut in the header": lambda path: truncate(path, 50),
+    "cut in the last tensor": lambda path: truncate(path, -1),
+    "text": lambda path: path.write_text("not a checkpoint\n" * 100),
+    "pickle": lambda path: path.write_bytes(b"\x80\x04\x95" + bytes(200)),
+    "no metadata": drop_metadata,
+    "metadata not JSON": spoil_metadata,
+    "metadata not an object": metadata_list,
+    "no config": lambda path: with_metadata(path, lambda about: about.pop("config")),
+    "unknown setting": lambda path: with_metadata(
+        path, lambda about: about["config"].update(colour="red")
+    ),
+    "setting of the wrong type": lambda path: with_metadata(
+        path, lambda about: about["config"].update(mlp_ratio="wide")
+    ),
+    "another depth": lambda path: with_metadata(
+        path, lambda about: about["config"].update(depth=3)
+    ),
+    "unknown entry": lambda path: with_metadata(path, lambda about: about.update(colour="red")),
+    "tensor missing": lambda path: with_tensors(path, lambda t: t.pop("head.bias")),
+    "moment missing": lambda path: with_tensors(
+        path, lambda t: t.pop("optimizer.exp_avg_sq.head.bias")
+    ),
+    "tensor unknown": lambda path: with_tensors(path, put("tail.bias", np.ones(3, np.float32))),
+    "wrong shape": lambda path: with_tensors(path, put("head.bias", np.ones(4, np.float32))),
+    "wrong type": lambda path: with_tensors(path, put("head.bias", np.ones(3, np.int32))),
+    "not a number": lambda path: with_tensors(
+        path, put("head.bias", np.array([0, np.nan, 0], np.float32))
+    ),
+    "infinite moment": lambda path: with_tensors(
+        path, put("optimizer.exp_avg.head.bias", np.array([0, np.inf, 0], np.float32))
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_a_sentence_that_names_the_file(tmp_path, params, optimizer, damage):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG, optimizer=optimizer)
+    load_checkpoint(path)
+    DAMAGE[damage](path)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_checkpoint(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_checkpoint(tmp_path)
+
+
+def test_random_damage_is_answered_by_a_sentence_or_harmless(tmp_path, params):
+    """A flipped bit of the header is refused, or leaves a checkpoint of finite values."""
+    path, rng = tmp_path / "model.safetensors", np.random.default_rng(11)
+    save_checkpoint(path, params, CONFIG)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    header = 8 + struct.unpack("<Q", whole[:8].tobytes())[0]
+    refused = 0
+    for _ in range(200):
+        damaged = whole.copy()
+        damaged[rng.integers(header)] ^= np.uint8(1 << rng.integers(8))
+        path.write_bytes(damaged.tobytes())
+        try:
+            found = load_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:
+            assert all(np.isfinite(value).all() for value in found.params.values())
+    assert refused > 150
+
+
+def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path, params):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG)
+    before = path.read_bytes()
+    broken = params | {"norm.weight": params["norm.weight"] * np.float32(np.inf)}
+    with pytest.raises(UserError, match=r"norm\.weight holds values that are not finite"):
+        save_checkpoint(path, broken, CONFIG)
+    with pytest.raises(UserError, match=r"head\.bias is missing"):
+        save_checkpoint(path, {k: v for k, v in params.items() if k != "head.bias"}, CONFIG)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_refusing_disk_leaves_the_old_file_alone(tmp_path, params, monkeypatch, failing):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG)
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, failing, refuse)
+    with pytest.raises(UserError, match=r"model\.safetensors: No space left on device"):
+        save_checkpoint(path, init_params(CONFIG, seed=8), CONFIG)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_file_is_flushed_before_and_the_folder_after_the_rename(tmp_path, monkeypatch):
+    """Else a power failure could leave the new name with the content of neither file."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        calls.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        assert os.path.dirname(source) == os.path.dirname(target)
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_file(tmp_path / "a", b"new")
+    assert calls == ["file", "rename", "folder"]
+    assert (tmp_path / "a").read_bytes() == b"new"

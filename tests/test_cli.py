@@ -1,0 +1,381 @@
+"""The command line: what it prints, and one sentence with exit status 2 for every mistake."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small_run import FLAGS, small_dataset
+
+import miniconvit
+import miniconvit.cli.eval as eval_command
+import miniconvit.train as training
+from miniconvit import cli, convit_forward
+from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.data import normalize
+from miniconvit.report import duration, text_curve
+
+ROOT = Path(__file__).parent.parent
+SHORT = [*FLAGS, "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
+
+
+@pytest.fixture
+def program(capsys):
+    """Calls the command line: (exit status, standard output, standard error)."""
+
+    def call(*argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(word) for word in argv])
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder and what training printed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "load_dataset", small_dataset)
+        patch.setattr(sys, "stdout", io.StringIO())
+        with pytest.raises(SystemExit) as end:
+            cli.main(["train", *SHORT, "--out", str(folder)])
+        assert end.value.code == 0
+        return folder, sys.stdout.getvalue()
+
+
+def real(*argv, **options):
+    return subprocess.run(argv, capture_output=True, text=True, timeout=120, **options)
+
+
+def assert_sentence(status, out, err, *words):
+    """Exit status 2, nothing on standard output, one line on standard error with these words."""
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"Error: [^\n]+\n", err)
+    for word in words:
+        assert word in err
+
+
+def test_train_prints_a_line_per_epoch_and_a_summary(trained):
+    folder, out = trained
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = re.findall(r"^ +(\d+) +([\d.]+) .* ([\d.]+) % +\S+e-\d+ ", out, re.MULTILINE)
+    assert lines == [
+        (str(row["epoch"]), f"{row['train_loss']:.4f}", f"{100 * row['val_top1']:.1f}")
+        for row in rows
+    ]
+    best = max(row["val_top1"] for row in rows)
+    assert f"best validation accuracy   {100 * best:.1f} %" in out
+    assert f"{folder}/best.safetensors" in out
+    assert f"miniconvit eval {folder}" in out
+
+
+def test_train_draws_a_picture_or_a_curve_of_characters(trained, tmp_path, program, monkeypatch):
+    folder, _ = trained
+    pytest.importorskip("matplotlib")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("miniconvit.report.find_spec", lambda name: None)
+    status, out, _ = program("train", *SHORT, "--out", tmp_path / "run")
+    assert status == 0
+    assert "validation accuracy" in out
+    assert "100 % |" in out
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_quiet_prints_the_end_alone(tmp_path, program):
+    status, out, err = program("train", *SHORT, "--out", tmp_path / "run", "--quiet")
+    assert (status, err) == (0, "")
+    assert "train loss" not in out
+    assert out.strip().startswith("best validation accuracy")
+
+
+def test_resume_of_a_finished_run_says_so(trained, program):
+    folder, _ = trained
+    before = (folder / "last.safetensors").read_bytes()
+    status, out, _ = program("train", "--resume", "--out", folder)
+    assert status == 0
+    assert "is finished" in out
+    assert (folder / "last.safetensors").read_bytes() == before
+
+
+def test_eval_of_a_run_is_what_training_reported(trained, program):
+    folder, _ = trained
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: row["val_top1"])
+    status, out, err = program("eval", folder, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found.pop("checkpoint") == f"{folder}/best.safetensors"
+    assert found == {
+        "data": "shapes",
+        "split": "val",
+        "images": 30,
+        "loss": best["val_loss"],
+        "top1": best["val_top1"],
+        "top5": 1.0,
+    }
+    status, out, _ = program("eval", folder / "last.safetensors", "--split", "train")
+    assert status == 0
+    assert re.search(r"split +train\nimages +100\nloss +\d", out)
+
+
+def test_eval_of_what_does_not_fit(trained, tmp_path, program):
+    folder, _ = trained
+    model = load_checkpoint(folder / "best.safetensors")
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(other, model.params, model.config, classes=["a", "b", "c"], data="shapes")
+    assert_sentence(*program("eval", other), "other classes", str(other))
+    save_checkpoint(other, model.params, model.config)
+    assert_sentence(*program("eval", other), "add --data")
+    assert program("eval", other, "--data", "shapes")[0] == 0
+
+
+def test_eval_downloads_only_what_is_asked_for_by_name(trained, program, monkeypatch):
+    asked = []
+
+    def note(name, data_dir, download):
+        asked.append((name, data_dir, download))
+        return small_dataset()
+
+    monkeypatch.setattr(eval_command, "load_dataset", note)
+    assert program("eval", trained[0])[0] == 0
+    assert program("eval", trained[0], "--data", "shapes", "--data-dir", "here")[0] == 0
+    assert asked == [("shapes", None, False), ("shapes", Path("here"), True)]
+
+
+def write_images(folder):
+    """Image files of many kinds, each with the (height, width, 3) pixels that it shows."""
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(4)
+    pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    grey = pixels[:, :, 0]
+    grey_rgb = np.stack([grey] * 3, axis=2)
+    alpha = np.where(np.arange(64).reshape(8, 8) % 3 == 0, 0, 255).astype(np.uint8)
+    shown = np.where(alpha[:, :, None] == 0, 255, pixels)
+    files = {}
+
+    def write(name, array, expected, mode=None, **options):
+        image = Image.fromarray(array)
+        image = image.convert(mode) if mode else image
+        image.save(folder / name, **options)
+        files[name] = expected
+
+    write("rgb.png", pixels, pixels)
+    write("grey.png", grey, grey_rgb)
+    write("alpha.png", np.dstack([pixels, alpha]), shown)
+    write("black.png", np.where(grey > 99, 255, 0).astype(np.uint8),
+          np.where(grey_rgb > 99, 255, 0), mode="1")  # fmt: skip
+    write("deep.png", grey.astype(np.uint16) * 256 + 77, grey_rgb)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera's top is at the right: to be shown turned clockwise
+    write("turned.png", np.rot90(pixels), pixels, exif=turned)
+    wide = np.zeros((8, 12, 3), np.uint8)
+    wide[:, 2:10] = pixels
+    write("wide.png", wide, pixels)
+    return files
+
+
+def test_predict_reads_every_kind_of_image(trained, tmp_path, program):
+    folder, _ = trained
+    files = write_images(tmp_path)
+    status, out, err = program("predict", folder, *(tmp_path / name for name in files), "--json")
+    assert (status, err) == (0, "")
+    model = load_checkpoint(folder / "best.safetensors")
+    answers = json.loads(out)["images"]
+    assert [answer["file"] for answer in answers] == [str(tmp_path / name) for name in files]
+    for pixels, answer in zip(files.values(), answers, strict=True):
+        image = pixels.astype(np.uint8).transpose(2, 0, 1)[None]
+        logits, _ = convit_forward(
+            normalize(image, model.mean, model.std), model.params, model.config
+        )
+        p = np.exp(logits[0]) / np.exp(logits[0]).sum()
+        order = np.argsort(p)[::-1]
+        assert [entry["index"] for entry in answer["top"]] == list(order), answer["file"]
+        assert [entry["class"] for entry in answer["top"]] == [model.classes[i] for i in order]
+        np.testing.assert_allclose(
+            [entry["probability"] for entry in answer["top"]], p[order], rtol=1e-4
+        )
+
+
+def test_predict_prints_classes(trained, tmp_path, program):
+    write_images(tmp_path)
+    status, out, _ = program("predict", trained[0], tmp_path / "rgb.png")
+    assert status == 0
+    assert out.startswith(f"{tmp_path}/rgb.png\n")
+    shown = re.findall(r"^ +[\d.]+ %   (\w+)$", out, re.MULTILINE)
+    assert sorted(shown) == ["bluish", "greenish", "reddish"]
+
+
+def test_predict_of_what_is_no_image(trained, tmp_path, program, monkeypatch):
+    folder, _ = trained
+    write_images(tmp_path)
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    assert_sentence(*program("predict", folder, text), "text.png is not an image")
+    whole = (tmp_path / "rgb.png").read_bytes()
+    text.write_bytes(whole[: len(whole) // 2])
+    assert_sentence(*program("predict", folder, text), "text.png cannot be read")
+    assert_sentence(*program("predict", folder, tmp_path / "none.png"), "there is no image")
+    assert_sentence(*program("predict", folder, tmp_path), str(tmp_path))
+    monkeypatch.setattr("miniconvit.cli.predict.find_spec", lambda name: None)
+    assert_sentence(*program("predict", folder, text), "pip install Pillow")
+
+
+def test_doctor(program):
+    status, out, err = program("doctor", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["numpy"] == np.__version__
+    assert 1 <= found["threads"] <= len(os.sched_getaffinity(0))
+    assert found["matmul_ms"] > 0
+    assert found["matmul_gflops"] == pytest.approx(2 * 1024**3 / found["matmul_ms"] / 1e6, 0.05)
+    assert found["verdict"].startswith(("ready", "usable"))
+    status, out, _ = program("doctor")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(found)
+
+
+def test_doctor_says_what_ails_cupy(program, monkeypatch):
+    def no_driver():
+        raise RuntimeError("driver\nmissing")
+
+    runtime = SimpleNamespace(getDeviceCount=no_driver)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    wheels = {"cupy": ["cupy-cuda12x"]}
+    monkeypatch.setattr("miniconvit.cli.doctor.packages_distributions", lambda: wheels)
+    monkeypatch.setattr("miniconvit.cli.doctor.version", lambda name: "1.2.3")
+    status, out, _ = program("doctor", "--json")
+    assert status == 0
+    assert json.loads(out)["cupy"] == "cupy-cuda12x 1.2.3: not usable (driver missing)"
+
+
+def test_help_version_and_nothing(program):
+    assert program("--version") == (0, f"miniconvit {miniconvit.__version__}\n", "")
+    for argv in ((), ("--help",)):
+        status, out, err = program(*argv)
+        assert (status, err) == (0, "")
+        assert re.findall(r"^  (\w+)  +\S", out, re.MULTILINE) == list(cli.COMMANDS)
+
+
+def test_every_flag_of_train_is_explained(program):
+    status, out, _ = program("train", "--help")
+    assert status == 0
+    for name in training.Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in out
+
+
+MISTAKES = {
+    "unknown command": (["trian"], "trian"),
+    "unknown flag": (["train", "--learning-rate", 1], "--learning-rate"),
+    "value missing": (["train", "--lr"], "--lr"),
+    "not a number": (["train", "--lr", "fast"], "fast"),
+    "out of range": (["train", "--lr", -1], "--lr must be a positive number"),
+    "no threads": (["train", "--threads", 0], "--threads"),
+    "not a size": (["train", "--img-size", "8by8"], "8by8"),
+    "unknown data": (["train", "--data", "mnist"], "mnist"),
+    "unknown model": (["train", "--model", "resnet"], "resnet"),
+    "unknown recipe": (["train", "--recipe", "risotto"], "risotto"),
+    "two lengths": (["train", "--epochs", 1, "--steps", 1], "--epochs or by --steps"),
+    "another image size": (["train", "--out", "new"], "--img-size 8x8"),
+    "patches that do not fit": (["train", "--img-size", 8, "--patch-size", 3], "3x3"),
+    "negative layers": (["train", "--img-size", 8, "--local-up-to-layer", -1], "local_up_to_layer"),
+    "no checkpoint": (["eval", "none.safetensors"], "there is no checkpoint none.safetensors"),
+    "no run": (["eval", "."], "holds no checkpoint"),
+    "unknown split": (["eval", ".", "--split", "best"], "best"),
+    "no images": (["predict", "none.safetensors"], "IMAGE"),
+    "unknown layer": (["gradcheck", "--layer", "lstm"], "lstm"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(tmp_path, program, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    argv, word = MISTAKES[mistake]
+    assert_sentence(*program(*argv), word)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_different_setting_is_named(trained, program):
+    folder, _ = trained
+    answer = program("train", "--resume", "--out", folder, "--seed", 4)
+    assert_sentence(*answer, "began with --seed 3 and cannot go on with --seed 4")
+    answer = program("train", "--resume", "--out", folder, "--steps", 4)
+    assert_sentence(*answer, "began without --steps")
+    assert program("train", "--resume", "--out", folder, "--seed", 3, "--threads", 1)[0] == 0
+
+
+def test_divergence_exits_with_1(tmp_path, program):
+    status, _, err = program("train", *SHORT, "--lr", 1e37, "--out", tmp_path / "run")
+    assert status == 1
+    assert re.fullmatch(r"Error: stopped at step \d+ \(epoch 1\): the loss is [^\n]+\n", err)
+
+
+def test_real_processes():
+    """The launcher, exit statuses and streams as a shell sees them."""
+    launcher = [sys.executable, ROOT / "cli.py"]
+    version = real(*launcher, "--version")
+    assert (version.returncode, version.stdout) == (0, f"miniconvit {miniconvit.__version__}\n")
+    wrong = real(*launcher, "train", "--lr", "fast")
+    assert_sentence(wrong.returncode, wrong.stdout, wrong.stderr, "python cli.py train --help")
+    with open("/dev/full", "w") as full:
+        unwritable = subprocess.run(
+            [*launcher, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert_sentence(unwritable.returncode, "", unwritable.stderr, "No space left on device")
+
+
+def test_a_file_size_limit_is_a_sentence(tmp_path):
+    """The system refuses a write in the middle of the first save of a real process."""
+    resource = pytest.importorskip("resource")
+    answer = real(
+        sys.executable,
+        ROOT / "tests" / "small_run.py",
+        *["train", *SHORT, "--out", tmp_path / "run", "--quiet"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert_sentence(answer.returncode, answer.stdout, answer.stderr, "File too large")
+    assert not list((tmp_path / "run").glob("*safetensors*"))
+
+
+@pytest.mark.full
+def test_no_module_called_cli_is_installed(tmp_path):
+    built = real(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, ROOT)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"miniconvit"}
+
+
+def test_text_curve_is_as_high_as_its_values():
+    lines = text_curve([0.0, 0.5, 1.0]).splitlines()
+    bars = [line.partition("|")[2].ljust(9) for line in lines[1:9]]
+    assert [bar[0:3] for bar in bars] == ["   "] * 8
+    assert [bar[3:6] for bar in bars] == ["   "] * 4 + ["███"] * 4
+    assert [bar[6:9] for bar in bars] == ["███"] * 8
+    assert lines[-1].split() == ["epoch", "1", "3"]
+    assert text_curve([0.5] * 300, "ascii").isascii()
+    late = text_curve([0.0] * 60 + [1.0]).splitlines()  # every second epoch, up to the last
+    assert late[1].endswith("|" + " " * 30 + "█")
+    assert late[-1].split() == ["epoch", "1", "61"]
+    assert text_curve([0.0] * 61 + [1.0]).splitlines()[-1].split() == ["epoch", "2", "62"]
+    assert max(len(line) for line in text_curve([0.5] * 300).splitlines()) <= 72
+
+
+def test_duration():
+    assert [duration(s) for s in (4.21, 65, 3600 * 2 + 184)] == ["4.2 s", "1:05 min", "2:03:04 h"]

@@ -1,0 +1,199 @@
+"""Every kernel against the function it replaces, and the corners where it computes differently."""
+
+import inspect
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import miniconvit as mc
+from miniconvit.kernels import CPU, attention
+from miniconvit.layers.ops import REFERENCE, part
+
+REPLACED = [
+    name.removesuffix("_forward")
+    for name in vars(REFERENCE)
+    if name.endswith("_forward") and getattr(CPU, name) is not getattr(REFERENCE, name)
+]
+GPSA, MHSA = 0, 1  # the two blocks of every model here
+CONFIGS = [
+    mc.ConViTConfig((6, 10), 2, 3, 5, 12, 2, 4, 2.5, local_up_to_layer=1),
+    mc.ConViTConfig(32, 4, 3, 10, 72, 2, 9, 4.0, local_up_to_layer=1, qkv_bias=True),
+    mc.ConViTConfig((28, 20), (2, 4), 1, 3, 20, 2, 1, 3.0, True, local_up_to_layer=1),
+]
+CASES = [
+    (name, config, block)
+    for name in REPLACED
+    for config in CONFIGS
+    for block in (GPSA, MHSA)
+    if (name, block) not in (("gpsa", MHSA), ("mhsa", GPSA))
+]
+
+
+def random_params(config, seed):
+    """Random parameters of the size of trained ones, exactly representable in float32."""
+    rng = np.random.default_rng(seed)
+    params = mc.init_params(config, seed, "float64")
+    return {
+        name: (value + 0.3 * rng.standard_normal(value.shape)).astype("float32").astype("float64")
+        for name, value in params.items()
+    }
+
+
+def arguments(name, config, block, B=3, seed=0):
+    """Keyword arguments in float64 for `name`_forward: what its signature asks for."""
+    rng = np.random.default_rng(seed)
+    D = config.embed_dim
+    N = config.num_patches + (block == MHSA)
+    params = part(random_params(config, seed), f"blocks.{block}.")
+    prefix = {"mlp": "mlp.", "gpsa": "attn.", "mhsa": "attn."}.get(name, "")
+    known = {
+        "x": rng.standard_normal((B, N, D)).astype("float32").astype("float64"),
+        "weight": params["norm1.weight"],
+        "bias": params["norm1.bias"],
+        "params": part(params, prefix),
+        "num_heads": config.num_heads,
+        "grid": config.grid,
+        "keep": (np.arange(B) != 1, np.arange(B) != 0),
+        "keep_prob": 0.75,
+    }
+    wanted = inspect.signature(getattr(REFERENCE, f"{name}_forward")).parameters
+    return {key: value for key, value in known.items() if key in wanted}
+
+
+def cast(value, dtype):
+    if isinstance(value, dict):
+        return {key: cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return value.astype(dtype)
+    return value
+
+
+def flat(value, name="x"):
+    """All arrays of a nested result, by name."""
+    if isinstance(value, dict):
+        value = {f"{name}.{key}": item for key, item in value.items()}
+    elif isinstance(value, tuple):
+        value = {f"{name}[{i}]": item for i, item in enumerate(value)}
+    else:
+        return {name: value}
+    return {key: item for inner in value for key, item in flat(value[inner], inner).items()}
+
+
+def forward(ops, name, kwargs):
+    if "ops" in inspect.signature(getattr(REFERENCE, f"{name}_forward")).parameters:
+        kwargs = kwargs | {"ops": ops}
+    return getattr(ops, f"{name}_forward")(**kwargs)
+
+
+def run(ops, name, kwargs, dy=None):
+    """y, dy and the gradients by name; dy is random, in the dtype of y, unless given."""
+    y, cache = forward(ops, name, kwargs)
+    if dy is None:
+        dy = np.random.default_rng(9).standard_normal(y.shape).astype("float32").astype(y.dtype)
+    return y, dy, flat(getattr(ops, f"{name}_backward")(dy, cache))
+
+
+def relative_error(ours, theirs):
+    scale = np.linalg.norm(theirs)
+    return np.linalg.norm(ours - theirs) / scale if scale else np.linalg.norm(ours)
+
+
+def ids(value):
+    if isinstance(value, mc.ConViTConfig):
+        return f"{value.grid[0]}x{value.grid[1]}-D{value.embed_dim}-H{value.num_heads}"
+    return value if isinstance(value, str) else ("gpsa", "mhsa")[value]
+
+
+def test_the_namespaces_have_the_same_names_and_kernels_in_pairs():
+    assert list(vars(CPU)) == list(vars(REFERENCE))
+    changed = [n for n in vars(CPU) if getattr(CPU, n) is not getattr(REFERENCE, n)]
+    assert len(REPLACED) >= 5
+    assert set(Counter(name.rpartition("_")[0] for name in changed).values()) == {2}
+
+
+@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
+def test_a_kernel_equals_its_reference(name, config, block):
+    """Float32 kernels against the float64 reference: 1e-6 forward and 1e-5 backward, in norm."""
+    kwargs = arguments(name, config, block)
+    small = {key: cast(value, "float32") for key, value in kwargs.items()}
+    y, dy, grads = run(CPU, name, small)
+    y_true, _, grads_true = run(REFERENCE, name, kwargs, dy.astype("float64"))
+    assert y.shape == y_true.shape and y.dtype == np.float32
+    assert relative_error(y, y_true) <= 1e-6
+    assert {k: g.shape for k, g in grads.items()} == {k: g.shape for k, g in grads_true.items()}
+    assert {g.dtype for g in grads.values()} == {np.dtype("float32")}
+    errors = {key: relative_error(grads[key], grads_true[key]) for key in grads}
+    assert {key: error for key, error in errors.items() if not error <= 1e-5} == {}
+
+
+@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
+def test_float64_runs_the_reference(name, config, block):
+    kwargs = arguments(name, config, block)
+    y, dy, grads = run(CPU, name, kwargs)
+    y_true, _, grads_true = run(REFERENCE, name, kwargs, dy)
+    assert np.array_equal(y, y_true)
+    assert all(np.array_equal(grads[key], grads_true[key]) for key in grads_true)
+
+
+@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
+def test_a_kernel_is_a_pure_function(name, config, block):
+    """Inputs stay as they are, and two forwards, then their backwards, do not meet."""
+    kwargs = {k: cast(v, "float32") for k, v in arguments(name, config, block).items()}
+    others = {k: cast(v, "float32") for k, v in arguments(name, config, block, seed=1).items()}
+    before = {key: value.copy() for key, value in flat(kwargs).items() if hasattr(value, "copy")}
+    alone, dy, grads_alone = run(CPU, name, kwargs)
+    y, cache = forward(CPU, name, kwargs)
+    forward(CPU, name, others)
+    backward = getattr(CPU, f"{name}_backward")
+    backward(-dy, cache)
+    again = flat(backward(dy, cache))
+    assert np.array_equal(y, alone)
+    assert all(np.array_equal(again[key], grads_alone[key]) for key in again)
+    after = flat(kwargs)
+    assert all(np.array_equal(after[key], value) for key, value in before.items())
+
+
+def test_gelu_far_from_zero():
+    """From denormals to where a cube overflows: absolute errors of GELU and of its derivative."""
+    magnitudes = np.concatenate([[0.0, 1e-40, 1e-3], np.linspace(0.1, 20, 997), [1e3, 1e8, 1e15]])
+    x = np.concatenate([-magnitudes, magnitudes]).astype("float32")[None, :, None]  # (1, N, 1)
+    y, cache = CPU.gelu_forward(x)
+    slope = CPU.gelu_backward(np.ones_like(x), cache)
+    y_true, cache = REFERENCE.gelu_forward(x.astype("float64"))
+    slope_true = REFERENCE.gelu_backward(np.ones(x.shape), cache)
+    assert np.all(np.abs(y - y_true) <= 2e-7 * np.maximum(np.abs(x), 1.0))
+    assert np.all(np.abs(slope - slope_true) <= 5e-7)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
+def test_attention_with_large_scores(sharpness):
+    """Scores far beyond the range of exp, against softmax's own definition in float64."""
+    rng = np.random.default_rng(4)
+    D, N, B = 6, 11, 2
+    x = rng.standard_normal((B, N, D)).astype("float32")
+    params = {
+        "qkv.weight": np.concatenate([sharpness * np.eye(D), np.eye(D), np.eye(D)]),
+        "proj.weight": np.eye(D),
+        "proj.bias": np.zeros(D),
+    }
+    y, cache = CPU.mhsa_forward(x, cast(params, "float32"), 1)
+    scores = np.einsum("bqd,bkd->bqk", x, x, dtype="float64") * sharpness / np.sqrt(D)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    expected = weights / weights.sum(axis=2, keepdims=True) @ x.astype("float64")
+    # a score s is rounded by about 1e-7 s, and its weight by that much relatively
+    assert np.abs(y - expected).max() <= 1e-6 * max(1.0, np.abs(scores).max())
+    assert all(np.isfinite(grad).all() for grad in flat(CPU.mhsa_backward(y, cache)).values())
+
+
+def test_position_maps_hold_no_denormals():
+    """The published initialisation on the published grid, where the definition has thousands."""
+    config = mc.VARIANTS["convit_tiny"]
+    params = mc.init_params(config)
+    weight, bias = (params[f"blocks.0.attn.pos_proj.{kind}"] for kind in ("weight", "bias"))
+    maps = attention._position_maps(weight, bias, config.grid)  # (H, keys, queries)
+    dense, _ = REFERENCE.position_attention_dense_forward(weight, bias, config.grid)
+    tiny = np.finfo("float32").tiny
+    assert ((dense > 0) & (dense < tiny)).any()
+    assert not ((maps > 0) & (maps < tiny)).any()
+    assert np.abs(maps.swapaxes(1, 2) - dense).max() <= 1e-6

@@ -1,0 +1,208 @@
+"""The engine: the same gradients as one pass over the batch, the same bits for any threads, and no
+waste of memory."""
+
+import platform
+import subprocess
+import sys
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import miniconvit as mc
+from miniconvit import parallel
+from miniconvit.kernels import CPU
+from miniconvit.parallel import Engine, available_threads, cut
+
+CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
+N_IMAGES = 83  # 60 patches each: pieces of unequal size
+
+
+def make_batch(config, n, dtype="float32"):
+    rng = np.random.default_rng(5)
+    images = rng.standard_normal((n, config.in_chans, *config.image)).astype("float32")
+    targets = rng.integers(0, config.num_classes, n)
+    return lambda start, stop: (images[start:stop].astype(dtype), targets[start:stop])
+
+
+def random_params(config, dtype="float32"):
+    rng = np.random.default_rng(6)
+    params = mc.init_params(config, dtype="float64")
+    return {
+        name: (value + 0.1 * rng.standard_normal(value.shape)).astype("float32").astype(dtype)
+        for name, value in params.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Logits, loss and gradients of the whole batch at once, by the reference in float64."""
+    params, load = random_params(CONFIG, "float64"), make_batch(CONFIG, N_IMAGES, "float64")
+    images, targets = load(0, N_IMAGES)
+    logits, cache = mc.convit_forward(images, params, CONFIG, train=True, seed=3, step=8)
+    loss, cache_loss = mc.cross_entropy_forward(logits, targets, 0.1)
+    grads = mc.convit_backward(mc.cross_entropy_backward(1.0, cache_loss), cache)
+    evaluated, _ = mc.convit_forward(images, params, CONFIG)
+    correct = (logits.argmax(axis=1) == targets).sum()
+    return SimpleNamespace(logits=evaluated, loss=loss, grads=grads, correct=correct)
+
+
+def step(threads, dtype="float32", **kwargs):
+    with Engine(CONFIG, threads, **kwargs) as engine:
+        load, params = make_batch(CONFIG, N_IMAGES, dtype), random_params(CONFIG, dtype)
+        return (
+            engine.loss_and_grads(load, N_IMAGES, params, label_smoothing=0.1, seed=3, step=8),
+            engine.logits(load, N_IMAGES, params),
+        )
+
+
+def errors(grads, grads_true):
+    return {
+        name: np.linalg.norm(grads[name] - true) / (np.linalg.norm(true) or 1.0)
+        for name, true in grads_true.items()
+    }
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_a_step_equals_one_pass_over_the_batch(truth, dtype, tolerance):
+    (loss, correct, grads), logits = step(2, dtype)
+    assert isinstance(loss, float) and isinstance(correct, int)
+    assert loss == pytest.approx(truth.loss, rel=tolerance)
+    assert correct == truth.correct
+    assert list(grads) == list(truth.grads)
+    assert {g.dtype for g in grads.values()} == {np.dtype(dtype)}
+    wrong = {n: e for n, e in errors(grads, truth.grads).items() if not e <= tolerance}
+    assert wrong == {}
+    assert np.linalg.norm(logits - truth.logits) <= tolerance * np.linalg.norm(truth.logits)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    (loss, correct, grads), logits = step(1)
+    for threads in (2, 3, 8):
+        (loss_again, correct_again, grads_again), logits_again = step(threads)
+        assert (loss, correct) == (loss_again, correct_again)
+        assert all(np.array_equal(grads[name], grads_again[name]) for name in grads)
+        assert np.array_equal(logits, logits_again)
+
+
+@pytest.mark.parametrize("rows", [1, 60, 64, 196, 5000])
+@pytest.mark.parametrize("n", [1, 2, 15, 64, 83, 1000])
+def test_pieces_cover_the_batch_once_and_evenly(n, rows):
+    pieces = cut(n, rows)
+    assert [start for start, _ in pieces] == [0] + [stop for _, stop in pieces[:-1]]
+    assert pieces[-1][1] == n
+    sizes = [stop - start for start, stop in pieces]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    assert max(sizes) * rows <= max(rows, parallel.PIECE_ROWS)
+
+
+def arrays_in(value):
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from arrays_in(item)
+
+
+@pytest.mark.parametrize("local_up_to_layer", [0, 2, 3])
+def test_a_float32_step_makes_no_float64_array(local_up_to_layer):
+    """Every result and every cache of every function that a step calls."""
+    seen = {}
+
+    def watched(name, function):
+        def run(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen.setdefault(name, set()).update(a.dtype for a in arrays_in(result))
+            return result
+
+        return run
+
+    ops = SimpleNamespace(**{name: watched(name, f) for name, f in vars(CPU).items()})
+    config = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, True, local_up_to_layer)
+    with Engine(config, 1, ops) as engine:
+        load, params = make_batch(config, 3), random_params(config)
+        _, _, grads = engine.loss_and_grads(load, 3, params, 0.1)
+    assert {"block_forward", "last_block_backward", "linear_backward"} <= set(seen)
+    assert {name for name, dtypes in seen.items() if np.dtype("float64") in dtypes} == set()
+    assert {g.dtype for g in grads.values()} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
+    """One image a piece, and gradients that outweigh its activations."""
+    monkeypatch.setattr(parallel, "PIECE_ROWS", 16)
+    config = mc.ConViTConfig(16, 4, 3, 10, 192, 1, 4, local_up_to_layer=1)
+    params = random_params(config)
+    peaks = []
+    with Engine(config, threads) as engine:
+        for n in (8, 64):
+            load = make_batch(config, n)
+            tracemalloc.start()
+            engine.loss_and_grads(load, n, params)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    sets = sum(p.nbytes for p in params.values())
+    assert peaks[1] - peaks[0] <= 1.0 * sets
+    assert peaks[1] <= (2 * threads + 2) * sets
+
+
+FAULTS = """
+import resource
+import miniconvit as mc
+import numpy as np
+from miniconvit.parallel import Engine
+
+config = mc.VARIANTS["convit_mini32"]
+images = np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype("float32")
+params, targets = mc.init_params(config), np.arange(64) % 10
+optimizer = mc.AdamW(params)
+faults = []
+with Engine(config, 2) as engine:
+    for step in range(9):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        load = lambda start, stop: (images[start:stop], targets[start:stop])
+        grads = engine.loss_and_grads(load, 64, params)[2]
+        optimizer.step(params, grads)
+        del grads
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_warm_step_touches_no_fresh_memory():
+    """In a process of its own: the first step takes its memory page by page, later ones reuse it.
+
+    Half of the warm steps may meet a heap that still grows a little: the median decides.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120
+    )
+    faults = [int(word) for word in done.stdout.split()]
+    assert faults[0] > 10_000
+    assert np.median(faults[3:]) <= 100
+
+
+def test_an_error_in_a_worker_reaches_the_caller_and_the_engine_lives_on():
+    good, params = make_batch(CONFIG, N_IMAGES), random_params(CONFIG)
+
+    def bad(start, stop):
+        if start > 0:
+            raise OSError("unreadable")
+        return good(start, stop)
+
+    with Engine(CONFIG, 2) as engine:
+        with pytest.raises(OSError, match="unreadable"):
+            engine.loss_and_grads(bad, N_IMAGES, params)
+        assert engine.logits(good, N_IMAGES, params).shape == (N_IMAGES, CONFIG.num_classes)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("50000 100000", 1), ("150000 100000", 2)])
+def test_a_container_s_quota_limits_the_threads(tmp_path, monkeypatch, limit, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert available_threads(tmp_path) == expected
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert available_threads(tmp_path) == 16
+    assert available_threads(tmp_path / "absent") == 16

@@ -1,0 +1,415 @@
+"""The training loop: against a plain loop written out here, and what it does at its limits."""
+
+import errno
+import json
+import os
+from dataclasses import asdict, replace
+from math import cos, pi
+
+import numpy as np
+import pytest
+from small_run import small_dataset
+
+import miniconvit.train as training
+from miniconvit import (
+    AdamW,
+    ConViTConfig,
+    UserError,
+    convit_backward,
+    convit_forward,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    init_params,
+)
+from miniconvit.checkpoint import load_checkpoint
+from miniconvit.data import augment, epoch_order, normalize
+from miniconvit.parallel import Engine
+from miniconvit.run_folder import RunFolder
+from miniconvit.settings import RECIPES, Settings, make_settings, stored_settings
+from miniconvit.train import Diverged, default_out, evaluate, train
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    monkeypatch.setattr(training, "load_dataset", small_dataset)
+
+
+def settings(**given):
+    small = {"img_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "seed": 3}
+    return make_settings(**small | given)
+
+
+def run(folder, resume=False, **given):
+    return train(settings(**given), folder, resume=resume, quiet=True, threads=2)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_training(s):
+    """The same training, one whole batch at a time and without any of train.py: parameters, the
+    epochs' mean losses, and the last step's learning rate."""
+    data = small_dataset()
+    config = s.model_config(data)
+    params = init_params(config, s.seed)
+    optimizer = AdamW(params, weight_decay=s.weight_decay)
+    per_epoch = 100 // s.batch_size
+    total, losses, step = s.epochs * per_epoch, [], 0
+    for epoch in range(s.epochs):
+        order, loss_sum = epoch_order(100, s.seed, epoch), 0.0
+        for first in range(0, per_epoch * s.batch_size, s.batch_size):
+            chosen = order[first : first + s.batch_size]
+            images = augment(data.train.images[chosen], chosen, s.seed, epoch, s.augment)
+            images = normalize(images, data.mean, data.std)
+            logits, cache = convit_forward(images, params, config, True, s.seed, step)
+            loss, cache_loss = cross_entropy_forward(
+                logits, data.train.labels[chosen], s.label_smoothing
+            )
+            grads = convit_backward(cross_entropy_backward(1.0, cache_loss), cache)
+            norm = float(
+                np.sqrt(sum(float((g.astype("float64") ** 2).sum()) for g in grads.values()))
+            )
+            if s.clip_grad and norm > s.clip_grad:
+                grads = {name: g * (s.clip_grad / norm) for name, g in grads.items()}
+            warm, low = s.warmup_epochs * per_epoch, s.lr / 100
+            if step < warm:
+                lr = low + (s.lr - low) * step / warm
+            else:
+                lr = low + (s.lr - low) * (1 + cos(pi * step / total)) / 2
+            optimizer.step(params, grads, lr)
+            step += 1
+            loss_sum += float(loss)
+        losses.append(loss_sum / per_epoch)
+    return params, losses, lr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"augment": "none"},
+        {
+            "augment": "crop-flip",
+            "drop_path": 0.3,
+            "label_smoothing": 0.2,
+            "clip_grad": 0.5,
+            "weight_decay": 0.4,
+            "warmup_epochs": 0.5,
+        },
+    ],
+)
+def test_equals_a_plain_loop(tmp_path, given):
+    result = run(tmp_path / "run", **given)
+    params, losses, lr = plain_training(settings(**given))
+    found = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    for name, value in params.items():
+        if not name.endswith("pos_proj.bias"):  # inert: its gradient is rounding noise
+            np.testing.assert_allclose(
+                found.params[name], value, rtol=1e-3, atol=2e-4, err_msg=name
+            )
+    np.testing.assert_allclose([row["train_loss"] for row in result.rows], losses, rtol=1e-4)
+    np.testing.assert_allclose(result.rows[-1]["lr"], lr, rtol=1e-12)
+
+
+def test_run_folder(tmp_path):
+    result = run(tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+        "log.txt",
+    }
+    keys = "epoch step train_loss train_top1 val_loss val_top1 lr images_per_second seconds"
+    assert [list(row) for row in rows(folder)] == [keys.split()] * 3
+    assert [(row["epoch"], row["step"]) for row in rows(folder)] == [(1, 6), (2, 12), (3, 18)]
+    assert rows(folder) == result.rows
+    assert result.best == max(result.rows, key=lambda row: (row["val_top1"], -row["epoch"]))
+
+    best = load_checkpoint(folder / "best.safetensors")
+    assert best.moments is None
+    assert (best.data, best.classes) == ("shapes", ["reddish", "greenish", "bluish"])
+    assert (best.mean, best.std) == ([0.36, 0.37, 0.38], [0.19, 0.20, 0.21])
+    data = small_dataset()
+    logits, _ = convit_forward(
+        normalize(data.val.images, best.mean, best.std), best.params, best.config
+    )
+    assert (logits.argmax(axis=1) == data.val.labels).mean() == result.best["val_top1"]
+
+
+def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.7, 0.7])
+    monkeypatch.setattr(training, "evaluate", lambda *_: (1.0, next(accuracies), 1.0))
+    result = run(tmp_path / "run")
+    assert result.best["epoch"] == 2
+    last = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    best = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert last.state["best"] == {"epoch": 2, "val_top1": 0.7}
+    assert (best.params["head.weight"] != last.params["head.weight"]).any()
+
+
+def test_config_json_repeats_the_run(tmp_path):
+    run(tmp_path / "a", drop_path=0.1)
+    about = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (about["threads"], about["data_dir"]) == (2, None)
+    assert about["versions"]["numpy"] == np.__version__
+    assert ConViTConfig.from_dict(about["model"]) == settings(drop_path=0.1).model_config(
+        small_dataset()
+    )
+    again = stored_settings(tmp_path / "a")
+    assert again == settings(drop_path=0.1)
+    train(again, tmp_path / "b", quiet=True, threads=1)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_steps_instead_of_epochs(tmp_path):
+    result = run(tmp_path / "run", epochs=None, steps=8)
+    assert [(row["epoch"], row["step"]) for row in result.rows] == [(1, 6), (2, 8)]
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
+    result = run(tmp_path / "run", batch_size=1000, epochs=2)
+    assert [row["step"] for row in result.rows] == [1, 2]
+
+
+def test_evaluate_counts_over_chunks(monkeypatch):
+    """Against a count image by image, of a split that the chunks do not divide."""
+    monkeypatch.setattr(training, "EVALUATION_CHUNK", 7)
+    rng = np.random.default_rng(2)
+    data = small_dataset()
+    config = replace(settings().model_config(data), num_classes=9)
+    params = {
+        name: value + rng.normal(0, 0.3, value.shape).astype("float32")
+        for name, value in init_params(config, 1).items()
+    }
+    data.val.labels[:] = rng.integers(0, 9, 30)
+    with Engine(config, 2) as engine:
+        found = evaluate(engine, data.val, data.mean, data.std, params)
+    losses, firsts, fives = [], [], []
+    for image, label in zip(data.val.images, data.val.labels, strict=True):
+        logits, _ = convit_forward(normalize(image[None], data.mean, data.std), params, config)
+        p = np.exp(logits[0].astype("float64"))
+        losses.append(-np.log(p[label] / p.sum()))
+        ranking = sorted(range(9), key=lambda c: -p[c])
+        firsts.append(ranking[0] == label)
+        fives.append(label in ranking[:5])
+    assert 0 < np.mean(firsts) < np.mean(fives) < 1
+    np.testing.assert_allclose(found[0], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(found[1:], [np.mean(firsts), np.mean(fives)], rtol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """NaN pixels from epoch 2 on: the last good checkpoint is that of epoch 1."""
+    folder = tmp_path / "run"
+
+    def poison(images, indices, seed, epoch, preset):
+        return images.astype("float32") * (np.nan if epoch >= 1 else 1)
+
+    monkeypatch.setattr(training, "augment", poison)
+    with pytest.raises(Diverged, match=r"step 7 \(epoch 2\).*last\.safetensors is the last good"):
+        run(folder)
+    assert load_checkpoint(folder / "last.safetensors").state["step"] == 6
+    assert len(rows(folder)) == 1
+    assert "step 7" in (folder / "log.txt").read_text()
+
+
+def test_an_absurd_rate_diverges_without_a_broken_checkpoint(tmp_path):
+    with pytest.raises(Diverged, match="stopped at step"):
+        run(tmp_path / "run", lr=1e37)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """An update that overflows is noticed at the next save."""
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+
+    def overflow(optimizer, params, grads, lr):
+        params["head.bias"][0] = np.inf
+
+    monkeypatch.setattr(AdamW, "step", overflow)
+    with pytest.raises(Diverged, match=r"head\.bias"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "last.safetensors").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_: (float("inf"), 0.5, 1.0))
+    with pytest.raises(Diverged, match="validation loss is inf; nothing was saved yet"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+OTHER = {
+    "data": "cifar10",
+    "subset": 0.5,
+    "recipe": "cifar10-10min",
+    "model": "vit_micro32",
+    "img_size": 16,
+    "patch_size": 2,
+    "local_up_to_layer": 2,
+    "locality_strength": 2.0,
+    "epochs": 4,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "weight_decay": 0.1,
+    "warmup_epochs": 2,
+    "clip_grad": 1.0,
+    "label_smoothing": 0.1,
+    "drop_path": 0.1,
+    "augment": "crop-flip",
+    "seed": 4,
+}
+
+
+def test_a_different_setting_is_refused_by_name(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {*OTHER, "steps"} == set(asdict(settings()))
+    cases = [(name, {name: value}) for name, value in OTHER.items()]
+    for name, change in [*cases, ("epochs", {"epochs": None, "steps": 5})]:
+        changed = replace(settings(), **change)
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+            train(changed, folder, resume=True, quiet=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_different_setting_is_refused_before_the_first_save_too(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    (folder / "last.safetensors").unlink()
+    with pytest.raises(UserError, match=r"began with --lr 0\.003 and cannot go on with --lr 0\.1"):
+        run(folder, resume=True, lr=0.1)
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
+        run(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        run(tmp_path / "letters", resume=True)
+    assert os.listdir(tmp_path / "letters") == ["a.txt"]
+
+
+def test_a_damaged_last_checkpoint_is_not_overwritten(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    last = folder / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-9])
+    damaged = last.read_bytes()
+    with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
+        run(folder, resume=True)
+    assert last.read_bytes() == damaged
+    last.write_bytes((folder / "best.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"last\.safetensors is damaged, or is no checkpoint to"):
+        run(folder, resume=True)
+
+
+def test_missing_metrics_are_noticed(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: 3 whole lines"):
+        run(folder, resume=True)
+
+
+@pytest.mark.parametrize("writes", [3, 9, 30])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writes):
+    """The disk is full from some flush on; when there is room again the run goes on to the end that
+    it has without the accident."""
+    run(tmp_path / "whole")
+    folder, left, fsync = tmp_path / "run", [writes], os.fsync
+
+    def fsync_until_full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync_until_full)
+        with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+            run(folder)
+    assert not list(folder.glob("*.partial"))
+    run(folder, resume=True)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write /proc/run: "):
+        run("/proc/run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        run(tmp_path / "file")
+
+
+def test_locked_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(resume=False)
+    with pytest.raises(UserError, match="another process is training"):
+        run(tmp_path / "run")
+    folder.close()
+    run(tmp_path / "run", epochs=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"subset": 0.0},
+        {"epochs": 0},
+        {"epochs": None},
+        {"steps": 4, "epochs": 4},
+        {"batch_size": 0},
+        {"lr": float("nan")},
+        {"weight_decay": -1.0},
+        {"warmup_epochs": float("inf")},
+        {"clip_grad": 0.0},
+        {"label_smoothing": 1.0},
+        {"drop_path": 1.0},
+        {"seed": -1},
+        {"model": "convit_huge"},
+        {"recipe": "risotto"},
+        {"data": "mnist"},
+    ],
+)
+def test_settings_out_of_range(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)).replace("_", "[- ]")[:4]):
+        settings(**wrong)
+
+
+def test_explicit_settings_win_over_the_recipe():
+    plain = make_settings(data="cifar10")
+    assert asdict(plain).items() >= RECIPES["cifar10-10min"].items()
+    assert make_settings(recipe="cifar10-10min").data == "cifar10"
+    assert make_settings(data="cifar10", lr=0.5) == replace(plain, lr=0.5)
+    assert make_settings(data="cifar10", steps=7) == replace(plain, steps=7, epochs=None)
+    assert make_settings().recipe == "shapes-minute"
+    augmentations = {data: make_settings(data=data).augment for data in ("shapes", "cifar10")}
+    assert augmentations == {"shapes": "none", "cifar10": "crop-flip"}  # a flip changes a shape
+    assert make_settings(recipe="cifar10-10min", data="shapes").augment == "none"
+    assert Settings(**json.loads(json.dumps(asdict(settings(img_size=(8, 16)))))) == settings(
+        img_size=(8, 16)
+    )
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        out = default_out(settings())
+        out.mkdir(parents=True)
+        names.append(out.name)
+    stem = "shapes-convit_micro32-seed3"
+    assert names == [stem, f"{stem}-2", f"{stem}-3"]
+    assert default_out(settings(), resume=True).name == f"{stem}-3"
+    assert default_out(settings(seed=4), resume=True).name == "shapes-convit_micro32-seed4"

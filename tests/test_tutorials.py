@@ -1,0 +1,228 @@
+"""The tutorial pages do what they say: every Python fence runs and prints what the page shows."""
+
+import difflib
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from miniconvit.cli.tutorial import command
+from miniconvit.errors import UserError
+from miniconvit.mutants import MUTANTS
+from miniconvit.tutorial import find_page, notebook, split_page
+
+FOLDER = Path(__file__).parents[1] / "tutorials"
+PAGES = sorted(FOLDER.glob("*.md"))
+NUMBERED = [page for page in PAGES if page.name[0].isdigit()]
+# Round-off differs between machines: numbers below 1e-8, and the error of a gradient that is zero.
+ROUND_OFF = re.compile(r"\b\d(\.\d+)?e-(0[89]|[1-9]\d)\b|\b0\.0+e\+00\b|\S+(?=  zero$)")
+MATH = re.compile(r"^```math\n(.*?)^```$|\$`(.+?)`\$", re.MULTILINE | re.DOTALL)
+
+
+def run_page(path):
+    """Runs the page's code in one namespace, comparing what it prints with what the page shows."""
+    namespace = {"__name__": "tutorial"}
+    for cell in split_page(path.read_text(encoding="utf-8")):
+        if not cell.is_code:
+            continue
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            # The leading lines make a traceback point at the line of the page.
+            exec(compile("\n" * cell.line + cell.source, path, "exec"), namespace)
+        if cell.output is not None:
+            shown, got = (
+                [ROUND_OFF.sub("round-off", line.rstrip()) for line in text.strip().splitlines()]
+                for text in (cell.output, printed.getvalue())
+            )
+            if shown != got:
+                difference = "\n".join(
+                    difflib.unified_diff(shown, got, "shown", "printed", lineterm="")
+                )
+                pytest.fail(f"{path}:{cell.output_line + 1}: {difference}", pytrace=False)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+# The runner itself.
+
+SAMPLE = """# A page
+
+```python
+x = 2
+print(f"{x / 3:.3f}")
+```
+
+```text
+0.667
+```
+
+<!-- no-run: needs a GPU -->
+```python
+raise SystemExit
+```
+
+```python
+print(1e-9, x)
+assert x == {x}
+```
+
+```text
+4e-10 2
+```
+"""
+
+
+def write_page(folder, text):
+    (folder / "page.md").write_text(text)
+    return folder / "page.md"
+
+
+def test_runner_accepts_a_right_page(tmp_path):
+    run_page(write_page(tmp_path, SAMPLE.replace("{x}", "2")))
+
+
+def test_a_failure_points_at_the_line_of_the_page(tmp_path):
+    page = write_page(tmp_path, SAMPLE.replace("{x}", "3"))
+    with pytest.raises(AssertionError) as failure:
+        run_page(page)
+    last = failure.traceback[-1]
+    assert (str(last.path), last.lineno + 1) == (str(page), 19)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "line"), [("0.667", "0.666", 9), ("4e-10 2", "4e-10 3", 23),
+                                 ("4e-10", "4e-07", 23)],
+)  # fmt: skip
+def test_a_wrong_output_points_at_the_line_of_the_page(tmp_path, right, wrong, line):
+    page = write_page(tmp_path, SAMPLE.replace("{x}", "2").replace(right, wrong))
+    with pytest.raises(pytest.fail.Exception, match=rf"page\.md:{line}:"):
+        run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_fence_escapes_the_runner(page):
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^.*?`{3,}[ \t]*[pP]y.*$", text, re.MULTILINE)
+    code = sum(cell.is_code for cell in split_page(text))
+    assert set(fences) <= {"```python"}
+    assert code + len(re.findall(r"<!-- no-run: .+ -->\s*```python\n", text)) == len(fences)
+    assert text.count("```") % 2 == 0
+
+
+# Links, pictures and formulas.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", NUMBERED, ids=lambda page: page.name)
+def test_page_is_in_the_index_and_linked_to_its_neighbours(page):
+    assert f"]({page.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    i = NUMBERED.index(page)
+    text = page.read_text(encoding="utf-8")
+    for neighbour in NUMBERED[max(i - 1, 0) : i] + NUMBERED[i + 1 : i + 2]:
+        assert f"]({neighbour.name})" in text
+
+
+def test_pictures_are_small_described_drawn_by_the_script_and_used():
+    used = {}
+    for page in PAGES:
+        pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        used |= {link: alt for alt, link in pictures}
+    assert all(len(alt) > 30 for alt in used.values())
+    files = {f"figures/{file.name}" for file in (FOLDER / "figures").glob("*.[ps][nv]g")}
+    assert files == set(used)
+    script = (FOLDER / "figures" / "draw.py").read_text(encoding="utf-8")
+    for link in used:
+        assert (FOLDER / link).stat().st_size < 60_000
+        assert f"\ndef {Path(link).stem}(" in script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_render_on_github(page):
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$|(?<!\$)`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "$" not in prose.replace("$`", "").replace("`$", "") or not re.search(r"\$[^`]", prose)
+    for formula in ("".join(match) for match in MATH.findall(text)):
+        assert not re.search(r"\\operatorname|<\w|\w<|\\tag|\\label", formula), formula
+        assert formula.count("{") == formula.count("}"), formula
+
+
+def test_bugs_that_pages_name_are_in_the_catalogue():
+    names = {mutant.name for mutant in MUTANTS}
+    for page in PAGES:
+        for name in re.findall(r"mutant\s+`([\w-]+)`", page.read_text(encoding="utf-8")):
+            assert name in names, f"{page.name} names {name}"
+
+
+# Notebooks.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_notebook_follows_format_4_5(page):
+    book = json.loads(json.dumps(notebook(page)))
+    assert set(book) == {"cells", "metadata", "nbformat", "nbformat_minor"}
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in book["cells"]]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids)
+    for cell in book["cells"]:
+        assert cell["metadata"] == {} and all(isinstance(line, str) for line in cell["source"])
+        keys = set(cell) - {"id", "cell_type", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            assert keys == {"execution_count", "outputs"} and cell["execution_count"] is None
+            for output in cell["outputs"]:
+                assert set(output) == {"output_type", "name", "text"}
+                assert (output["output_type"], output["name"]) == ("stream", "stdout")
+        else:
+            assert cell["cell_type"] == "markdown" and keys <= {"attachments"}
+            text = "".join(cell["source"])
+            assert "```math" not in text and "$`" not in text
+            pictures = re.findall(r"\]\(attachment:([^)]+)\)", text)
+            assert set(cell.get("attachments", {})) == set(pictures) and "](figures" not in text
+
+
+def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
+    (tmp_path / "dot.png").write_bytes(b"PNG")
+    more = "\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png)\n"
+    page = write_page(tmp_path, SAMPLE.replace("{x}", "2") + more)
+    assert CliRunner().invoke(command, [str(page), str(tmp_path / "a.ipynb")]).exit_code == 0
+    cells = json.loads((tmp_path / "a.ipynb").read_text())["cells"]
+    kinds = [cell["cell_type"] for cell in cells]
+    assert kinds == ["markdown", "code", "markdown", "code", "markdown"]
+    assert "".join(cells[1]["source"]) == 'x = 2\nprint(f"{x / 3:.3f}")'
+    assert cells[1]["outputs"][0]["text"] == ["0.667"]
+    assert "raise SystemExit" in "".join(cells[2]["source"])
+    assert "".join(cells[4]["source"]) == (
+        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png)"
+    )
+    assert cells[4]["attachments"] == {"dot.png": {"image/png": "UE5H"}}
+
+
+def test_notebook_is_not_overwritten(tmp_path):
+    page = write_page(tmp_path, SAMPLE)
+    result = CliRunner().invoke(command, [str(page), str(page)])
+    assert isinstance(result.exception, UserError) and "exists already" in str(result.exception)
+    assert page.read_text() == SAMPLE
+
+
+def test_page_is_found_by_its_number():
+    assert find_page("4") == find_page("04") == FOLDER / "04-layernorm.md"
+    with pytest.raises(UserError, match="no tutorial page '99'"):
+        find_page("99")
