@@ -440,6 +440,7 @@ def test_notes_and_readme_name_every_exercise(kit):
         assert f"## {exercise.name}: {exercise.points} points, {exercise.minutes} min" in notes
         assert exercise.goal in notes
         assert exercise.goal in readme
+        assert all(mistake in notes for mistake in exercise.mistakes)
     assert all(m.story in notes for m in OURS)
     assert not any(m.story in readme for m in OURS if m.story)
 
@@ -484,13 +485,16 @@ def test_autograder_runs_from_its_own_wheel(kit, tmp_path):
 
 @pytest.mark.full
 def test_wheel_installs(kit, tmp_path):
+    """pip takes it and makes the command, in a new environment that borrows our NumPy."""
     (wheel,) = (kit / "instructor" / "autograder").glob("*.whl")
-    venv = [sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")]
-    subprocess.run(venv, check=True)
-    pip = [str(tmp_path / "venv/bin/pip"), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(pip, check=True)
-    program = [str(tmp_path / "venv/bin/miniconvit"), "coursework", "--help"]
-    assert "create" in subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    pip = [str(binaries / "pip"), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, env=environment())
+    env = environment(PYTHONPATH=str(Path(np.__file__).parents[1]))
+    program = [str(binaries / "miniconvit"), "coursework", "--help"]
+    outcome = subprocess.run(program, check=True, capture_output=True, text=True, env=env)
+    assert "create" in outcome.stdout
 
 
 # The source check

@@ -267,6 +267,7 @@ def test_what_is_printed_is_shown():
     assert "printed: shape (2, 6, 15)" in result.text
 
 
+@POSIX
 def test_links_and_odd_files_are_not_followed(tmp_path):
     (tmp_path / "hidden.json").write_text("secret")
     folder = tmp_path / "mallory"

@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
+from time import sleep
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import miniconvit as mc
 from miniconvit import parallel
 from miniconvit.kernels import CPU
+from miniconvit.layers.ops import REFERENCE
 from miniconvit.parallel import Engine, available_threads, cut
 
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
@@ -97,54 +100,54 @@ def test_pieces_cover_the_batch_once_and_evenly(n, rows):
     assert max(sizes) * rows <= max(rows, parallel.PIECE_ROWS)
 
 
-def arrays_in(value):
-    if isinstance(value, np.ndarray):
-        yield value
-    elif isinstance(value, dict | tuple | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from arrays_in(item)
+class Watched(np.ndarray):
+    """An array whose every descendant is one too, and reports its dtype when it is made."""
+
+    seen = set()
+
+    def __array_finalize__(self, parent):
+        Watched.seen.add(self.dtype)
 
 
+Watched.__module__ = "numpy"  # so that the layers compute with NumPy
+
+
+@pytest.mark.parametrize("ops", [CPU, REFERENCE], ids=["kernels", "reference"])
 @pytest.mark.parametrize("local_up_to_layer", [0, 2, 3])
-def test_a_float32_step_makes_no_float64_array(local_up_to_layer):
-    """Every result and every cache of every function that a step calls."""
-    seen = {}
-
-    def watched(name, function):
-        def run(*args, **kwargs):
-            result = function(*args, **kwargs)
-            seen.setdefault(name, set()).update(a.dtype for a in arrays_in(result))
-            return result
-
-        return run
-
-    ops = SimpleNamespace(**{name: watched(name, f) for name, f in vars(CPU).items()})
-    config = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, True, local_up_to_layer)
+def test_a_float32_step_makes_no_float64_array(local_up_to_layer, ops):
+    config = replace(CONFIG, local_up_to_layer=local_up_to_layer, qkv_bias=True)
+    params = {name: p.view(Watched) for name, p in random_params(config).items()}
+    images, targets = make_batch(config, 3)(0, 3)
+    Watched.seen.clear()
     with Engine(config, 1, ops) as engine:
-        load, params = make_batch(config, 3), random_params(config)
-        _, _, grads = engine.loss_and_grads(load, 3, params, 0.1)
-    assert {"block_forward", "last_block_backward", "linear_backward"} <= set(seen)
-    assert {name for name, dtypes in seen.items() if np.dtype("float64") in dtypes} == set()
-    assert {g.dtype for g in grads.values()} == {np.dtype("float32")}
+        engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params, 0.1)
+    assert np.dtype("float32") in Watched.seen
+    assert {dtype for dtype in Watched.seen if dtype.kind == "f"} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
-    """One image a piece, and gradients that outweigh its activations."""
+    """One image a piece, gradients that outweigh its activations, and a first piece so slow that
+    the other workers could run far ahead of it."""
     monkeypatch.setattr(parallel, "PIECE_ROWS", 16)
     config = mc.ConViTConfig(16, 4, 3, 10, 192, 1, 4, local_up_to_layer=1)
     params = random_params(config)
     peaks = []
     with Engine(config, threads) as engine:
         for n in (8, 64):
-            load = make_batch(config, n)
+            batch = make_batch(config, n)
+
+            def load(start, stop, batch=batch):
+                if start == 0:
+                    sleep(0.5)
+                return batch(start, stop)
+
             tracemalloc.start()
             engine.loss_and_grads(load, n, params)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-    sets = sum(p.nbytes for p in params.values())
-    assert peaks[1] - peaks[0] <= 1.0 * sets
-    assert peaks[1] <= (2 * threads + 2) * sets
+    one_set = sum(p.nbytes for p in params.values())
+    assert peaks[1] - peaks[0] <= 3 * one_set  # two more may wait, depending on the threads' luck
 
 
 FAULTS = """

@@ -48,7 +48,7 @@ def create(out, secret, names):
 @click.option("--exercise", "names", multiple=True, metavar="NAME", help="Only this one; may be "
               "repeated.")  # fmt: skip
 def check(folder, names):
-    """Run the visible tests on the exercises in FOLDER (here, if none is named)."""
+    """Run the visible tests in FOLDER, or here."""
     assignment = coursework.load_assignment(folder)
     chosen = [e for e in coursework.exercises(names) if e in assignment.exercises]
     if not chosen:
@@ -78,7 +78,10 @@ def check(folder, names):
 @click.option("--out", required=True, type=_PATH, help="Folder for results and grades.csv.")
 @click.option("--jobs", type=click.IntRange(1), help="Submissions at a time.  [default: all cores]")
 def grade(submissions, instructor, out, jobs):
-    """Grade every folder and zip file in SUBMISSIONS with the hidden tests."""
+    """Grade a folder of submissions.
+
+    Every folder and zip file in SUBMISSIONS is judged by the hidden tests.
+    """
     graded = coursework.grade(submissions, instructor, out, jobs)
     for one in graded.values():
         click.echo(f"{one.student:30}{one.score:7g} /{one.max_score:4}   {one.remark}".rstrip())

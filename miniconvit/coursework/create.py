@@ -179,13 +179,14 @@ def _notes(chosen):
     ]
     for exercise in chosen:
         stories = [m.story for m in MUTANTS if m.function in exercise.functions]
+        stories += exercise.mistakes
         functions = ", ".join(f"`{name}`" for name in exercise.functions)
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
             f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            "Common mistakes:",
+            "\n".join(f"- {story}" for story in stories),
         ]
-        if stories:
-            parts += ["Common mistakes:", "\n".join(f"- {story}" for story in stories)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,6 +36,7 @@ class Exercise:
     """One file of a student.
 
     module: the library's module that it is cut from. helpers: further functions that are blanked.
+    mistakes: common ones, beside those of the catalogue of mutants.
     goal is for the instructor and the student, minutes a guess for one who knows NumPy.
     """
 
@@ -47,6 +48,7 @@ class Exercise:
     goal: str
     hint: str
     helpers: tuple[str, ...] = ()
+    mistakes: tuple[str, ...] = ()
 
     @property
     def file(self):
@@ -141,6 +143,13 @@ EXERCISES = (
         "adamw", "optim", (Unit("adamw_steps", ()),), 6, 30,
         "Two moments, their bias correction, and a weight decay that stays out of them.",
         "The decay touches only tensors of two or more axes. The step count starts at 1.",
+        mistakes=(
+            "The step count never advances, so every step is corrected like the first.",
+            "The decay is added to the gradient and enters the moments: Adam with L2, not AdamW.",
+            "Biases and position embeddings are decayed too.",
+            "eps stands under the root.",
+            "The rate given to this step is ignored.",
+        ),
     ),
 )  # fmt: skip
 
