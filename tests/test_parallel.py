@@ -100,13 +100,14 @@ def test_pieces_cover_the_batch_once_and_evenly(n, rows):
     assert max(sizes) * rows <= max(rows, parallel.PIECE_ROWS)
 
 
+seen_dtypes = set()
+
+
 class Watched(np.ndarray):
     """An array whose every descendant is one too, and reports its dtype when it is made."""
 
-    seen = set()
-
     def __array_finalize__(self, parent):
-        Watched.seen.add(self.dtype)
+        seen_dtypes.add(self.dtype)
 
 
 Watched.__module__ = "numpy"  # so that the layers compute with NumPy
@@ -118,11 +119,11 @@ def test_a_float32_step_makes_no_float64_array(local_up_to_layer, ops):
     config = replace(CONFIG, local_up_to_layer=local_up_to_layer, qkv_bias=True)
     params = {name: p.view(Watched) for name, p in random_params(config).items()}
     images, targets = make_batch(config, 3)(0, 3)
-    Watched.seen.clear()
+    seen_dtypes.clear()
     with Engine(config, 1, ops) as engine:
         engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params, 0.1)
-    assert np.dtype("float32") in Watched.seen
-    assert {dtype for dtype in Watched.seen if dtype.kind == "f"} == {np.dtype("float32")}
+    assert np.dtype("float32") in seen_dtypes
+    assert {dtype for dtype in seen_dtypes if dtype.kind == "f"} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -312,6 +312,13 @@ def test_a_damaged_last_checkpoint_is_not_overwritten(tmp_path):
         run(folder, resume=True)
 
 
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path):
+    run(tmp_path / "run")
+    (tmp_path / "run" / "best.safetensors.partial").write_bytes(b"half")
+    run(tmp_path / "run", resume=True)
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
 def test_missing_metrics_are_noticed(tmp_path):
     folder = tmp_path / "run"
     run(folder)
