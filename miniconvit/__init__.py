@@ -1,6 +1,7 @@
 """miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
 
 from . import layers
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import VARIANTS, ConViTConfig
 from .errors import UserError
 from .gradcheck import check_gradients
@@ -24,6 +25,8 @@ __all__ = [
     "cross_entropy_forward",
     "init_params",
     "layers",
+    "load_checkpoint",
     "param_shapes",
+    "save_checkpoint",
     "warmup_cosine",
 ]
