@@ -23,7 +23,7 @@ RECIPES = {
     | {
         "data": "shapes",
         "model": "convit_micro32",
-        "epochs": 12,
+        "epochs": 7,
         "batch_size": 64,
         "lr": 2e-3,
         "warmup_epochs": 1.0,

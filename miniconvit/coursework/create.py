@@ -27,7 +27,7 @@ The docstrings give formulas and shapes. What `x_forward` keeps for `x_backward`
 it returns `(output, cache)`, and `x_backward(dy, cache)` returns the gradients in the order named.
 
 ```
-pip install miniconvit
+pip install path/to/miniconvit      # a clone of the project, or a wheel of it; once
 miniconvit coursework check        # in this folder: what is right, what is wrong, and how
 pytest                             # the same, as tests
 miniconvit coursework pack         # writes submission.zip
