@@ -10,7 +10,7 @@ import click
 from .. import __version__
 from ..errors import UserError
 
-COMMANDS = ("train", "eval", "predict", "gradcheck", "tutorial", "coursework", "doctor")
+COMMANDS = ("train", "eval", "predict", "gradcheck", "bench", "tutorial", "coursework", "doctor")
 
 
 class Program(click.Group):

@@ -1,0 +1,59 @@
+"""How fast a model trains or answers on this machine, on random images."""
+
+import sys
+import time
+from statistics import median
+
+import numpy as np
+
+from .model import init_params
+from .optim import AdamW
+from .parallel import Engine
+
+WARM_UP = 2  # steps not counted: the first ones ask the system for memory
+
+
+def measure(config, batch_size, steps, inference=False, threads=None):
+    """Times `steps` training steps (forward, backward, AdamW), or with inference=True forwards.
+
+    Returns a dict: images_per_second and step_ms_median from the median step, peak_memory_mb of
+    the whole process, step_ms of every counted step, and threads.
+    """
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch_size, config.in_chans, *config.image), dtype="float32")
+    labels = rng.integers(config.num_classes, size=batch_size)
+    params = init_params(config)
+    optimizer = AdamW(params, lr=1e-3)
+    with Engine(config, threads) as engine:
+        seconds = []
+        for step in range(WARM_UP + steps):
+            began = time.perf_counter()
+            if inference:
+                engine.logits(lambda start, stop: images[start:stop], batch_size, params)
+            else:
+                _, _, grads = engine.loss_and_grads(
+                    lambda start, stop: (images[start:stop], labels[start:stop]),
+                    batch_size,
+                    params,
+                    step=step,
+                )
+                optimizer.step(params, grads)
+            seconds.append(time.perf_counter() - began)
+    counted = seconds[WARM_UP:]
+    return {
+        "images_per_second": batch_size / median(counted),
+        "step_ms_median": 1000 * median(counted),
+        "peak_memory_mb": peak_memory_mb(),
+        "threads": engine.threads,
+        "step_ms": [1000 * s for s in counted],
+    }
+
+
+def peak_memory_mb():
+    """The most memory (resident, in MB) that this process has held; None where no one knows."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
