@@ -31,11 +31,12 @@ RECIPES = {
     "cifar10-10min": BASE
     | {
         "data": "cifar10",
-        "model": "convit_mini32",
-        "epochs": 20,
-        "batch_size": 128,
-        "lr": 1e-3,
+        "model": "convit_micro32",
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 3e-3,
         "warmup_epochs": 1.0,
+        "augment": "crop-flip",
     },
 }
 
