@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from math import inf
 
+from .ablation import FREEZE
 from .config import VARIANTS
 from .data.dataset import SOURCES
 from .errors import UserError
@@ -23,7 +24,7 @@ RECIPES = {
     | {
         "data": "shapes",
         "model": "convit_micro32",
-        "epochs": 7,
+        "epochs": 6,
         "batch_size": 64,
         "lr": 2e-3,
         "warmup_epochs": 1.0,
@@ -71,6 +72,9 @@ class Settings:
     drop_path: float
     augment: str
     seed: int
+    attention: str = "gpsa"
+    local_init: bool = True
+    freeze: str | None = None
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
@@ -88,6 +92,7 @@ class Settings:
             ("label_smoothing", "at least 0 and below 1", lambda x: 0 <= x < 1),
             ("drop_path", "at least 0 and below 1", lambda x: 0 <= x < 1),
             ("seed", "at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
+            ("freeze", f"one of {', '.join(FREEZE)}", lambda x: x in FREEZE),
         ):
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -104,6 +109,8 @@ class Settings:
             local_up_to_layer=self.local_up_to_layer,
             locality_strength=self.locality_strength,
             drop_path_rate=self.drop_path,
+            attention=self.attention,
+            use_local_init=self.local_init,
             in_chans=dataset.train.images.shape[1],
             num_classes=len(dataset.classes),
         )
@@ -174,4 +181,8 @@ def refuse_difference(stored, given, folder):
 
 
 def _with(name, value):
-    return f"without {flag(name)}" if value is None else f"with {flag(name)} {value}"
+    if value is None:
+        return f"without {flag(name)}"
+    if isinstance(value, bool):
+        return f"with {flag(name if value else 'no_' + name)}"
+    return f"with {flag(name)} {value}"
