@@ -35,6 +35,8 @@ def random_bits(seed, *counters, xp=np):
     """
     bits = xp.full((1,), seed, dtype=xp.uint64)  # of one axis: overflow wraps without a warning
     for counter in counters:
+        if isinstance(counter, int):
+            counter = xp.full((1,), counter, dtype=xp.uint64)  # filled there: nothing is sent
         counter = xp.atleast_1d(xp.asarray(counter)).astype(xp.uint64)
         bits = _mix((bits ^ _mix(counter + 1)) + 0x9E3779B97F4A7C15)
     return bits

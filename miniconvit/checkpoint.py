@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from .config import ConViTConfig
+from .device import to_cpu
 from .errors import UserError
 from .model import param_shapes
 
@@ -59,7 +60,7 @@ def save_checkpoint(
     and where the file cannot be written.
     """
     moments = {kind: getattr(optimizer, kind) for kind in MOMENTS} if optimizer else {}
-    tensors = _flat(params, moments)
+    tensors = to_cpu(_flat(params, moments))
     problem = _problem(tensors, param_shapes(config), bool(moments)) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")

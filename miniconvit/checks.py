@@ -122,11 +122,11 @@ def _attention(rng, ops):
     yield Case(lambda q, k, v: ops.attention_forward(q, k, v, ops), ops.attention_backward, inputs)
 
 
-def _block_shapes(qkv_bias, local, prefix):
+def _block_shapes(qkv_bias, local, prefix, attention="gpsa"):
     """Short name to shape of the parameters below `prefix` of a block of the checks' sizes."""
     config = ConViTConfig(
         img_size=GRID, patch_size=1, embed_dim=DIM, depth=1, num_heads=HEADS, qkv_bias=qkv_bias,
-        mlp_ratio=HIDDEN / DIM, local_up_to_layer=int(local),
+        mlp_ratio=HIDDEN / DIM, local_up_to_layer=int(local), attention=attention,
     )  # fmt: skip
     prefix = f"blocks.0.{prefix}"
     return {k.removeprefix(prefix): s for k, s in param_shapes(config).items() if prefix in k}
@@ -135,12 +135,16 @@ def _block_shapes(qkv_bias, local, prefix):
 def _gpsa(rng, ops, name="gpsa"):
     zero = ("pos_proj.bias",)
     for bias in (True, False):
-        shapes = _block_shapes(bias, True, "attn.")
+        shapes = _block_shapes(bias, True, "attn.", "psa" if name == "psa" else "gpsa")
         yield _composite(name, ops, rng, shapes, HEADS, GRID, expect_zero=zero)
 
 
 def _gpsa_dense(rng, ops):
     yield from _gpsa(rng, ops, "gpsa_dense")
+
+
+def _psa(rng, ops):
+    yield from _gpsa(rng, ops, "psa")
 
 
 def _mhsa(rng, ops):
@@ -167,8 +171,10 @@ def _block(rng, ops, name="block"):
     for masks in (keep, (None, None)):
         args = (HEADS, GRID, masks, 0.7)
         local, plain = (_block_shapes(True, local, "") for local in (True, False))
+        ungated = _block_shapes(True, True, "", "psa")
         yield _composite(name, ops, rng, local, *args, expect_zero=zero)
         yield _composite(name, ops, rng, plain, *args, tokens=TOKENS + 1)
+        yield _composite(name, ops, rng, ungated, *args, expect_zero=zero)
 
 
 def _last_block(rng, ops):
@@ -234,6 +240,7 @@ CASES = {
     "gate": _gate,
     "gpsa": _gpsa,
     "gpsa_dense": _gpsa_dense,
+    "psa": _psa,
     "mlp": _mlp,
     "drop_path": _drop_path,
     "block": _block,

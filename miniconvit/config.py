@@ -19,7 +19,9 @@ class ConViTConfig:
     The first local_up_to_layer blocks are GPSA; the class token joins after them and the rest are
     plain self-attention. With local_up_to_layer=0 the model is a plain ViT; with
     local_up_to_layer >= depth no class token ever joins and the head reads patch 0, as in the
-    official code. Raises UserError where the numbers do not fit together.
+    official code. attention="psa" takes the gates from the GPSA blocks: content and position scores
+    are then added before one softmax. use_local_init=False begins these blocks at random, not as a
+    soft convolution. Raises UserError where the numbers do not fit together.
     """
 
     img_size: int | tuple[int, int] = 32
@@ -35,6 +37,8 @@ class ConViTConfig:
     locality_strength: float = 1.0
     use_pos_embed: bool = True
     drop_path_rate: float = 0.0
+    attention: str = "gpsa"
+    use_local_init: bool = True
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
@@ -62,6 +66,8 @@ class ConViTConfig:
             raise UserError(f"drop_path_rate must lie in [0, 1), not {self.drop_path_rate}")
         if not (isfinite(self.mlp_ratio) and self.hidden_dim >= 1):
             raise UserError(f"mlp_ratio must give at least one hidden unit, not {self.mlp_ratio}")
+        if self.attention not in ("gpsa", "psa"):
+            raise UserError(f"attention must be gpsa or psa, not {self.attention!r}")
         if not isfinite(self.locality_strength):
             raise UserError(f"locality_strength must be finite, not {self.locality_strength}")
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .backend import array_module, uniform
+from .device import to_device
 from .errors import UserError
 from .layers.ops import REFERENCE, part, prefixed
 
@@ -26,6 +27,8 @@ def param_shapes(config):
     mlp = {"fc1.weight": (M, D), "fc1.bias": (M,), "fc2.weight": (D, M), "fc2.bias": (D,)}
     for i in range(config.depth):
         attn = gpsa if i < config.local_up_to_layer else mhsa
+        if config.attention == "psa":
+            attn = {k: v for k, v in attn.items() if k != "gating_param"}
         if not config.qkv_bias:
             attn = {k: v for k, v in attn.items() if k not in ("qk.bias", "v.bias", "qkv.bias")}
         parts = {"norm1.": norm, "attn.": attn, "norm2.": norm, "mlp.": mlp}
@@ -55,21 +58,22 @@ def init_params(config, seed=0, dtype="float32", device="cpu"):
 
     Weights N(0, 0.02^2), biases 0, LayerNorms 1 and 0; the patch convolution U(-b, b) with
     b = 1 / sqrt(fan in); GPSA: gates 1, v the identity, and position scores
-    -locality_strength * |offset - centre|^2, so that a head starts as a blurred shift.
+    -locality_strength * |offset - centre|^2, so that a head starts as a blurred shift; without
+    use_local_init v and the position scores are weights like others.
     Drawn on the CPU in float64, then cast, so that every dtype holds the same numbers.
     """
     rng = np.random.default_rng(seed)
     bound = (config.in_chans * config.patch[0] * config.patch[1]) ** -0.5
-    local = config.local_up_to_layer > 0
+    local = config.local_up_to_layer > 0 and config.use_local_init
     centres = local_centres(config.num_heads) if local else None  # (H, 2)
     params = {}
     for name, shape in param_shapes(config).items():
         if name.startswith("patch_embed."):
             value = rng.uniform(-bound, bound, shape)
-        elif name.endswith("pos_proj.weight"):
+        elif local and name.endswith("pos_proj.weight"):
             value = np.concatenate([2 * centres, -np.ones((len(centres), 1))], axis=1)
             value *= config.locality_strength
-        elif name.endswith("attn.v.weight"):
+        elif local and name.endswith("attn.v.weight"):
             value = np.eye(config.embed_dim)
         elif name.endswith("gating_param") or (len(shape) == 1 and name.endswith("weight")):
             value = np.ones(shape)
@@ -78,7 +82,7 @@ def init_params(config, seed=0, dtype="float32", device="cpu"):
         else:
             value = rng.normal(0.0, 0.02, shape)
         params[name] = value.astype(dtype)
-    return params
+    return to_device(params, device)
 
 
 def drop_path_masks(i, images, config, seed=0, step=0, first=0):

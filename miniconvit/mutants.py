@@ -1112,8 +1112,8 @@ MUTANTS = (
     Mutant(
         "block-masks-swapped",
         "block_backward",
-        "cache1, cache2, is_gpsa, ops = cache",
-        "cache1, cache2, is_gpsa, ops = cache\n"
+        "cache1, cache2, kind, ops = cache",
+        "cache1, cache2, kind, ops = cache\n"
         "    cache1, cache2 = (*cache1[:2], cache2[2]), (*cache2[:2], cache1[2])",
         "Each branch gets the other one's drop-path mask: right where nothing is dropped.",
     ),
@@ -1433,6 +1433,41 @@ MUTANTS = (
         '"proj.weight": dproj_weight',
         '"proj.weight": dproj_weight.T',
         "proj.weight is square, so a transposed gradient fits.",
+    ),
+    Mutant(
+        "psa-position-of-first-image",
+        "psa_backward",
+        "dscores.sum(axis=0)",
+        "dscores[0]",
+        "pos_proj hears from the first image alone.",
+    ),
+    Mutant(
+        "psa-position-scaled",
+        "psa_backward",
+        "offsets.reshape(-1, 3)",
+        "(offsets.reshape(-1, 3) * q.shape[-1] ** -0.5)",
+        "1 / sqrt(d) is applied to the position scores too, which are not scaled.",
+    ),
+    Mutant(
+        "psa-content-not-scaled",
+        "psa_backward",
+        "dS = dscores * q.shape[-1] ** -0.5",
+        "dS = dscores",
+        "1 / sqrt(d) is missing on the way to q and k.",
+    ),
+    Mutant(
+        "psa-position-without-softmax",
+        "psa_backward",
+        "dscores.sum(axis=0)",
+        "dA.sum(axis=0)",
+        "pos_proj gets the gradient of the map, not of its scores.",
+    ),
+    Mutant(
+        "psa-q-and-k-swapped",
+        "psa_backward",
+        "dS @ k, dS.swapaxes(-1, -2) @ q",
+        "dS.swapaxes(-1, -2) @ q, dS @ k",
+        "dq and dk change places.",
     ),
     Mutant(
         "convit-cls-token-of-first-image",

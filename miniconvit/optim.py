@@ -1,6 +1,8 @@
 """AdamW and gradient clipping."""
 
-from math import sqrt
+from math import inf, sqrt
+
+import numpy as np
 
 from .backend import array_module
 
@@ -48,10 +50,18 @@ class AdamW:
 def clip_grad_norm(grads, max_norm):
     """Scales all gradients in place so that their joint L2 norm is at most max_norm.
 
-    Returns the norm before, a float.
+    Returns the norm before: a float, or a scalar on the device, for which nobody has waited.
     """
-    squares = [(g * g).sum() for g in grads.values()]
-    norm = sqrt(float(sum(squares)))
+    square = sum((g * g).sum() for g in grads.values())
+    xp = array_module(square)
+    if xp is not np:
+        norm = xp.sqrt(square)
+        if max_norm < inf:
+            factor = xp.minimum(max_norm / norm, 1.0)
+            for g in grads.values():
+                g *= factor
+        return norm
+    norm = sqrt(float(square))
     if norm > max_norm:
         for g in grads.values():
             g *= max_norm / norm

@@ -62,6 +62,32 @@ def cut(n, rows_per_image):
     return [(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
+def train_piece(config, ops, load, start, stop, n, params, label_smoothing, seed, step):
+    """Mean loss, number of right answers, and gradients of this piece's share in a batch of n.
+
+    load(start, stop) -> that piece's images and targets; its place in the batch decides the drop
+    path. The two numbers are scalar arrays.
+    """
+    images, targets = load(start, stop)
+    logits, cache = convit_forward(images, params, config, True, seed, step, start, ops)
+    loss, cache_loss = cross_entropy_forward(logits, targets, label_smoothing)
+    dlogits = cross_entropy_backward((stop - start) / n, cache_loss)
+    labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
+    correct = (logits.argmax(axis=1) == labels).sum()
+    return loss, correct, convit_backward(dlogits, cache)
+
+
+def for_inference(ops):
+    """The same functions, but blocks keep nothing for a backward pass."""
+    names = ("block_forward", "last_block_forward")
+    changed = {name: _without_cache(getattr(ops, name)) for name in names}
+    return SimpleNamespace(**vars(ops) | changed)
+
+
+def _without_cache(forward):
+    return lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)
+
+
 class Engine:
     """Runs training steps and inference of one model over pieces of a batch.
 
@@ -70,12 +96,13 @@ class Engine:
     Use as a context manager, or close() it.
     """
 
+    xp = np
+    steps_between_reads = 1
+
     def __init__(self, config, threads=None, ops=CPU):
         self.config, self.ops = config, ops
         self.threads = threads or available_threads()
-        self._inference_ops = SimpleNamespace(**vars(ops))
-        for name in ("block_forward", "last_block_forward"):
-            setattr(self._inference_ops, name, _without_cache(getattr(ops, name)))
+        self._inference_ops = for_inference(ops)
         keep_freed_memory()
         self._blas = threadpool_limits(limits=1, user_api="blas")
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
@@ -123,16 +150,10 @@ class Engine:
         """
 
         def run(start, stop):
-            images, targets = load(start, stop)
-            logits, cache = convit_forward(
-                images, params, self.config, True, seed, step, start, self.ops
+            loss, correct, grads = train_piece(
+                self.config, self.ops, load, start, stop, n, params, label_smoothing, seed, step
             )
-            loss, cache_loss = cross_entropy_forward(logits, targets, label_smoothing)
-            share = (stop - start) / n
-            grads = convit_backward(cross_entropy_backward(share, cache_loss), cache)
-            labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
-            correct = int((logits.argmax(axis=1) == labels).sum())
-            return float(loss) * share, correct, grads
+            return float(loss) * ((stop - start) / n), int(correct), grads
 
         loss, correct, total = 0.0, 0, None
         for piece_loss, piece_correct, grads in self._map(run, n):
@@ -159,7 +180,9 @@ class Engine:
 
         return np.concatenate(list(self._map(run, n)))
 
+    def wait(self):
+        """Until everything is computed: it is already."""
 
-def _without_cache(forward):
-    """The same function for inference, which keeps nothing for a backward pass."""
-    return lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)
+    def read(self, rows):
+        """Rows of numbers as floats: they are here already."""
+        return rows

@@ -127,6 +127,17 @@ class RunFolder:
         except OSError as error:
             raise UserError(cannot_write(self.metrics, error)) from error
 
+    def finished_epochs(self):
+        """The rows of metrics.jsonl so far, as many as are whole."""
+        if not self.metrics.exists():
+            return []
+        try:
+            return [json.loads(line) for line in self.metrics.read_bytes().split(b"\n")[:-1]]
+        except ValueError as error:
+            raise UserError(
+                f"{self.metrics} is damaged: {error}; give a checkpoint instead"
+            ) from error
+
     def rows(self, count):
         """The first `count` rows of metrics.jsonl; what stands after them may be half a line.
 

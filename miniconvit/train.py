@@ -15,13 +15,15 @@ from platform import python_version
 
 import numpy as np
 
+from .ablation import frozen_names, initial_params
+from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
-from .data import augment, epoch_order, load_dataset, normalize
+from .data import Split, augment, epoch_order, load_dataset, normalize
+from .device import resolve_device, to_cpu, to_device
+from .device_engine import make_engine
 from .errors import UserError
 from .layers import cross_entropy_forward
-from .model import init_params
 from .optim import AdamW, clip_grad_norm
-from .parallel import Engine
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
@@ -67,12 +69,22 @@ class Result:
     was_finished: bool
 
 
-def train(settings, out, *, resume=False, data_dir=None, download=True, threads=None, quiet=False):
+def train(
+    settings,
+    out,
+    *,
+    resume=False,
+    data_dir=None,
+    download=True,
+    threads=None,
+    device="cpu",
+    quiet=False,
+):
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved. quiet:
     prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when the step is done and
-    saved; Diverged where the loss is not finite.
+    saved; Diverged where the loss is not finite, which on a GPU is looked for every 50 steps.
     """
     folder = RunFolder(out)
     folder.check(resume)
@@ -81,29 +93,32 @@ def train(settings, out, *, resume=False, data_dir=None, download=True, threads=
         refuse_difference(stored, asdict(settings), out)
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}")
+    xp, place = resolve_device(device)
     dataset = load_dataset(settings.data, data_dir, download, settings.subset)
     config = settings.model_config(dataset)
+    frozen = frozen_names(config, settings.freeze)
     folder.open(resume)
     try:
-        with Engine(config, threads) as engine:
-            run = _Run(settings, dataset, engine, folder)
+        with make_engine(config, xp, threads) as engine:
+            run = _Run(settings, dataset, engine, folder, frozen)
             if resume and folder.last.exists():
                 run.load()
             else:
                 folder.cut_metrics(0)
-                folder.write_config(_about(settings, config, data_dir, engine.threads))
-            return run.train(quiet)
+                folder.write_config(_about(settings, config, data_dir, engine.threads, place))
+            return run.train(quiet, place)
     finally:
         folder.close()
 
 
-def _about(settings, config, data_dir, threads):
+def _about(settings, config, data_dir, threads, place):
     """config.json: what decides the run, and where it was made."""
     versions = {name: version(name) for name in ("numpy", "scipy", "safetensors")}
     return {
         "settings": asdict(settings),
         "model": config.to_dict(),
         "data_dir": None if data_dir is None else str(data_dir),
+        "place": place,
         "threads": threads,
         "versions": {"python": python_version()} | versions,
     }
@@ -121,7 +136,7 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
         images, labels = split.images[chunk], split.labels[chunk]
 
         def load(start, stop, images=images):
-            return normalize(images[start:stop], mean, std)
+            return normalize(to_device(images[start:stop], engine.xp), mean, std)
 
         logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
         loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
@@ -135,16 +150,26 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
 class _Run:
     """The state of a training run and what changes it."""
 
-    def __init__(self, settings, dataset, engine, folder):
+    def __init__(self, settings, dataset, engine, folder, frozen):
         self.settings, self.dataset, self.engine, self.folder = settings, dataset, engine, folder
+        self.frozen = frozen  # names of parameters
         n = len(dataset.train.labels)
         self.batch_size = min(settings.batch_size, n)
         self.steps_per_epoch = n // self.batch_size  # a remainder waits for the next epoch's order
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.params = init_params(engine.config, settings.seed)
+        self.images, self.labels, self.val_images, self.mean, self.std = to_device(
+            (
+                *(dataset.train.images, dataset.train.labels, dataset.val.images),
+                *(np.asarray(x, "float32") for x in (dataset.mean, dataset.std)),
+            ),
+            engine.xp,
+        )
+        self.params = initial_params(engine.config, settings.seed, settings.freeze)
+        self.params = to_device(self.params, engine.xp)
         self.optimizer = AdamW(self.params, settings.lr, settings.weight_decay)
         self.step, self.epoch = 0, 0  # both finished
+        self.unread = []  # (step, loss, correct, norm) of the last steps
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}  # of the running epoch
         self.best = None  # {"epoch", "val_top1"}
         self.stop_requests = []
@@ -172,14 +197,15 @@ class _Run:
                 f"{path} holds another model than these settings and this data set give: "
                 "resume with the data that the run began with"
             )
-        self.params = checkpoint.params
+        self.params, moments = to_device((checkpoint.params, moments), self.engine.xp)
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
         self.optimizer.step_count = self.step
         self.folder.cut_metrics(self.epoch)
 
     def save(self):
         """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
-        problem = not_finite(self.params)
+        self._read()
+        problem = not_finite(to_cpu(self.params))
         if problem:
             raise self._diverged(problem)
         state = {"settings": asdict(self.settings), "step": self.step, "epoch": self.epoch}
@@ -193,13 +219,13 @@ class _Run:
         about |= {"classes": list(dataset.classes), "data": dataset.name}
         save_checkpoint(path, self.params, self.engine.config, **about, **training)
 
-    def train(self, quiet):
+    def train(self, quiet, place):
         """The whole run from where it stands. Returns a Result."""
         was_finished = self.epoch == self.epochs
         total, done = self.total_steps * self.batch_size, self.step * self.batch_size
         self.report = Report(total, done, self.epochs, quiet)
         try:
-            self._introduce()
+            self._introduce(place)
             with _signals(self.stop_requests), warnings.catch_warnings():
                 # An overflow is answered by Diverged, not by NumPy's warning.
                 warnings.simplefilter("ignore", RuntimeWarning)
@@ -216,16 +242,17 @@ class _Run:
         self.folder.log(f"finished after step {self.step}")
         return Result(self.folder.path, self.step, rows, rows[self.best["epoch"] - 1], was_finished)
 
-    def _introduce(self):
-        dataset = self.dataset
+    def _introduce(self, place):
+        dataset, threads = self.dataset, self.engine.threads
         parameters = sum(p.size for p in self.params.values())
         self._say(
             f"{self.settings.model}, {parameters:,} parameters, on {dataset.name}: "
             f"{len(dataset.train.labels):,} images to train, {len(dataset.val.labels):,} "
             f"to validate, {len(dataset.classes)} classes",
             f"{self.total_steps:,} steps of {self.batch_size} images in {self.epochs} "
-            f"epoch{'s' * (self.epochs > 1)} on {self.engine.threads} threads, kept in "
+            f"epoch{'s' * (self.epochs > 1)}{f' on {threads} threads' * bool(threads)}, kept in "
             f"{self.folder.path}",
+            place,
         )
         if self.step:
             self._say(f"resumed after step {self.step} of {self.total_steps}")
@@ -240,12 +267,15 @@ class _Run:
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
         order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
+        order = to_device(order, self.engine.xp)
         end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
         self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
         while self.step < end:
             began = time.perf_counter()
             position = (self.step - self.epoch * self.steps_per_epoch) * self.batch_size
             self._train_step(order[position : position + self.batch_size])
+            if self.step == end:
+                self._read()
             self.trained_images += self.batch_size
             self.trained_seconds += time.perf_counter() - began
             self._stop_if_asked()
@@ -254,28 +284,41 @@ class _Run:
 
     def _train_step(self, indices):
         """One update from the training images with these indices."""
-        s, dataset, epoch = self.settings, self.dataset, self.epoch
+        s, epoch = self.settings, self.epoch
 
         def load(start, stop):
             part = indices[start:stop]
-            images = augment(dataset.train.images[part], part, s.seed, epoch, s.augment)
-            return normalize(images, dataset.mean, dataset.std), dataset.train.labels[part]
+            images = augment(self.images[part], part, s.seed, epoch, s.augment)
+            return normalize(images, self.mean, self.std), self.labels[part]
 
         loss, correct, grads = self.engine.loss_and_grads(
             load, len(indices), self.params, s.label_smoothing, s.seed, self.step
         )
+        grads = {name: grad for name, grad in grads.items() if name not in self.frozen}
         norm = clip_grad_norm(grads, s.clip_grad or inf)
-        if not isfinite(loss) or not isfinite(norm):
-            raise self._diverged(f"the loss is {loss:g} and the gradient's norm {norm:g}")
-        self.optimizer.step(self.params, grads, self._lr(self.step))
+        self.unread.append((self.step, loss, correct, norm))
+        if len(self.unread) == self.engine.steps_between_reads:
+            self._read()
+        self.optimizer.step({name: self.params[name] for name in grads}, grads, self._lr(self.step))
         self.step += 1
-        self.sums["loss"] += loss * len(indices)
-        self.sums["correct"] += correct
-        self.sums["images"] += len(indices)
-        seen = self.sums["images"]
-        self.report.step(
-            len(indices), epoch + 1, self.sums["loss"] / seen, self.sums["correct"] / seen
-        )
+
+    def _read(self):
+        """Adds up what the last steps have found; on a GPU this waits until they are done.
+
+        Raises Diverged for the first of them whose loss or gradient is not finite.
+        """
+        unread, self.unread = self.unread, []
+        numbers = self.engine.read([scalars for _, *scalars in unread])
+        for (step, *_), (loss, correct, norm) in zip(unread, numbers, strict=True):
+            if not isfinite(loss) or not isfinite(norm):
+                finding = f"the loss is {loss:g} and the gradient's norm {norm:g}"
+                raise self._diverged(finding, step)
+            self.sums["loss"] += loss * self.batch_size
+            self.sums["correct"] += int(correct)
+            self.sums["images"] += self.batch_size
+            seen = self.sums["images"]
+            loss, accuracy = self.sums["loss"] / seen, self.sums["correct"] / seen
+            self.report.step(self.batch_size, self.epoch + 1, loss, accuracy)
 
     def _lr(self, step):
         """The rate of a step: at both ends of the schedule a hundredth of the peak."""
@@ -286,9 +329,9 @@ class _Run:
     def _finish_epoch(self):
         """Validates and saves. The order makes a kill harmless at any moment: until the last file
         is in place, a resume trains this epoch's end again and writes the same files."""
-        dataset = self.dataset
+        val = Split(self.val_images, self.dataset.val.labels)
         val_loss, val_top1, _ = evaluate(
-            self.engine, dataset.val, dataset.mean, dataset.std, self.params, self._stop_if_asked
+            self.engine, val, self.mean, self.std, self.params, self._stop_if_asked
         )
         if not isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss:g}")
@@ -314,6 +357,7 @@ class _Run:
             "val_loss": val_loss,
             "val_top1": val_top1,
             "lr": self._lr(self.step - 1),
+            **readings(reading_images(self.dataset), to_cpu(self.params), self.engine.config),
             "images_per_second": speed,
             "seconds": time.perf_counter() - self.epoch_began,
         }
@@ -323,11 +367,12 @@ class _Run:
             self.save()
             raise Interrupted(self.stop_requests[0], self.step)
 
-    def _diverged(self, finding):
+    def _diverged(self, finding, step=None):
+        step = self.step if step is None else step
         kept = self.folder.last
         advice = f"{kept} is the last good checkpoint" if kept.exists() else "nothing was saved yet"
         return Diverged(
-            f"stopped at step {self.step + 1} (epoch {self.epoch + 1}): {finding}; {advice}; "
+            f"stopped at step {step + 1} (epoch {self.epoch + 1}): {finding}; {advice}; "
             "a smaller --lr, a longer --warmup-epochs or --clip-grad 1 may help"
         )
 

@@ -21,7 +21,7 @@ AT_LEAST = dict.fromkeys(
     (
         *("linear", "gelu", "patch_embed", "position_attention", "position_attention_dense"),
         *("position_values", "gate", "attention", "gpsa_dense", "mhsa", "mlp", "drop_path"),
-        *("block", "last_block", "cross_entropy"),
+        *("block", "last_block", "cross_entropy", "psa"),
     ),
     4,
 ) | dict.fromkeys(("gpsa", "layernorm", "softmax", "convit"), 6)
@@ -37,11 +37,12 @@ def attention_map(*shape):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def block_params(prefix, local_up_to_layer):
+def block_params(prefix, local_up_to_layer, attention="gpsa"):
     """Random parameters of a block, D = 6: all of it for "", its attention for "attn."."""
     config = mc.ConViTConfig(
-        embed_dim=6, num_heads=2, depth=1, qkv_bias=True, local_up_to_layer=local_up_to_layer
-    )
+        embed_dim=6, num_heads=2, depth=1, qkv_bias=True, local_up_to_layer=local_up_to_layer,
+        attention=attention,
+    )  # fmt: skip
     shapes = layers.ops.part(mc.param_shapes(config), f"blocks.0.{prefix}")
     return {name: normal(*shape, seed=len(name)) for name, shape in shapes.items()}
 
@@ -87,6 +88,7 @@ INPUTS = {
     "drop_path": [(normal(3, 5, 4), MASKS[0], 0.7)],
     "gpsa": [(normal(3, 20, 6), block_params("attn.", 1), 2, (4, 5))],
     "gpsa_dense": [(normal(3, 20, 6), block_params("attn.", 1), 2, (4, 5))],
+    "psa": [(normal(3, 20, 6), block_params("attn.", 1, "psa"), 2, (4, 5))],
     "block": BLOCKS,
     "last_block": BLOCKS,
     "cross_entropy": [

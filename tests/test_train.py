@@ -121,8 +121,9 @@ def test_run_folder(tmp_path):
         "best.safetensors",
         "log.txt",
     }
-    keys = "epoch step train_loss train_top1 val_loss val_top1 lr images_per_second seconds"
-    assert [list(row) for row in rows(folder)] == [keys.split()] * 3
+    keys = "epoch step train_loss train_top1 val_loss val_top1 lr".split()
+    keys += "nonlocality gates strengths centre_norms images_per_second seconds".split()
+    assert [list(row) for row in rows(folder)] == [keys] * 3
     assert [(row["epoch"], row["step"]) for row in rows(folder)] == [(1, 6), (2, 12), (3, 18)]
     assert rows(folder) == result.rows
     assert result.best == max(result.rows, key=lambda row: (row["val_top1"], -row["epoch"]))
@@ -260,6 +261,9 @@ OTHER = {
     "drop_path": 0.1,
     "augment": "crop-flip",
     "seed": 4,
+    "attention": "psa",
+    "local_init": False,
+    "freeze": "gates",
 }
 
 
@@ -271,7 +275,7 @@ def test_a_different_setting_is_refused_by_name(tmp_path):
     cases = [(name, {name: value}) for name, value in OTHER.items()]
     for name, change in [*cases, ("epochs", {"epochs": None, "steps": 5})]:
         changed = replace(settings(), **change)
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+        with pytest.raises(UserError, match=f"--(no-)?{name.replace('_', '-')}[ :]"):
             train(changed, folder, resume=True, quiet=True)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -384,6 +388,7 @@ def test_locked_folder(tmp_path):
         {"label_smoothing": 1.0},
         {"drop_path": 1.0},
         {"seed": -1},
+        {"freeze": "head"},
         {"model": "convit_huge"},
         {"recipe": "risotto"},
         {"data": "mnist"},

@@ -10,7 +10,17 @@ import click
 from .. import __version__
 from ..errors import UserError
 
-COMMANDS = ("train", "eval", "predict", "gradcheck", "bench", "tutorial", "coursework", "doctor")
+COMMANDS = (
+    "train",
+    "eval",
+    "predict",
+    "gradcheck",
+    "inspect",
+    "bench",
+    "tutorial",
+    "coursework",
+    "doctor",
+)
 
 
 class Program(click.Group):

@@ -7,7 +7,7 @@ import click
 from ..config import VARIANTS
 from ..report import table
 from ..speed import measure
-from .options import SIZE, json_option, print_json, threads_option
+from .options import SIZE, device_option, json_option, print_json, threads_option
 
 
 @click.command("bench")
@@ -24,13 +24,14 @@ from .options import SIZE, json_option, print_json, threads_option
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Counted.")
 @click.option("--inference", is_flag=True, help="Forward passes only.")
+@device_option
 @threads_option
 @json_option
-def command(model, img_size, patch_size, batch_size, steps, inference, threads, as_json):
+def command(model, img_size, patch_size, batch_size, steps, inference, device, threads, as_json):
     """Images per second and peak memory of a training step, on random images in float32."""
     sizes = {"img_size": img_size, "patch_size": patch_size}
     config = replace(VARIANTS[model], **{name: size for name, size in sizes.items() if size})
-    found = measure(config, batch_size, steps, inference, threads)
+    found = measure(config, batch_size, steps, inference, threads, device)
     if as_json:
         print_json({"model": model, "batch_size": batch_size, "inference": inference} | found)
         return 0
@@ -38,7 +39,8 @@ def command(model, img_size, patch_size, batch_size, steps, inference, threads, 
     rows = [
         ("model", f"{model}, {'x'.join(map(str, config.image))} pixels, batch {batch_size}"),
         ("what", "inference" if inference else "training step"),
-        ("threads", found["threads"]),
+        ("computed", found["computed"]),
+        *([("threads", found["threads"])] if found["threads"] else []),
         ("images per second", f"{found['images_per_second']:.1f}"),
         ("median step", f"{found['step_ms_median']:.1f} ms"),
         ("peak memory", "unknown" if memory is None else f"{memory:.0f} MB"),

@@ -1,11 +1,10 @@
 """`miniconvit doctor`."""
 
-import importlib
 import os
 import platform
 import sys
 import time
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -13,6 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from .. import __version__
+from ..device import examine_cuda
 from ..parallel import available_threads
 from ..report import table
 from .options import json_option, print_json
@@ -48,8 +48,8 @@ def examine():
         "memory_gb": _memory_gb(),
         "matmul_ms": round(milliseconds, 2),
         "matmul_gflops": round(2 * MATMUL**3 / milliseconds / 1e6, 1),
-        "cupy": _cupy(),
     }
+    found |= examine_cuda()
     return found | {"verdict": _verdict(found)}
 
 
@@ -72,22 +72,6 @@ def _memory_gb():
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return round((memory if text == "max" else min(memory, int(text))) / 1e9, 1)
-
-
-def _cupy():
-    """Which CuPy is installed and what it can reach, in words; None without one."""
-    wheels = packages_distributions().get("cupy")
-    if not wheels:
-        return None
-    name = ", ".join(f"{wheel} {version(wheel)}" for wheel in sorted(set(wheels)))
-    try:
-        cupy = importlib.import_module("cupy")
-        devices = cupy.cuda.runtime.getDeviceCount()
-        total = int((cupy.arange(8) ** 2).sum())
-        verdict = "the right" if total == 140 else "a WRONG"
-    except Exception as error:  # whatever a broken driver raises is the finding
-        return f"{name}: not usable ({' '.join(str(error).split())[:200]})"
-    return f"{name}: {devices} GPU, a compiled kernel gives {verdict} sum"
 
 
 def _verdict(found):

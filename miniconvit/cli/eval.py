@@ -6,12 +6,20 @@ from pathlib import Path
 import click
 
 from ..data import load_dataset
+from ..device import resolve_device, to_device
+from ..device_engine import make_engine
 from ..errors import UserError
-from ..parallel import Engine
 from ..report import table
 from ..settings import DEFAULT_RECIPE
 from ..train import evaluate
-from .options import data_dir_option, json_option, open_checkpoint, print_json, threads_option
+from .options import (
+    data_dir_option,
+    device_option,
+    json_option,
+    open_checkpoint,
+    print_json,
+    threads_option,
+)
 
 
 @click.command("eval")
@@ -25,25 +33,28 @@ from .options import data_dir_option, json_option, open_checkpoint, print_json, 
     help="Data set.  [default: the one it was trained on]",
 )
 @data_dir_option
+@device_option
 @threads_option
 @json_option
-def command(checkpoint, split, data, data_dir, threads, as_json):
+def command(checkpoint, split, data, data_dir, device, threads, as_json):
     """Loss, top-1 and top-5 accuracy of a model on a data set."""
+    xp, place = resolve_device(device)
     path, model = open_checkpoint(checkpoint)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
     dataset = load_dataset(name, data_dir, download=data is not None)
-    _check_fit(path, model, dataset)
+    check_fit(path, model, dataset)
     images = getattr(dataset, split)
-    with Engine(model.config, threads) as engine:
+    params = to_device(model.params, xp)
+    with make_engine(model.config, xp, threads) as engine:
         loss, top1, top5 = evaluate(
-            engine, images, model.mean or dataset.mean, model.std or dataset.std, model.params
+            engine, images, model.mean or dataset.mean, model.std or dataset.std, params
         )
     if not isfinite(loss):
         raise UserError(f"{path} gives a loss of {loss:g} on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
-    values |= {"loss": loss, "top1": top1, "top5": top5}
+    values |= {"loss": loss, "top1": top1, "top5": top5, "computed": place}
     if as_json:
         print_json(values)
     else:
@@ -51,7 +62,7 @@ def command(checkpoint, split, data, data_dir, threads, as_json):
         click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
 
 
-def _check_fit(path, model, dataset):
+def check_fit(path, model, dataset):
     """Raises UserError where the model cannot be asked about these images."""
     shape = dataset.val.images.shape[1:]
     expected = (model.config.in_chans, *model.config.image)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ..checkpoint import load_checkpoint
+from ..device import DEVICES
 from ..run_folder import RunFolder
 
 
@@ -32,6 +33,13 @@ threads_option = click.option(
     "--threads",
     type=click.IntRange(1),
     help="Workers; any number gives the same bits.  [default: all cores]",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="auto: the GPU where CUDA works, else the CPU.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object only.")
 

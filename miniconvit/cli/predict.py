@@ -7,36 +7,42 @@ import click
 import numpy as np
 
 from ..data import normalize
+from ..device import resolve_device, to_cpu, to_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
-from .options import json_option, open_checkpoint, print_json
+from .options import device_option, json_option, open_checkpoint, print_json
 
 
 @click.command("predict")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
+@device_option
 @json_option
-def command(checkpoint, images, as_json):
+def command(checkpoint, images, device, as_json):
     """The five most probable classes of each image file.
 
     An image is cut to the model's aspect ratio around its centre, then resized.
     """
     if find_spec("PIL") is None:
         raise UserError("predict reads images with Pillow, which is missing: pip install Pillow")
+    xp, place = resolve_device(device)
     path, model = open_checkpoint(checkpoint)
     config = model.config
     if model.mean is None or model.std is None:
         raise UserError(f"{path} does not say how its images are normalised: use another")
-    answers = []
+    params, answers = to_device(model.params, xp), []
     for file in images:
         pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, height, width)
-        logits, _ = convit_forward(normalize(pixels, model.mean, model.std), model.params, config)
-        answers.append({"file": file, "top": _top(softmax_forward(logits)[0][0], model.classes)})
+        pixels = normalize(to_device(pixels, xp), model.mean, model.std)
+        logits, _ = convit_forward(pixels, params, config)
+        probabilities = to_cpu(softmax_forward(logits)[0][0])
+        answers.append({"file": file, "top": _top(probabilities, model.classes)})
     if as_json:
-        print_json({"checkpoint": str(path), "images": answers})
+        print_json({"checkpoint": str(path), "images": answers, "computed": place})
     else:
         click.echo("\n\n".join(_text(answer) for answer in answers))
+        click.echo(f"\ncomputed {place}")
 
 
 def read_image(file, size, channels):

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from ..ablation import FREEZE
 from ..config import VARIANTS
 from ..report import draw_curves, duration, table, text_curve
 from ..run_folder import RunFolder
 from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
 from ..train import Diverged, Interrupted, default_out, train
-from .options import SIZE, data_dir_option, threads_option
+from .options import SIZE, data_dir_option, device_option, threads_option
 
 
 @click.command("train")
@@ -39,6 +40,21 @@ from .options import SIZE, data_dir_option, threads_option
 @click.option("--patch-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
 @click.option("--local-up-to-layer", type=int, help="How many of the first blocks are GPSA.")
 @click.option("--locality-strength", type=float, help="How sharply heads look at first.")
+@click.option(
+    "--attention",
+    type=click.Choice(["gpsa", "psa"]),
+    help="Of the first blocks; psa: content and position in one softmax, no gates.",
+)
+@click.option(
+    "--local-init/--no-local-init",
+    default=None,
+    help="Begin those blocks as a soft convolution, or at random.  [default: --local-init]",
+)
+@click.option(
+    "--freeze",
+    type=click.Choice(FREEZE),
+    help="Do not train their gates, which then stand at 0, or all of their attention.",
+)
 @click.option("--epochs", type=int, help="Length of the run, in passes over the data.")
 @click.option("--steps", type=int, help="Length of the run in steps, instead of --epochs.")
 @click.option("--batch-size", type=int, help="Images in a step.")
@@ -50,12 +66,13 @@ from .options import SIZE, data_dir_option, threads_option
 @click.option("--drop-path", type=float, help="Drop rate of the last block's branches.")
 @click.option("--augment", type=click.Choice(["none", "crop-flip"]), help="Augmentation.")
 @click.option("--seed", type=int, help="Of parameters, order, augmentation, drop path.")
+@device_option
 @threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/...]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the bit.")
 @click.option("--quiet", is_flag=True, help="Show only the end.")
 @click.pass_context
-def command(ctx, data_dir, no_download, threads, out, resume, quiet, **flags):
+def command(ctx, data_dir, no_download, device, threads, out, resume, quiet, **flags):
     """Train a model; keep metrics and checkpoints in a run folder.
 
     Without flags: a small ConViT on `shapes`, images drawn by the program itself.
@@ -75,12 +92,15 @@ def command(ctx, data_dir, no_download, threads, out, resume, quiet, **flags):
             data_dir=data_dir,
             download=not no_download,
             threads=threads,
+            device=device,
             quiet=quiet,
         )
     except Interrupted as stop:
         again = f"{ctx.command_path} --resume --out {out}"
         if data_dir:
             again += f" --data-dir {data_dir}"
+        if device != "auto":
+            again += f" --device {device}"
         click.echo(f"{stop} and saved; go on with: {again}", err=True)
         return 128 + stop.signal
     except Diverged as reason:

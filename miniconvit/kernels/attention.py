@@ -225,10 +225,10 @@ def gpsa_backward(dout, cache):
 def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
     """Queries, proj and MLP for the class token alone; keys and values for all tokens.
 
-    GPSA has no class token, and its last block is the reference's.
+    GPSA and PSA have no class token, and their last block is the reference's.
     """
     attn = part(params, "attn.")
-    if "gating_param" in attn:
+    if "pos_proj.weight" in attn:
         y, cache = REFERENCE.last_block_forward(x, params, num_heads, grid, keep, keep_prob, ops)
         return y, (None, cache)
     B, N, D = x.shape

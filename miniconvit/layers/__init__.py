@@ -37,6 +37,7 @@ from .position import (
     position_values_forward,
     relative_positions,
 )
+from .psa import psa_backward, psa_forward
 from .softmax import softmax_backward, softmax_forward
 
 vars(REFERENCE).update(

@@ -29,29 +29,31 @@ def _branch_backward(dy, function_backward, cache, ops):
 def block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
     """x + attention(norm1(x)), then x + mlp(norm2(x)).
 
-    x (B, N, D); params: norm1.*, attn.*, norm2.*, mlp.*. The attention is GPSA on the patch grid
-    where the parameters hold attn.gating_param, else MHSA, which needs no grid. keep: the drop-path
-    masks (B,) of the two branches, or None. Returns (B, N, D).
+    x (B, N, D); params: norm1.*, attn.*, norm2.*, mlp.*. The names below attn. tell the attention:
+    with gating_param it is GPSA on the patch grid, with pos_proj alone PSA, else MHSA, which needs
+    no grid. keep: the drop-path masks (B,) of the two branches, or None. Returns (B, N, D).
     """
     attn = part(params, "attn.")
+    kind = "gpsa" if "gating_param" in attn else "psa" if "pos_proj.weight" in attn else "mhsa"
 
     def attention(x):
-        if "gating_param" in attn:
-            return ops.gpsa_forward(x, attn, num_heads, grid, ops)
-        return ops.mhsa_forward(x, attn, num_heads, ops)
+        if kind == "mhsa":
+            return ops.mhsa_forward(x, attn, num_heads, ops)
+        forward = ops.gpsa_forward if kind == "gpsa" else ops.psa_forward
+        return forward(x, attn, num_heads, grid, ops)
 
     def mlp(x):
         return ops.mlp_forward(x, part(params, "mlp."), ops)
 
     x, cache1 = _branch_forward(x, attention, part(params, "norm1."), keep[0], keep_prob, ops)
     x, cache2 = _branch_forward(x, mlp, part(params, "norm2."), keep[1], keep_prob, ops)
-    return x, (cache1, cache2, "gating_param" in attn, ops)
+    return x, (cache1, cache2, kind, ops)
 
 
 def block_backward(dy, cache):
     """The branches in reverse. Returns dx (B, N, D) and grads with params' keys."""
-    cache1, cache2, is_gpsa, ops = cache
-    attention_backward = ops.gpsa_backward if is_gpsa else ops.mhsa_backward
+    cache1, cache2, kind, ops = cache
+    attention_backward = getattr(ops, f"{kind}_backward")
     dx, dmlp, dnorm2 = _branch_backward(dy, ops.mlp_backward, cache2, ops)
     dx, dattn, dnorm1 = _branch_backward(dx, attention_backward, cache1, ops)
     return dx, (

@@ -1,0 +1,143 @@
+"""`miniconvit inspect`."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from ..data import load_dataset
+from ..inspection import CLASS_TOKEN, inspect, run_history, write_inspection
+from ..report import table
+from ..settings import DEFAULT_RECIPE
+from .eval import check_fit
+from .options import data_dir_option, json_option, open_checkpoint, print_json
+from .predict import read_image
+
+
+class _Query(click.ParamType):
+    name = "row,col"
+
+    def convert(self, value, param, ctx):
+        """'3,5' as (3, 5)."""
+        try:
+            row, col = (int(word) for word in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form ROW,COL", param, ctx)
+        return row, col
+
+
+@click.command("inspect")
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("files", metavar="[IMAGE]...", nargs=-1, type=click.Path())
+@click.option(
+    "--data",
+    type=click.Choice(list(DEFAULT_RECIPE)),
+    help="Data set.  [default: the one it was trained on]",
+)
+@data_dir_option
+@click.option(
+    "--images",
+    "count",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Validation images over which the nonlocality is averaged.",
+)
+@click.option(
+    "--query",
+    type=_Query(),
+    metavar="ROW,COL",
+    help="Patch whose attention is shown, from 0,0.  [default: the middle]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for inspect.json and pictures.  [default: RUN/inspect]",
+)
+@json_option
+def command(checkpoint, files, data, data_dir, count, query, out, as_json):
+    """Gates, head centres, locality strengths, nonlocality and attention maps.
+
+    The network runs as it is, on validation images or on the IMAGE files given; the maps are those
+    of the first one. For MHSA the class token's row and column are dropped and the rows rescaled to
+    sum one. With --json, maps are printed where there is a --query, and files are written where
+    there is an --out.
+    """
+    path, model = open_checkpoint(checkpoint)
+    dataset = None if files else _dataset(path, model, data, data_dir)
+    if files:
+        size, channels = model.config.image, model.config.in_chans
+        pixels = np.stack([read_image(file, size, channels) for file in files])
+    else:
+        pixels = None if dataset is None else dataset.val.images[:count]
+    has_history = checkpoint.is_dir() and dataset is not None
+    history = run_history(checkpoint, model.config, dataset) if has_history else ()
+    inspection = inspect(model, pixels, query, history)
+    if as_json:
+        about = {"checkpoint": str(path), "data": dataset.name if dataset else None}
+        print_json(about | inspection.to_dict(with_maps=query is not None))
+    else:
+        click.echo(_text(path, inspection))
+        if out is None and checkpoint.is_dir():
+            out = checkpoint / "inspect"
+    if out is not None:
+        names = write_inspection(inspection, out)
+        if not as_json:
+            click.echo(f"\nin {out}: {', '.join(names)}")
+
+
+def _dataset(path, model, data, data_dir):
+    """The data set to run on, None where the checkpoint was trained on none that is known here."""
+    name = data or model.data
+    if name not in DEFAULT_RECIPE:
+        return None
+    dataset = load_dataset(name, data_dir, download=data is not None)
+    check_fit(path, model, dataset)
+    return dataset
+
+
+COLUMNS = (
+    "layer         head    gate   strength   centre right, down   nonlocality   content   position"
+)
+
+
+def _text(path, inspection):
+    found = inspection.to_dict(with_maps=False)
+    lines = [
+        table(
+            [
+                ("checkpoint", path),
+                ("images", inspection.images or "none: add --data or image files for nonlocality"),
+                ("even attention", f"nonlocality {found['uniform_nonlocality']:.2f} patches"),
+            ]
+        ),
+        "",
+        COLUMNS,
+    ]
+    pushed = False
+    for layer in found["layers"]:
+        for number, head in enumerate(layer["heads"], 1):
+            lines.append(_line(layer, number, head))
+            pushed |= head.get("centre", ()) is None
+    if pushed:
+        lines += ["", "no centre: with a negative strength a head is pushed away on all sides"]
+    if inspection.images and inspection.config.has_cls_token:
+        lines += ["", CLASS_TOKEN]
+    return "\n".join(lines)
+
+
+def _line(layer, number, head):
+    first = f"{layer['layer']:5d}  {layer['attention']}" if number == 1 else ""
+    centre = head.get("centre")
+    place = "no centre" if "centre" in head else ""
+    if centre is not None:
+        place = f"{centre[0]:+.2f}, {centre[1]:+.2f}"
+
+    def cell(key, width, form=".3f"):
+        return f"{format(head[key], form) if key in head else '':>{width}}"
+
+    return (
+        f"{first:11}{number:7d}{cell('gate', 8)}{cell('strength', 11)}{place:>22}"
+        f"{cell('nonlocality', 14)}{cell('content_nonlocality', 10)}"
+        f"{cell('position_nonlocality', 11)}"
+    ).rstrip()

@@ -1,0 +1,231 @@
+"""Where a run computes: on the CPU through NumPy, or on an NVIDIA GPU through CuPy."""
+
+import ctypes
+import time
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+from .errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda")
+WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+OLDEST_DRIVER = {12: 525, 13: 580}
+"""The first driver that serves a major version of CUDA."""
+
+
+class _Unusable(Exception):
+    """What is missing for CUDA, and the exact next step."""
+
+    def __init__(self, finding, remedy):
+        super().__init__(finding, remedy)
+        self.finding, self.remedy = finding, remedy
+
+
+def resolve_device(name="auto"):
+    """(array module, sentence) for "cpu", for "cuda", or for "auto": CUDA where it works, else the
+    CPU. The sentence says what was chosen and why.
+
+    Raises UserError for another name and, with "cuda", where a kernel cannot be compiled and run.
+    """
+    if name not in DEVICES:
+        raise UserError(f"unknown device {name!r}: choose one of {', '.join(DEVICES)}")
+    if name == "cpu":
+        return np, "on the CPU, as asked for"
+    found, problem = _examine()
+    if problem is None:
+        return import_module("cupy"), f"on the GPU: {found['gpu']}, {found['cupy']}"
+    if name == "auto":
+        return np, f"on the CPU: {problem.finding}"
+    raise UserError(f"--device cuda cannot be used: {problem.finding}; {problem.remedy}")
+
+
+def examine_cuda():
+    """What there is for CUDA: versions, device, memory, the time of a first kernel (with its
+    compilation where it was not cached), and a verdict. A dict of JSON types, None for what was not
+    reached."""
+    found, problem = _examine()
+    verdict = "ready" if problem is None else f"{problem.finding}; {problem.remedy}"
+    return found | {"cuda": verdict}
+
+
+def to_device(tree, device):
+    """The arrays of nested dicts, tuples and lists on another device; anything else stays as it is.
+
+    device: an array module, or a name for resolve_device. Arrays that are there already are not
+    copied.
+    """
+    xp = resolve_device(device)[0] if isinstance(device, str) else device
+    return _map(xp.asarray, tree)
+
+
+def to_cpu(tree):
+    """The arrays of nested dicts, tuples and lists as NumPy arrays. Waits for the device."""
+    return _map(lambda x: x if isinstance(x, np.ndarray) else x.get(), tree)
+
+
+def _map(function, tree):
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_map(function, value) for value in tree)
+    return function(tree) if hasattr(tree, "dtype") else tree
+
+
+def _examine():
+    """(what was found, _Unusable or None)."""
+    names = ("cupy", "cuda_driver", "cuda_runtime", "gpu", "gpu_memory_gb", "gpu_free_gb")
+    found = dict.fromkeys((*names, "first_kernel_ms"))
+    try:
+        _find(found)
+    except _Unusable as problem:
+        return found, problem
+    return found, None
+
+
+def _find(found):
+    """Fills in `found`, step by step. Raises _Unusable at the first step that fails."""
+    driver = _driver_version()
+    found["cuda_driver"] = _dotted(driver)
+    wheels = _wheels()
+    found["cupy"] = ", ".join(f"{name} {number}" for name, number in wheels.items()) or None
+    install = f"pip install '{_fitting_wheel(driver)}'"
+    cupy = _import_cupy(wheels, driver, install)
+    runtime = cupy.cuda.runtime
+    needed = runtime.runtimeGetVersion()
+    found["cuda_runtime"] = _dotted(needed)
+    if driver == 0:
+        raise _Unusable(
+            "no NVIDIA driver was found",
+            "install one (nvidia-smi must list a GPU; in a container, pass the GPU on), or use "
+            "--device cpu",
+        )
+    if driver // 1000 < needed // 1000:
+        name, oldest = next(iter(wheels), "cupy"), OLDEST_DRIVER.get(needed // 1000, "a newer one")
+        other = f", or pip uninstall -y {name} and {install}" if driver >= 12000 else ""
+        raise _Unusable(
+            f"the driver serves CUDA {_dotted(driver)}, and {name} needs CUDA {needed // 1000}",
+            f"update the driver to {oldest} or newer{other}",
+        )
+    _find_gpu(runtime, found)
+    wheel = next((name for name in wheels if name != "cupy"), _fitting_wheel(driver)[:12])
+    found["first_kernel_ms"] = _run_kernel(cupy, f"pip install '{wheel}[ctk]'")
+
+
+def _driver_version():
+    """The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 without a driver."""
+    number = ctypes.c_int(0)
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(number))
+            break
+    return number.value
+
+
+def _dotted(number):
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _fitting_wheel(driver):
+    """The CuPy package, with CUDA's own libraries, for a driver."""
+    return f"cupy-cuda{12 if 0 < driver < 13000 else 13}x[ctk]"
+
+
+def _wheels():
+    """Installed CuPy packages: {name: version}."""
+    wheels = {}
+    for name in WHEELS:
+        with suppress(PackageNotFoundError):
+            wheels[name] = version(name)
+    return wheels
+
+
+def _import_cupy(wheels, driver, install):
+    """The module cupy, of one package. Raises _Unusable."""
+    if len(wheels) > 1:
+        raise _Unusable(
+            f"{len(wheels)} CuPy packages are installed over each other ({', '.join(wheels)})",
+            f"pip uninstall -y {' '.join(wheels)}, then {install}",
+        )
+    try:
+        return import_module("cupy")
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise _broken(wheels, error, install) from error
+        if driver:
+            raise _Unusable("CuPy is not installed", install) from error
+        raise _Unusable(
+            "CuPy is not installed and there is no NVIDIA driver",
+            f"on a machine with an NVIDIA GPU, {install}; here, use --device cpu",
+        ) from error
+    except Exception as error:  # whatever a broken installation raises is the finding
+        raise _broken(wheels, error, install) from error
+
+
+def _broken(wheels, error, install):
+    remove = f"pip uninstall -y {' '.join(wheels) or 'cupy'}, then {install}"
+    return _Unusable(f"CuPy cannot be imported ({_short(error)})", remove)
+
+
+def _find_gpu(runtime, found):
+    """Name and memory of the device. Raises _Unusable where there is none."""
+    try:
+        count = runtime.getDeviceCount()
+        if count == 0:
+            raise RuntimeError("0 devices")
+        properties = runtime.getDeviceProperties(0)
+        free, total = runtime.memGetInfo()
+    except RuntimeError as error:
+        raise _Unusable(
+            f"the driver is there, but no GPU can be used ({_short(error)})",
+            "check that nvidia-smi lists one and that CUDA_VISIBLE_DEVICES does not hide it, or "
+            "use --device cpu",
+        ) from error
+    found["gpu"] = properties["name"].decode()
+    found["gpu_memory_gb"], found["gpu_free_gb"] = round(total / 1e9, 1), round(free / 1e9, 1)
+
+
+def _run_kernel(cupy, install):
+    """Milliseconds of two compiled kernels, a function of cupyx and a product by cuBLAS, all with
+    known results. Raises _Unusable."""
+    began = time.perf_counter()
+    try:
+        x = cupy.arange(8, dtype=cupy.float32)
+        erf = import_module("cupyx.scipy.special").erf
+        product = x.reshape(2, 4) @ x.reshape(4, 2)
+        sums = float((x * x).sum()), float(product.sum()), float(erf(x).max())
+    except MemoryError as error:
+        raise _Unusable(
+            f"the GPU's memory is full ({_short(error)})",
+            "stop the programs that nvidia-smi lists on it, or use --device cpu",
+        ) from error
+    except Exception as error:  # every missing part has an exception of its own
+        raise _Unusable(_missing_part(error), install) from error
+    if sums != (140.0, 236.0, 1.0):
+        raise _Unusable(
+            f"the GPU computes wrongly: {sums} instead of (140.0, 236.0, 1.0)",
+            "update the driver, or use --device cpu",
+        )
+    return round(1000 * (time.perf_counter() - began), 1)
+
+
+def _missing_part(error):
+    """What a failed first kernel says of the installation."""
+    text = f"{type(error).__name__} {error}".lower()
+    for word, part in (
+        ("nvrtc.so", "CUDA's compiler NVRTC was not found"),
+        ("nvrtc6", "CUDA's compiler NVRTC was not found"),
+        ("cublas", "cuBLAS was not found"),
+        ("could not open source file", "CUDA's headers were not found"),
+        ("cannot open source file", "CUDA's headers were not found"),
+    ):
+        if word in text:
+            return f"{part} ({_short(error)})"
+    return f"CuPy cannot compile and run a kernel ({_short(error)})"
+
+
+def _short(error):
+    """The first words of an exception, on one line."""
+    return " ".join(str(error).split())[:120].rstrip(" .") or type(error).__name__

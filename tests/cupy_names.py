@@ -1,0 +1,34 @@
+"""Writes tests/cupy_names.txt: what the installed CuPy offers. No GPU is needed.
+
+    pip install cupy-cuda13x && python tests/cupy_names.py
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+FILE = Path(__file__).with_suffix(".txt")
+MODULES = ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupyx.scipy.special")
+
+
+def installed_names():
+    """Full names of public functions and classes, and of the methods of arrays and memory pools."""
+    owners = {name: import_module(name) for name in MODULES}
+    cupy = owners["cupy"]
+    owners |= {"cupy.ndarray": cupy.ndarray, "cupy.cuda.MemoryPool": cupy.cuda.MemoryPool}
+    return {
+        f"{owner}.{name}"
+        for owner, thing in owners.items()
+        for name in dir(thing)
+        if not name.startswith("_") or (owner == "cupy.ndarray" and name.endswith("__"))
+    }
+
+
+def recorded_names():
+    """The committed names, without the first line, which tells the version."""
+    return set(FILE.read_text().splitlines()[1:])
+
+
+if __name__ == "__main__":
+    version = import_module("cupy").__version__
+    FILE.write_text("\n".join([f"# CuPy {version}", *sorted(installed_names())]) + "\n")
+    print(f"wrote {FILE}")

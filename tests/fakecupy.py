@@ -1,0 +1,379 @@
+"""A strict stand-in for CuPy: "device" arrays that no NumPy function may touch.
+
+It computes with NumPy, but refuses whatever CuPy refuses or makes slow. Stricter than CuPy:
+NumPy's functions are refused and not forwarded, NumPy scalars are no operands, an index out of
+range raises (CuPy wraps it), and only the names that the product uses exist. It counts waits for
+the device, uploads and allocations, knows a memory limit, and can forbid waits (as the capture of
+a graph does), uploads and float64.
+"""
+
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+from scipy.special import erf as host_erf
+
+STATE = SimpleNamespace()
+NUMBERS = (bool, int, float)
+
+
+def reset():
+    """Counters to zero; nothing forbidden, no limit."""
+    vars(STATE).update(waits=0, uploads=0, allocations=0, copies=0, used=0, reserved=0)
+    vars(STATE).update(limit=None, forbidden=set())
+
+
+reset()
+
+
+class Refused(TypeError):
+    """What CuPy does not do, or should not do here."""
+
+
+class OutOfMemoryError(MemoryError):
+    """As cupy.cuda.memory.OutOfMemoryError."""
+
+
+@contextmanager
+def forbid(*things):
+    """No "wait", no "upload", no "float64" while it lasts."""
+    before, STATE.forbidden = STATE.forbidden, STATE.forbidden | set(things)
+    try:
+        yield
+    finally:
+        STATE.forbidden = before
+
+
+@contextmanager
+def memory_limit(more):
+    """So many more bytes may be allocated while it lasts."""
+    STATE.limit = STATE.used + more
+    try:
+        yield
+    finally:
+        STATE.limit = None
+
+
+def wait(what):
+    """Called wherever the host needs a value of the device."""
+    if "wait" in STATE.forbidden:
+        raise Refused(f"{what} waits for the device")
+    STATE.waits += 1
+
+
+class Memory:
+    """A piece of device memory, counted while it lives."""
+
+    def __init__(self, size):
+        self.size = 0
+        if STATE.limit is not None and STATE.used + size > STATE.limit:
+            raise OutOfMemoryError(f"out of memory allocating {size:,} bytes")
+        self.size = size
+        STATE.used += size
+        STATE.allocations += 1
+        STATE.reserved = max(STATE.reserved, STATE.used)
+
+    def __del__(self):
+        STATE.used -= self.size
+
+
+def root(array):
+    """The array that owns the memory of a view."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def host(x):
+    """The NumPy array behind an operand; Python numbers pass."""
+    if isinstance(x, DArray):
+        return x._host
+    if type(x) in NUMBERS:
+        return x
+    raise Refused(f"unsupported type {type(x)} beside a device array")
+
+
+def new(result, *sources):
+    """A device array of a NumPy result: a view of one of the sources, or with memory of its own."""
+    result = np.asarray(result)
+    if result.dtype == np.float64 and "float64" in STATE.forbidden:
+        raise Refused("a float64 array in a float32 computation")
+    array = DArray.__new__(DArray)
+    for source in sources:
+        if root(result) is root(source._host):
+            array._host, array._memory = result, source._memory
+            return array
+    array._memory = Memory(result.nbytes)
+    array._host = result.copy() if result.base is not None else result
+    return array
+
+
+def binary(function, swapped=False):
+    def method(self, other):
+        x, y = host(self), host(other)
+        with np.errstate(all="ignore"):
+            return new(function(y, x) if swapped else function(x, y))
+
+    return method
+
+
+def in_place(function):
+    def method(self, other):
+        with np.errstate(all="ignore"):
+            function(self._host, host(other), out=self._host)
+        return self
+
+    return method
+
+
+def operand(x):
+    """A factor of a product, copied where cuBLAS is not given it as it is."""
+    if not isinstance(x, DArray) or x.ndim < 2:
+        raise Refused("a product takes device arrays of two or more axes")
+    flags = x._host.flags
+    if flags.c_contiguous or (x.ndim == 2 and flags.f_contiguous):
+        return x
+    STATE.copies += 1
+    return new(x._host.copy())
+
+
+def matmul(x, y):
+    if isinstance(x, DArray) and isinstance(y, DArray) and x.dtype != y.dtype:
+        raise Refused(f"a product of {x.dtype} and {y.dtype}")
+    x, y = operand(x), operand(y)
+    if x.dtype not in (np.float32, np.float64):
+        raise Refused(f"no cuBLAS product of {x.dtype}")
+    with np.errstate(all="ignore"):
+        return new(x._host @ y._host)
+
+
+def reduction(name):
+    def method(self, axis=None, keepdims=False):
+        with np.errstate(all="ignore"):
+            return new(getattr(np, name)(self._host, axis=axis, keepdims=keepdims))
+
+    return method
+
+
+def viewing(name):
+    def method(self, *args):
+        return new(getattr(self._host, name)(*args), self)
+
+    return method
+
+
+def refuse(what):
+    def method(self, *args, **kwargs):
+        raise Refused(f"{what}: a device array is not converted to a NumPy array by itself")
+
+    return method
+
+
+def index(key):
+    """An index for the NumPy array, of what CuPy takes without waiting."""
+    if isinstance(key, tuple):
+        return tuple(index(part) for part in key)
+    if isinstance(key, DArray):
+        if key.dtype == bool:
+            wait("an index of booleans")
+        return key._host
+    if key is None or key is Ellipsis or type(key) is int:
+        return key
+    if isinstance(key, slice):
+        ends = (key.start, key.stop, key.step)
+        return slice(*(None if end is None else end.__index__() for end in ends))
+    raise Refused(f"an index of type {type(key)}")
+
+
+class DArray:
+    """As cupy.ndarray, as far as the product uses it."""
+
+    __slots__ = ("_host", "_memory")
+    __hash__ = None
+
+    shape = property(lambda self: self._host.shape)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    dtype = property(lambda self: self._host.dtype)
+    T = property(lambda self: new(self._host.T, self))
+
+    reshape, transpose, swapaxes = viewing("reshape"), viewing("transpose"), viewing("swapaxes")
+    sum, mean, max, all = reduction("sum"), reduction("mean"), reduction("max"), reduction("all")
+
+    __array__ = refuse("numpy.asarray")
+    __array_ufunc__ = refuse("a NumPy ufunc, or arithmetic with a NumPy array")
+    __array_function__ = refuse("a NumPy function")
+    __matmul__ = matmul
+
+    def argmax(self, axis=None):
+        return new(self._host.argmax(axis=axis))
+
+    def astype(self, dtype):
+        with np.errstate(all="ignore"):
+            return new(self._host.astype(dtype))
+
+    def get(self):
+        wait("get")
+        return self._host.copy()
+
+    def item(self):
+        wait("item")
+        return self._host.item()
+
+    def __len__(self):
+        return len(self._host)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, key):
+        return new(self._host[index(key)], self)
+
+    def __setitem__(self, key, value):
+        self._host[index(key)] = host(value)
+
+    def __neg__(self):
+        return new(-self._host)
+
+    def __divmod__(self, other):
+        return self // other, self % other
+
+
+for name in ("float", "int", "bool", "index"):
+
+    def convert(self, name=f"__{name}__"):
+        wait(name)
+        return getattr(self._host.item(), name)()
+
+    setattr(DArray, f"__{name}__", convert)
+
+OPERATORS = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "truediv": np.true_divide,
+    "floordiv": np.floor_divide,
+    "mod": np.remainder,
+    "xor": np.bitwise_xor,
+    "rshift": np.right_shift,
+}
+for name, function in OPERATORS.items():
+    setattr(DArray, f"__{name}__", binary(function))
+    setattr(DArray, f"__r{name}__", binary(function, swapped=True))
+    setattr(DArray, f"__i{name}__", in_place(function))
+for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    names = {"eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal"}
+    names |= {"gt": "greater", "ge": "greater_equal"}
+    setattr(DArray, f"__{name}__", binary(getattr(np, names[name])))
+
+
+def elementwise(function):
+    def on_device(*args):
+        with np.errstate(all="ignore"):
+            return new(function(*map(host, args)))
+
+    return on_device
+
+
+def asarray(x, dtype=None):
+    if isinstance(x, DArray):
+        return x if dtype in (None, x.dtype) else x.astype(dtype)
+    if "upload" in STATE.forbidden:
+        raise Refused(f"{x!r} is sent to the device")
+    STATE.uploads += 1
+    return new(np.array(x, dtype=dtype))
+
+
+def joining(function):
+    def on_device(arrays, axis=0):
+        if any(type(x) is not DArray for x in arrays):
+            raise Refused("only device arrays can be joined")
+        return new(function([x._host for x in arrays], axis=axis))
+
+    return on_device
+
+
+def where(condition, x, y):
+    return new(np.where(host(condition), host(x), host(y)))
+
+
+def pad(array, pad_width):
+    return new(np.pad(host(array), pad_width))
+
+
+def full(shape, value, dtype):
+    return new(np.full(shape, host(value), dtype))
+
+
+def broadcast_to(array, shape):
+    return new(np.broadcast_to(host(array), shape), array)
+
+
+def atleast_1d(array):
+    return new(np.atleast_1d(host(array)), array)
+
+
+def free_all_blocks():
+    STATE.reserved = STATE.used
+
+
+FUNCTIONS = {
+    "ndarray": DArray,
+    "exp": elementwise(np.exp),
+    "log": elementwise(np.log),
+    "sqrt": elementwise(np.sqrt),
+    "tanh": elementwise(np.tanh),
+    "minimum": elementwise(np.minimum),
+    "where": where,
+    "pad": pad,
+    "full": full,
+    "asarray": asarray,
+    "atleast_1d": atleast_1d,
+    "broadcast_to": broadcast_to,
+    "stack": joining(np.stack),
+    "concatenate": joining(np.concatenate),
+    "arange": lambda n, dtype=None: new(np.arange(n, dtype=dtype)),
+    "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
+    "zeros_like": lambda x: new(np.zeros_like(host(x))),
+    "float32": np.float32,
+    "int64": np.int64,
+    "uint64": np.uint64,
+    "get_default_memory_pool": lambda: SimpleNamespace(
+        free_all_blocks=free_all_blocks, total_bytes=lambda: STATE.reserved
+    ),
+}
+RUNTIME = {
+    "getDeviceCount": lambda: 1,
+    "getDeviceProperties": lambda device: {"name": b"Stand-in"},
+    "memGetInfo": lambda: (6_000_000_000, 8_000_000_000),
+    "runtimeGetVersion": lambda: 13020,
+}
+
+
+def modules():
+    """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
+    cupy = ModuleType("cupy")
+    vars(cupy).update(FUNCTIONS)
+    stream = SimpleNamespace(synchronize=lambda: wait("synchronize"))
+    cupy.cuda = SimpleNamespace(
+        runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
+    )
+    special = ModuleType("cupyx.scipy.special")
+    special.erf = elementwise(host_erf)
+    return {"cupy": cupy, "cupyx.scipy.special": special}
+
+
+def install(monkeypatch):
+    """Puts the stand-in in CuPy's place for one test, on a machine that seems to have a driver for
+    it. Returns the module."""
+    reset()
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("miniconvit.device._driver_version", lambda: 13000)
+    monkeypatch.setattr("miniconvit.device._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
+    return sys.modules["cupy"]
+
+
+DArray.__module__ = "cupy"
+DArray.__name__ = DArray.__qualname__ = "ndarray"
