@@ -37,7 +37,6 @@ RECIPES = {
         "batch_size": 64,
         "lr": 3e-3,
         "warmup_epochs": 1.0,
-        "augment": "crop-flip",
     },
 }
 
