@@ -71,21 +71,27 @@ def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect
     pass); what is not differentiated, such as labels or masks, belongs inside forward.
     every_entry: differences along each entry instead of two random directions a tensor.
     expect_zero: names whose gradient is exactly zero, and no others may be.
-    Returns a Report. Raises UserError for inputs that are not float64, and where forward gives
-    different results for the same inputs.
+    Returns a Report. Raises UserError for inputs that are not float64, and where forward changes
+    its inputs, gives different results for the same ones, or is not finite.
     """
     _require_float64(inputs, expect_zero)
     rng = np.random.default_rng(seed)
     inputs = {name: x.copy() for name, x in inputs.items()}
     before = {name: x.copy() for name, x in inputs.items()}
     y, cache = forward(**inputs)
+    changed = [name for name in inputs if not np.array_equal(inputs[name], before[name])]
+    if changed:
+        raise UserError(f"forward changes {changed[0]} in place: let it work on a copy")
+    if not all(np.isfinite(part).all() for part in _as_tuple(y)):
+        raise UserError("forward's output is not finite: choose inputs where it is")
     dys = [rng.standard_normal(np.shape(part)) for part in _as_tuple(y)]
     magnitude = sum(float(np.abs(part * dy).sum()) for part, dy in _pairs(y, dys))
     floor = 4 * np.finfo(np.float64).eps * magnitude / STEP
     value = _weighted(y, dys)
 
     def loss(name, x):
-        return _weighted(forward(**(before | {name: x}))[0], dys)
+        copies = {key: value.copy() for key, value in (before | {name: x}).items()}
+        return _weighted(forward(**copies)[0], dys)
 
     if loss(first := next(iter(before)), before[first]) != value:
         raise UserError(

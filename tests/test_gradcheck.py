@@ -1,10 +1,17 @@
 """The gradient checker: what it accepts, what it catches, and what it says."""
 
+import json
+
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import miniconvit as mc
+from miniconvit import checks
 from miniconvit.checks import CASES, check_layer
+from miniconvit.cli import program
+from miniconvit.mutants import MUTANTS, Mutant
 
 
 def square_forward(x, weight):
@@ -108,6 +115,22 @@ def test_a_random_forward_is_refused(inputs):
 
     with pytest.raises(mc.UserError, match="different results for the same inputs"):
         mc.check_gradients(noisy, square_backward, inputs)
+
+
+def test_a_forward_that_changes_its_input_is_refused(inputs):
+    def greedy(x, weight):
+        np.abs(x, out=x)
+        return square_forward(x, weight)
+
+    with pytest.raises(mc.UserError, match="forward changes x in place"):
+        mc.check_gradients(greedy, square_backward, inputs)
+
+
+def test_an_output_that_is_not_finite_is_refused(inputs):
+    with pytest.raises(mc.UserError, match="not finite"):
+        mc.check_gradients(
+            lambda x, weight: square_forward(x * np.nan, weight), square_backward, inputs
+        )
 
 
 def shifted_softmax_forward(x, bias):
@@ -233,6 +256,62 @@ def test_no_false_alarm_over_200_seeds(layer, every_entry):
     for seed in range(seeds):
         for report in check_layer(layer, seed, every_entry):
             assert report.ok, f"seed {seed}\n{report}"
+
+
+@pytest.mark.parametrize("seed", [6, 8, 15, 19, 77])
+def test_a_whole_model_is_right_whatever_drop_path_leaves_out(seed):
+    assert all(report.ok for report in check_layer("convit", seed))
+
+
+def command(*arguments):
+    return CliRunner().invoke(program, ["gradcheck", *arguments], standalone_mode=False)
+
+
+def test_the_command_exits_with_1_where_a_layer_is_wrong(monkeypatch):
+    right = command("--layer", "gelu")
+    assert right.return_value == 0
+    assert "all right" in right.stdout
+    half = checks.FUNCTIONS.gelu_backward
+    monkeypatch.setattr(checks.FUNCTIONS, "gelu_backward", lambda dy, c: 0.5 * half(dy, c))
+    wrong = command("--layer", "gelu")
+    assert wrong.return_value == 1
+    assert "WRONG" in wrong.stdout
+    found = json.loads(command("--layer", "gelu", "--json").stdout)
+    assert not found["ok"]
+    assert found["cases"][0]["rows"][0]["verdict"] == "WRONG"
+
+
+def test_the_command_passes_its_seed_and_form_on():
+    tables = {
+        command("--layer", "gelu", *more).stdout
+        for more in ([], ["--seed", "1"], ["--every-entry"], ["--seed", "1", "--every-entry"])
+    }
+    assert len(tables) == 4
+    with pytest.raises(click.UsageError):
+        raise command("--seed", "-1").exception
+
+
+def test_the_command_exits_with_1_where_a_planted_bug_gets_away(monkeypatch):
+    from miniconvit.cli import gradcheck
+
+    caught = [m for m in MUTANTS if m.function == "gelu_backward"][:2]
+    monkeypatch.setattr(gradcheck, "MUTANTS", caught)
+    assert command("--layer", "gelu", "--mutants").return_value == 0
+    harmless = Mutant("harmless", "gelu_backward", "-0.5 * x * x", "-(x * x) / 2.0", "the same")
+    monkeypatch.setattr(gradcheck, "MUTANTS", [*caught, harmless])
+    result = command("--layer", "gelu", "--mutants")
+    assert result.return_value == 1
+    assert "NOBODY" in result.stdout
+    assert json.loads(command("--mutants", "--json", "--layer", "gelu").stdout)["caught"] == 2
+
+
+def test_mutants_of_a_layer_that_fails_itself_cannot_be_judged(monkeypatch):
+    checks._is_right.cache_clear()
+    half = checks.FUNCTIONS.gate_backward
+    monkeypatch.setattr(checks.FUNCTIONS, "gate_backward", lambda dy, c: half(2 * dy, c))
+    with pytest.raises(RuntimeError, match="no mutant of it can be judged"):
+        checks.catch(next(m for m in MUTANTS if m.function == "gate_backward"), seed=3)
+    checks._is_right.cache_clear()
 
 
 def test_unknown_layer():

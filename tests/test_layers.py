@@ -56,7 +56,7 @@ def test_layernorm_rows_have_the_mean_and_spread_of_their_parameters(rng):
     x = 3 + 5 * rng.standard_normal((2, 3, 40))
     weight, bias = np.full(40, 2.5), np.full(40, -1.5)
     y, _ = layers.layernorm_forward(x, weight, bias, eps=0.0)
-    np.testing.assert_allclose(y.mean(axis=-1), -1.5, atol=1e-13)
+    np.testing.assert_allclose(y.mean(axis=-1), -1.5, rtol=0, atol=1e-13)
     np.testing.assert_allclose(y.std(axis=-1), 2.5, rtol=1e-13)
 
 
@@ -159,7 +159,7 @@ def test_relative_positions_of_a_rectangle():
 def test_position_attention_is_a_kronecker_product(rng, grid):
     P, py, px = position_maps(gpsa_params(rng, 12, 3, False), grid)
     for h in range(3):
-        np.testing.assert_allclose(np.kron(py[h], px[h]), P[h], atol=1e-15)
+        np.testing.assert_allclose(np.kron(py[h], px[h]), P[h], rtol=0, atol=1e-15)
     np.testing.assert_allclose(P.sum(axis=-1), 1, rtol=1e-14)
 
 
@@ -187,7 +187,7 @@ def test_position_bias_has_no_effect_and_a_gradient_of_zero(rng):
         forward, backward = (getattr(layers, f"{form}_{way}") for way in ("forward", "backward"))
         y, cache = forward(x, params, 4, (2, 3))
         shifted, _ = forward(x, params | {"pos_proj.bias": np.full(4, 3.0)}, 4, (2, 3))
-        np.testing.assert_allclose(shifted, y, atol=1e-14)
+        np.testing.assert_allclose(shifted, y, rtol=0, atol=1e-14)
         _, grads = backward(rng.standard_normal(y.shape), cache)
         np.testing.assert_array_equal(grads["pos_proj.bias"], 0.0)
 
@@ -203,7 +203,7 @@ def test_renormalisation_is_the_identity_forward_and_backward(rng):
     M, cache_gate = layers.gate_forward(C, P, params["gating_param"])
     row_sums = M.sum(axis=-1, keepdims=True)
     A = M / row_sums
-    np.testing.assert_allclose(A, M, atol=1e-15)
+    np.testing.assert_allclose(A, M, rtol=0, atol=1e-15)
     dA = dy @ v.swapaxes(-1, -2)
     rho = (dA * A).sum(axis=-1, keepdims=True)
     for dM in (dA, (dA - rho) / row_sums):
@@ -238,17 +238,20 @@ def test_local_attention_is_the_published_gaussian():
     middle = P[4].reshape(14, 14, 14, 14)[7, 7]
     values = [middle[7, 7], middle[7, 8], middle[6, 7], middle[8, 8], middle[7, 9]]
     np.testing.assert_allclose(
-        values, [0.318244, 0.117075, 0.117075, 0.043070, 0.005829], atol=5e-7
+        values, [0.318244, 0.117075, 0.117075, 0.043070, 0.005829], rtol=0, atol=5e-7
     )
     corner = P[4].reshape(14, 14, 14, 14)[0, 0]
     np.testing.assert_allclose(
-        [corner[0, 0], corner[0, 1], corner[1, 1]], [0.520324, 0.191417, 0.070418], atol=5e-7
+        [corner[0, 0], corner[0, 1], corner[1, 1]],
+        [0.520324, 0.191417, 0.070418],
+        rtol=0,
+        atol=5e-7,
     )
     P, _ = layers.position_attention_dense_forward(local_weight(4), np.zeros(4), (14, 14))
     for h, (dx, dy) in enumerate(local_centres(4)):
         near = P[h].reshape(14, 14, 14, 14)[7, 7]
         rows, cols = (sorted({7, round(7 + 2 * delta)}) for delta in (dy, dx))
-        np.testing.assert_allclose(near[np.ix_(rows, cols)], 0.193105, atol=5e-7)
+        np.testing.assert_allclose(near[np.ix_(rows, cols)], 0.193105, rtol=0, atol=5e-7)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0, 2.0])
@@ -261,28 +264,29 @@ def test_centre_and_strength_can_be_read_back(strength):
 def test_nonlocality_table():
     grid = (14, 14)
     uniform = np.full((196, 196), 1 / 196)
-    np.testing.assert_allclose(nonlocality(uniform, grid), 7.2807641932, atol=5e-11)
+    np.testing.assert_allclose(nonlocality(uniform, grid), 7.2807641932, rtol=0, atol=5e-11)
     position, gated = {}, {}
     g = 1 / (1 + exp(-1))
     for heads in (4, 9, 16):
         P, _ = layers.position_attention_dense_forward(local_weight(heads), np.zeros(heads), grid)
         position[heads] = nonlocality(P, grid)
         gated[heads] = nonlocality((1 - g) * uniform + g * P, grid).mean()
-    np.testing.assert_allclose(position[4], 0.98596917, atol=5e-9)
+    np.testing.assert_allclose(position[4], 0.98596917, rtol=0, atol=5e-9)
     corner, edge, centre = 1.48455664, 1.16568830, 0.75937571
     np.testing.assert_allclose(
         position[9],
         [corner, edge, corner, edge, centre, edge, corner, edge, corner],
+        rtol=0,
         atol=5e-9,
     )
-    np.testing.assert_allclose(position[9].mean(), 1.26226172, atol=5e-9)
+    np.testing.assert_allclose(position[9].mean(), 1.26226172, rtol=0, atol=5e-9)
     table = position[16].reshape(4, 4)
-    np.testing.assert_allclose(table[[0, 0, 3, 3], [0, 3, 0, 3]], 2.05943384, atol=5e-9)
-    np.testing.assert_allclose(table[0, 1:3], 1.60046181, atol=5e-9)
-    np.testing.assert_allclose(table[1:3, 1:3], 0.98596917, atol=5e-9)
-    np.testing.assert_allclose(table.mean(), 1.56158166, atol=5e-9)
+    np.testing.assert_allclose(table[[0, 0, 3, 3], [0, 3, 0, 3]], 2.05943384, rtol=0, atol=5e-9)
+    np.testing.assert_allclose(table[0, 1:3], 1.60046181, rtol=0, atol=5e-9)
+    np.testing.assert_allclose(table[1:3, 1:3], 0.98596917, rtol=0, atol=5e-9)
+    np.testing.assert_allclose(table.mean(), 1.56158166, rtol=0, atol=5e-9)
     np.testing.assert_allclose(
-        [gated[4], gated[9], gated[16]], [2.67890029, 2.88088633, 3.09970674], atol=5e-9
+        [gated[4], gated[9], gated[16]], [2.67890029, 2.88088633, 3.09970674], rtol=0, atol=5e-9
     )
 
 

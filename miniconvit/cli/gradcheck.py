@@ -14,7 +14,13 @@ from .options import json_option, print_json
 @click.option("--layer", metavar="NAME", help="One layer only, such as gpsa or layernorm.")
 @click.option("--mutants", is_flag=True, help="Plant every bug of the catalogue; who is caught?")
 @click.option("--every-entry", is_flag=True, help="Differences along each entry of each tensor.")
-@click.option("--seed", default=0, show_default=True, help="Draws inputs and parameters.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Draws inputs and parameters.",
+)
 @json_option
 def command(layer, mutants, every_entry, seed, as_json):
     """Compare every backward pass with central differences in float64.
