@@ -51,7 +51,7 @@ def command(who, shape, batch, mode, seconds, threads):
         model = f"{'convit' if who == OURS else 'vit'}_{variant}"
         code = "from miniconvit.cli import main; main()"
         steps = max(2, round(seconds / _guess(variant, batch, mode)))
-        line = [sys.executable, "-c", code, "bench", "--model", model, "--json"]
+        line = [sys.executable, "-c", code, "bench", "--model", model, "--device", "cpu", "--json"]
         line += ["--batch-size", str(batch), "--steps", str(steps), "--threads", str(threads)]
         return line + (["--inference"] if mode == "infer" else [])
     kind = "deit" if who == DEIT else "convit"

@@ -40,14 +40,14 @@ def initial_params(config, seed, freeze=None):
     return params
 
 
-def mask_pos_embed(params):
+def without_pos_embed(params):
     """params with an absolute positional embedding of zero. Raises UserError without one."""
     if "pos_embed" not in params:
         raise UserError("this model has no positional embedding to mask")
     return params | {"pos_embed": array_module(params["pos_embed"]).zeros_like(params["pos_embed"])}
 
 
-def mask_branch(params, config, branch, blocks):
+def without_branch(params, branch, blocks):
     """params whose first `blocks` GPSA blocks do without one branch: the gates are moved aside.
 
     branch: "content" (sigmoid(gating_param) is 1) or "position" (it is 0). Raises UserError where

@@ -6,6 +6,9 @@ from importlib import import_module
 import numpy as np
 from scipy.special import erf as scipy_erf
 
+DROP_PATH, DATA_ORDER, AUGMENTATION = 1, 2, 3
+"""The first counter after the seed says what is drawn, so that no two uses share random bits."""
+
 
 def array_module(x):
     """numpy or cupy: the module that the array x belongs to."""

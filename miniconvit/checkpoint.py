@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .config import ConViTConfig
+from .config import ConViTConfig, is_number
 from .device import to_cpu
 from .errors import UserError
 from .model import param_shapes
@@ -74,7 +74,7 @@ def load_checkpoint(path):
     """The Checkpoint in the file at path, on the CPU, arrays fresh and writable.
 
     Raises UserError, naming the file, where it is missing, damaged, not a checkpoint of miniconvit,
-    or where its tensors do not fit its configuration or are not finite.
+    or where its tensors or its metadata do not fit its configuration or are not finite.
     """
     tensors, about = _read(path)
     try:
@@ -82,11 +82,12 @@ def load_checkpoint(path):
         shapes = param_shapes(config)
         has_moments = any(name.startswith("optimizer.") for name in tensors)
         problem = _problem(tensors, shapes, has_moments) or not_finite(tensors)
+        problem = problem or _problem_of_metadata(config, **about)
         if problem:
             raise UserError(problem)
         params, moments = _unflat(tensors, shapes, has_moments)
         return Checkpoint(params, config, moments, **about)
-    except (UserError, TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged, or was not written by miniconvit: {error}; use another checkpoint"
         ) from error
@@ -161,6 +162,7 @@ def _unflat(tensors, shapes, has_moments):
 def _problem(tensors, shapes, has_moments):
     """What is wrong with names, shapes or dtypes: the first finding, or None."""
     expected = _flat(shapes, dict.fromkeys(MOMENTS, shapes) if has_moments else {})
+    dtype = next((tensors[name].dtype for name in expected if name in tensors), None)
     for name, shape in expected.items():
         if name not in tensors:
             return f"the tensor {name} is missing"
@@ -168,8 +170,30 @@ def _problem(tensors, shapes, has_moments):
             return f"{name} has the shape {tensors[name].shape} where {shape} was expected"
         if tensors[name].dtype not in DTYPES:
             return f"{name} is {tensors[name].dtype} where float32 or float64 was expected"
+        if tensors[name].dtype != dtype:
+            return f"{name} is {tensors[name].dtype} where others are {dtype}"
     unknown = sorted(set(tensors) - set(expected))
     return f"the tensor {unknown[0]} is none of the model's" if unknown else None
+
+
+def _problem_of_metadata(config, mean=None, std=None, classes=None, data=None, state=None):
+    """What is wrong with the entries beside the configuration: the first finding, or None."""
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not _is_list(values, config.in_chans, is_number):
+            return f"{name} is {values} where {config.in_chans} numbers were expected"
+    if std is not None and min(std) <= 0:
+        return f"std is {std} where positive numbers were expected"
+    if classes is not None and not _is_list(
+        classes, config.num_classes, lambda name: isinstance(name, str)
+    ):
+        return f"{config.num_classes} names of classes were expected and other classes found"
+    if not isinstance(data, str | None):
+        return f"data is {data} where the name of a data set was expected"
+    return None if isinstance(state, dict | None) else f"state is {state}"
+
+
+def _is_list(values, length, holds):
+    return isinstance(values, list) and len(values) == length and all(map(holds, values))
 
 
 def _read(path):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
+from sys import float_info
 
 from .errors import UserError
 
@@ -43,14 +44,16 @@ class ConViTConfig:
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
             pair = as_pair(getattr(self, name))
-            if len(pair) != 2 or not all(_is_count(side, 1) for side in pair):
+            if len(pair) != 2 or not all(is_count(side, 1) for side in pair):
                 raise UserError(f"{name} must be one or two positive integers, not {pair}")
             height, width = pair
             object.__setattr__(self, name, height if height == width else pair)
+        for name in ("mlp_ratio", "locality_strength", "drop_path_rate"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # np.float64 would spread
         counts = {"in_chans": 1, "num_classes": 1, "embed_dim": 1, "depth": 1, "num_heads": 1}
         for name, least in (counts | {"local_up_to_layer": 0}).items():
             value = getattr(self, name)
-            if not _is_count(value, least):
+            if not is_count(value, least):
                 raise UserError(f"{name} must be an integer of at least {least}, not {value!r}")
         if any(side % patch for side, patch in zip(self.image, self.patch, strict=True)):
             raise UserError(
@@ -115,8 +118,15 @@ class ConViTConfig:
         return cls(**values)
 
 
-def _is_count(value, least):
+def is_count(value, least=0):
+    """Whether value is an integer, no bool, and at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value):
+    """Whether value is a finite number, no bool."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= float_info.max
 
 
 def _variants():

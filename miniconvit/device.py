@@ -63,7 +63,7 @@ def to_device(tree, device):
 
 def to_cpu(tree):
     """The arrays of nested dicts, tuples and lists as NumPy arrays. Waits for the device."""
-    return _map(lambda x: x if isinstance(x, np.ndarray) else x.get(), tree)
+    return _map(lambda x: x.get() if hasattr(x, "get") else x, tree)
 
 
 def _map(function, tree):
@@ -110,7 +110,9 @@ def _find(found):
             f"update the driver to {oldest} or newer{other}",
         )
     _find_gpu(runtime, found)
-    wheel = next((name for name in wheels if name != "cupy"), _fitting_wheel(driver)[:12])
+    wheel = next(
+        (name for name in wheels if name != "cupy"), _fitting_wheel(driver).removesuffix("[ctk]")
+    )
     found["first_kernel_ms"] = _run_kernel(cupy, f"pip install '{wheel}[ctk]'")
 
 

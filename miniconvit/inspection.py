@@ -101,15 +101,15 @@ def write_inspection(inspection, out):
         names.append(name)
 
     config, history, query = inspection.config, inspection.history, inspection.query
+    note = CLASS_TOKEN if config.has_cls_token else ""
     epochs = [epoch for epoch, _ in history]
     if history:
         values = [np.mean(reading["nonlocality"], axis=1) for _, reading in history]
-        draw(pictures.draw_nonlocality, "nonlocality.png", [("", config, epochs, values)])
+        draw(pictures.draw_nonlocality, "nonlocality.png", [("", config, epochs, values)], note)
         if history[0][1]["gates"]:
             gates = [reading["gates"] for _, reading in history]
             draw(pictures.draw_gates, "gates.png", epochs, gates)
     if inspection.picture is not None:
-        note = CLASS_TOKEN if config.has_cls_token else ""
         layers, picture = inspection.layers, inspection.picture
         draw(pictures.draw_maps, "maps.png", picture, layers, query, note)
         for layer in layers:

@@ -2,12 +2,10 @@
 
 import numpy as np
 
-from .backend import array_module, uniform
+from .backend import DROP_PATH, array_module, uniform
 from .device import to_device
 from .errors import UserError
 from .layers.ops import REFERENCE, part, prefixed
-
-DROP_PATH_STREAM = 1  # keeps these random numbers apart from those of other uses of the same seed
 
 
 def param_shapes(config):
@@ -97,7 +95,7 @@ def drop_path_masks(i, images, config, seed=0, step=0, first=0):
     xp = array_module(images)
     position = first + xp.arange(len(images))
     keep = [
-        uniform(seed, DROP_PATH_STREAM, step, i, branch, position, xp=xp) >= drop_prob
+        uniform(seed, DROP_PATH, step, i, branch, position, xp=xp) >= drop_prob
         for branch in range(2)
     ]
     return keep, 1.0 - drop_prob

@@ -11,14 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from .kernels import CPU
-from .layers import cross_entropy_backward, cross_entropy_forward
+from .layers import REFERENCE, cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward
+
+try:
+    from .kernels import CPU
+except ModuleNotFoundError:  # the folder was deleted: everything works, only slower
+    CPU = REFERENCE
 
 PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
 
@@ -44,6 +49,28 @@ def keep_freed_memory():
         mallopt(arena_max, 1)
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+
+
+class _OneBlasThread:
+    """BLAS at one thread as long as anyone wants that; its own number again after the last."""
+
+    def __init__(self):
+        self._lock, self._wanted, self._limits = Lock(), 0, None
+
+    def want(self):
+        with self._lock:
+            if self._wanted == 0:
+                self._limits = threadpool_limits(limits=1, user_api="blas")
+            self._wanted += 1
+
+    def release(self):
+        with self._lock:
+            self._wanted -= 1
+            if self._wanted == 0:
+                self._limits.restore_original_limits()
+
+
+ONE_BLAS_THREAD = _OneBlasThread()
 
 
 def cut(n, rows_per_image):
@@ -104,14 +131,18 @@ class Engine:
         self.threads = threads or available_threads()
         self._inference_ops = for_inference(ops)
         keep_freed_memory()
-        self._blas = threadpool_limits(limits=1, user_api="blas")
+        ONE_BLAS_THREAD.want()
+        self._closed = False
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def close(self):
-        """Ends the workers and gives BLAS its threads back."""
+        """Ends the workers and gives BLAS its threads back. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self._pool:
             self._pool.shutdown()
-        self._blas.restore_original_limits()
+        ONE_BLAS_THREAD.release()
 
     def __enter__(self):
         return self
@@ -122,7 +153,7 @@ class Engine:
     def _map(self, function, n):
         """function(start, stop) of every piece of n images, in order.
 
-        Only `threads` results wait at a time, so that memory does not grow with the batch.
+        Only `threads` + 1 results wait at a time, so that memory does not grow with the batch.
         """
         pieces = cut(n, self.config.num_patches)
         if self._pool is None:

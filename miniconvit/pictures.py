@@ -22,10 +22,11 @@ def require_matplotlib():
         raise UserError("pictures need matplotlib, which is missing: pip install matplotlib")
 
 
-def draw_nonlocality(runs, path):
+def draw_nonlocality(runs, note, path):
     """Figure 5: how far each layer looks, over the epochs, one panel a run.
 
-    runs: a list of (title, config, epochs, values), values (epochs, depth): means over the heads.
+    runs: a list of (title, config, epochs, values), values (epochs, depth): means over the heads;
+    note: what else to say of them.
     """
     figure, axes = _figure(1, len(runs), height=3.2, width=WIDTH if len(runs) > 1 else 4.6)
     for axis, (title, config, epochs, values) in zip(axes[0], runs, strict=True):
@@ -33,18 +34,21 @@ def draw_nonlocality(runs, path):
             local = i < config.local_up_to_layer
             axis.plot(
                 epochs, column, "-" if local else "--", color=_shade(i, config.depth),
-                marker="o" if local else "s", markersize=2.5, linewidth=1.2,
-                label=f"{i + 1} {config.attention.upper() if local else 'MHSA'}",
+                linewidth=1.3, label=f"{i + 1} {config.attention.upper() if local else 'MHSA'}",
+                marker=("o" if local else "s") if len(epochs) <= 20 else "", markersize=2.5,
             )  # fmt: skip
         uniform = uniform_nonlocality(config.grid)
         axis.axhline(uniform, color="0.55", linewidth=0.8, linestyle=":")
-        axis.annotate("even attention", (1.0, uniform), (-3, -3), ("axes fraction", "data"),
-                      "offset points", ha="right", va="top", fontsize=7, color="0.35")  # fmt: skip
-        axis.set(title=title, xlabel="epoch", ylim=(0, 1.05 * uniform))
+        axis.annotate("even attention", (0.0, uniform), (3, 2), ("axes fraction", "data"),
+                      "offset points", va="bottom", fontsize=7, color="0.35")  # fmt: skip
+        axis.set(ylim=(0, 1.12 * max(uniform, np.max(values))))
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("epoch", fontsize=8)
         _whole_numbers(axis)
         axis.legend(title="layer", fontsize=7, title_fontsize=7, loc="center left",
                     bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
-    axes[0][0].set_ylabel("nonlocality (patches)")
+    axes[0][0].set_ylabel("nonlocality (patches)", fontsize=8)
+    figure.supxlabel(note, fontsize=6)
     _save(figure, path)
 
 
@@ -69,10 +73,10 @@ def draw_gates(epochs, values, path):
         axis.set(ylim=(0, 1))
         axis.set_title(f"layer {i + 1}", fontsize=8)
         _whole_numbers(axis)
-        axis.set_xlabel("epoch" if i + columns >= layers else "")
+        axis.set_xlabel("epoch" if i + columns >= layers else "", fontsize=8)
         axis.tick_params(labelbottom=i + columns >= layers)
     for row in axes:
-        row[0].set_ylabel("gate")
+        row[0].set_ylabel("gate (share of position)", fontsize=8)
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, title="head", loc="outside right center", fontsize=7,
                   title_fontsize=7, frameon=False)  # fmt: skip
@@ -86,7 +90,8 @@ def draw_maps(picture, layers, query, note, path):
     query_maps; note: what else to say of the maps. Of GPSA the mixture is shown.
     """
     heads = len(layers[0]["heads"])
-    figure, axes = _figure(len(layers), heads + 1, height=0.9 + WIDTH / (heads + 2) * len(layers))
+    height = 0.9 + WIDTH / (heads + 2) * len(layers)
+    figure, axes = _figure(len(layers), heads + 1, height)
     for row, layer in zip(axes, layers, strict=True):
         _draw_picture(row[0], picture, layer["maps"]["mixture"].shape[1:], query)
         row[0].set_ylabel(f"layer {layer['layer']}\n{layer['attention'].upper()}", fontsize=8)
@@ -107,7 +112,8 @@ def draw_parts(picture, layer, query, path):
     Arguments as in draw_maps, for one layer.
     """
     heads = layer["heads"]
-    figure, axes = _figure(3, len(heads) + 1, height=0.9 + 3 * WIDTH / (len(heads) + 2))
+    height = 0.9 + 3 * WIDTH / (len(heads) + 2)
+    figure, axes = _figure(3, len(heads) + 1, height)
     for row, kind in zip(axes, ("content", "position", "mixture"), strict=True):
         _draw_picture(row[0], picture, layer["maps"][kind].shape[1:], query)
         row[0].set_ylabel(kind, fontsize=8)
@@ -115,19 +121,19 @@ def draw_parts(picture, layer, query, path):
             shown = _draw_map(axis, layer["maps"][kind][h], query)
             if kind == "position" and heads[h]["centre"] is not None:
                 right, down = heads[h]["centre"]
-                axis.plot(query[1] + right, query[0] + down, "+", color="w", markersize=5)
+                axis.plot(query[1] + right, query[0] + down, "+w", scalex=False, scaley=False)
     for h, axis in enumerate(axes[0][1:]):
         axis.set_title(f"head {h + 1}\ngate {heads[h]['gate']:.2f}", fontsize=7, pad=2)
     axes[0][0].set_title(f"layer {layer['layer']}", fontsize=8, pad=2)
-    _scale(figure, axes, shown, "")
+    _scale(figure, axes, shown, "+ is the centre of the head's position attention")
     _save(figure, path)
 
 
-def _figure(rows, columns, height, width=WIDTH, **sharing):
+def _figure(rows, columns, height, width=WIDTH, **options):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _save(figure, path):

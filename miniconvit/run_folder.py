@@ -33,7 +33,10 @@ class RunFolder:
     def config(self):
         """What config.json says, or None where no run has begun here."""
         try:
-            return json.loads((self.path / CONFIG).read_text())
+            values = json.loads((self.path / CONFIG).read_text())
+            if not isinstance(values, dict):
+                raise ValueError("it holds no object")
+            return values
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:

@@ -1,13 +1,15 @@
 """The settings of a training run: named recipes, and the values that flags change."""
 
 from dataclasses import dataclass, replace
-from math import inf
+from pathlib import Path
 
 from .ablation import FREEZE
-from .config import VARIANTS
+from .config import VARIANTS, is_count, is_number
 from .data.dataset import SOURCES
 from .errors import UserError
 from .run_folder import RunFolder
+
+AUGMENTATIONS = ("none", "crop-flip")
 
 BASE = {
     "subset": 1.0,
@@ -33,7 +35,7 @@ RECIPES = {
     | {
         "data": "cifar10",
         "model": "convit_micro32",
-        "epochs": 10,
+        "epochs": 9,
         "batch_size": 64,
         "lr": 3e-3,
         "warmup_epochs": 1.0,
@@ -42,6 +44,48 @@ RECIPES = {
 
 DEFAULT_RECIPE = {"shapes": "shapes-minute", "cifar10": "cifar10-10min"}
 """Data set to recipe."""
+
+
+def _one_of(names):
+    return f"one of {', '.join(names)}", lambda x: isinstance(x, str) and x in names
+
+
+def _is_size(value):
+    sides = value if isinstance(value, tuple) else (value, value)
+    return len(sides) == 2 and all(is_count(side, 1) for side in sides)
+
+
+_COUNT = "an integer of at least 1", lambda x: is_count(x, 1)
+_SIZE = "one or two positive integers", _is_size
+_POSITIVE = "a positive number", lambda x: is_number(x) and x > 0
+_NOT_NEGATIVE = "0 or a positive number", lambda x: is_number(x) and x >= 0
+_SHARE = "at least 0 and below 1", lambda x: is_number(x) and 0 <= x < 1
+
+LIMITS = {
+    "data": _one_of(SOURCES),
+    "subset": ("above 0 and at most 1", lambda x: is_number(x) and 0 < x <= 1),
+    "recipe": _one_of(RECIPES),
+    "model": _one_of(VARIANTS),
+    "img_size": _SIZE,
+    "patch_size": _SIZE,
+    "local_up_to_layer": ("an integer of at least 0", is_count),
+    "locality_strength": ("a finite number", is_number),
+    "epochs": _COUNT,
+    "steps": _COUNT,
+    "batch_size": _COUNT,
+    "lr": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "warmup_epochs": _NOT_NEGATIVE,
+    "clip_grad": _POSITIVE,
+    "label_smoothing": _SHARE,
+    "drop_path": _SHARE,
+    "augment": _one_of(AUGMENTATIONS),
+    "seed": ("an integer of at least 0 and below 2^63", lambda x: is_count(x) and x < 2**63),
+    "attention": _one_of(("gpsa", "psa")),
+    "local_init": ("true or false", lambda x: isinstance(x, bool)),
+    "freeze": _one_of(FREEZE),
+}
+"""Setting to what its value must be, in words and as a function."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +123,11 @@ class Settings:
         for name in ("img_size", "patch_size"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, words, holds in (
-            ("subset", "above 0 and at most 1", lambda x: 0 < x <= 1),
-            ("epochs", "at least 1", lambda x: x >= 1),
-            ("steps", "at least 1", lambda x: x >= 1),
-            ("batch_size", "at least 1", lambda x: x >= 1),
-            ("lr", "a positive number", lambda x: 0 < x < inf),
-            ("weight_decay", "0 or a positive number", lambda x: 0 <= x < inf),
-            ("warmup_epochs", "0 or a positive number", lambda x: 0 <= x < inf),
-            ("clip_grad", "a positive number", lambda x: 0 < x < inf),
-            ("label_smoothing", "at least 0 and below 1", lambda x: 0 <= x < 1),
-            ("drop_path", "at least 0 and below 1", lambda x: 0 <= x < 1),
-            ("seed", "at least 0 and below 2^63", lambda x: 0 <= x < 2**63),
-            ("freeze", f"one of {', '.join(FREEZE)}", lambda x: x in FREEZE),
-        ):
+        for name, (words, holds) in LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
+            if value is None and name in ("epochs", "steps", "clip_grad", "freeze"):
+                continue
+            if not holds(value):
                 raise UserError(f"{flag(name)} must be {words}, not {value}")
         if (self.epochs is None) == (self.steps is None):
             raise UserError("give the length of the run by --epochs or by --steps, not by both")
@@ -166,6 +199,14 @@ def stored_settings(out):
         raise UserError(
             f"the settings in {out}/config.json are damaged: {error}; choose another --out"
         ) from error
+
+
+def stored_data_dir(out):
+    """Where the data of the run in the folder `out` lie: a Path, or None where it does not say."""
+    found = (RunFolder(out).config() or {}).get("data_dir")
+    if not isinstance(found, str | None):
+        raise UserError(f"the data_dir in {out}/config.json is no path but {found}: add --data-dir")
+    return Path(found) if found else None
 
 
 def refuse_difference(stored, given, folder):

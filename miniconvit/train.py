@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, count
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from platform import python_version
 
@@ -18,6 +18,7 @@ import numpy as np
 from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
+from .config import is_count, is_number
 from .data import Split, augment, epoch_order, load_dataset, normalize
 from .device import resolve_device, to_cpu, to_device
 from .device_engine import make_engine
@@ -27,7 +28,7 @@ from .optim import AdamW, clip_grad_norm
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
-from .settings import Settings, refuse_difference, stored_settings
+from .settings import Settings, refuse_difference, stored_data_dir, stored_settings
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many
@@ -82,15 +83,18 @@ def train(
 ):
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
-    resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved. quiet:
-    prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when the step is done and
-    saved; Diverged where the loss is not finite, which on a GPU is looked for every 50 steps.
+    resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
+    that has begun downloads nothing, and its data lie where they lay unless data_dir says
+    otherwise. quiet: prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when
+    the step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
+    every 50 steps.
     """
     folder = RunFolder(out)
     folder.check(resume)
     stored = stored_settings(out)
     if stored is not None:
         refuse_difference(stored, asdict(settings), out)
+        data_dir, download = data_dir or stored_data_dir(out), False
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}")
     xp, place = resolve_device(device)
@@ -117,7 +121,7 @@ def _about(settings, config, data_dir, threads, place):
     return {
         "settings": asdict(settings),
         "model": config.to_dict(),
-        "data_dir": None if data_dir is None else str(data_dir),
+        "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
         "threads": threads,
         "versions": {"python": python_version()} | versions,
@@ -125,20 +129,24 @@ def _about(settings, config, data_dir, threads, place):
 
 
 def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
-    """(loss, top-1, top-5) over a split: mean cross-entropy, and shares between 0 and 1.
+    """(loss, top-1, top-5) over a split: mean cross-entropy, and shares between 0 and 1; NaNs where
+    the model's answers are not finite.
 
     between_chunks is called now and then, and may raise to end it.
     """
     loss, top1, top5 = 0.0, 0, 0
+    dtype = next(iter(params.values())).dtype
     for first in range(0, len(split.labels), EVALUATION_CHUNK):
         between_chunks()
         chunk = slice(first, first + EVALUATION_CHUNK)
         images, labels = split.images[chunk], split.labels[chunk]
 
         def load(start, stop, images=images):
-            return normalize(to_device(images[start:stop], engine.xp), mean, std)
+            return normalize(to_device(images[start:stop], engine.xp), mean, std, dtype)
 
         logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
+        if not np.isfinite(logits).all():
+            return nan, nan, nan
         loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
         right = logits[np.arange(len(labels)), labels]
         rank = (logits > right[:, None]).sum(axis=1)  # (n,), 0 for the best
@@ -183,8 +191,6 @@ class _Run:
         try:
             state = checkpoint.state
             stored = Settings(**state["settings"])
-            self.step, self.epoch = state["step"], state["epoch"]
-            self.sums, self.best = dict(state["sums"]), state["best"]
             moments = checkpoint.moments["exp_avg"], checkpoint.moments["exp_avg_sq"]
         except (TypeError, KeyError, UserError) as error:
             raise UserError(
@@ -197,10 +203,44 @@ class _Run:
                 f"{path} holds another model than these settings and this data set give: "
                 "resume with the data that the run began with"
             )
+        problem = self._problem(checkpoint)
+        if problem:
+            raise UserError(
+                f"{path} is damaged: {problem}; begin again in another folder with --out"
+            )
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.sums, self.best = state["sums"], state["best"]
         self.params, moments = to_device((checkpoint.params, moments), self.engine.xp)
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
         self.optimizer.step_count = self.step
         self.folder.cut_metrics(self.epoch)
+
+    def _problem(self, checkpoint):
+        """What is wrong with the numbers of a checkpoint of this run, or None."""
+        step, epoch, sums, best = map(checkpoint.state.get, ("step", "epoch", "sums", "best"))
+        if not (is_count(step) and is_count(epoch) and epoch <= self.epochs):
+            return f"step {step} with {epoch} finished epochs is not of this run"
+        first, end = (
+            min(number * self.steps_per_epoch, self.total_steps) for number in (epoch, epoch + 1)
+        )
+        if not first <= step <= end:
+            return f"step {step} with {epoch} finished epochs is not from {first} to {end}"
+        if not self._are_sums(sums, (step - first) * self.batch_size):
+            return f"the sums of the running epoch at step {step} are {sums}"
+        if not _is_best(best, epoch):
+            return f"the best of {epoch} epochs is {best}"
+        dtype = next(iter(checkpoint.params.values())).dtype
+        return None if dtype == "float32" else f"its tensors are {dtype}, not float32"
+
+    def _are_sums(self, sums, images):
+        return (
+            isinstance(sums, dict)
+            and set(sums) == set(self.sums)
+            and is_number(sums["loss"])
+            and is_count(sums["images"])
+            and is_count(sums["correct"])
+            and sums["correct"] <= sums["images"] == images
+        )
 
     def save(self):
         """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
@@ -344,7 +384,11 @@ class _Run:
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.save()
         self.folder.log(epoch_line(row))
-        self.report.lines(epoch_line(row))
+        try:
+            self.report.lines(epoch_line(row))
+        except BrokenPipeError:  # a Ctrl-C that stopped the reader too is answered first
+            self._stop_if_asked()
+            raise
 
     def _row(self, val_loss, val_top1):
         images = self.sums["images"]
@@ -377,6 +421,20 @@ class _Run:
         )
 
 
+def _is_best(best, epoch):
+    """Whether best is what a run remembers of its best epoch when so many are finished."""
+    if best is None or epoch == 0:
+        return best is None and epoch == 0
+    return (
+        isinstance(best, dict)
+        and set(best) == {"epoch", "val_top1"}
+        and is_count(best["epoch"], 1)
+        and best["epoch"] <= epoch
+        and is_number(best["val_top1"])
+        and 0 <= best["val_top1"] <= 1
+    )
+
+
 @contextmanager
 def _signals(requests):
     """While it lasts, the first SIGINT or SIGTERM is put into `requests`; a second has its usual
@@ -389,8 +447,10 @@ def _signals(requests):
     def note(signum, frame):
         requests.append(signum)
         restore()
-        # Not through sys.stderr, which may be in the middle of a write of its own.
-        os.write(2, b"\nstopping after this step, then saving (ask again to stop at once)\n")
+        # Not through sys.stderr, which may be in the middle of a write of its own. The reader of a
+        # pipe may have been stopped by the same Ctrl-C.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step, then saving (ask again to stop at once)\n")
 
     def restore():
         for signum, handler in usual.items():

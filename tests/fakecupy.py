@@ -181,8 +181,9 @@ def index(key):
     if key is None or key is Ellipsis or type(key) is int:
         return key
     if isinstance(key, slice):
-        ends = (key.start, key.stop, key.step)
-        return slice(*(None if end is None else end.__index__() for end in ends))
+        key = index(key.start), index(key.stop), index(key.step)
+        if not any(isinstance(end, np.ndarray) for end in key):
+            return slice(*key)
     raise Refused(f"an index of type {type(key)}")
 
 
@@ -240,7 +241,7 @@ class DArray:
         return self // other, self % other
 
 
-for name in ("float", "int", "bool", "index"):
+for name in ("float", "int", "bool"):
 
     def convert(self, name=f"__{name}__"):
         wait(name)
@@ -325,6 +326,7 @@ FUNCTIONS = {
     "sqrt": elementwise(np.sqrt),
     "tanh": elementwise(np.tanh),
     "minimum": elementwise(np.minimum),
+    "isfinite": elementwise(np.isfinite),
     "where": where,
     "pad": pad,
     "full": full,
@@ -334,6 +336,7 @@ FUNCTIONS = {
     "stack": joining(np.stack),
     "concatenate": joining(np.concatenate),
     "arange": lambda n, dtype=None: new(np.arange(n, dtype=dtype)),
+    "full_like": lambda x, value: new(np.full_like(host(x), host(value))),
     "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
     "float32": np.float32,

@@ -142,6 +142,29 @@ DAMAGE = {
         path, lambda about: about["config"].update(depth=3)
     ),
     "unknown entry": lambda path: with_metadata(path, lambda about: about.update(colour="red")),
+    **{
+        f"{name} {value}": lambda path, name=name, value=value: with_metadata(
+            path, lambda about: about.update({name: value})
+        )
+        for name, value in [
+            ("mean", 0.5),
+            ("mean", ["a"]),
+            ("mean", [0.5, 0.5]),
+            ("mean", [True]),
+            ("mean", [float("nan")]),
+            ("std", [0]),
+            ("std", [10**400]),
+            ("classes", 5),
+            ("classes", ["a"]),
+            ("classes", ["a", "b", 3]),
+            ("data", ["letters"]),
+            ("state", [1]),
+        ]
+    },
+    "two types": lambda path: with_tensors(path, put("head.bias", np.ones(3))),
+    "moments of another type": lambda path: with_tensors(
+        path, lambda t: t.update({k: v * np.float64(1) for k, v in t.items() if "exp_avg" in k})
+    ),
     "tensor missing": lambda path: with_tensors(path, lambda t: t.pop("head.bias")),
     "moment missing": lambda path: with_tensors(
         path, lambda t: t.pop("optimizer.exp_avg_sq.head.bias")

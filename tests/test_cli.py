@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -157,6 +158,76 @@ def test_eval_downloads_only_what_is_asked_for_by_name(trained, program, monkeyp
     assert asked == [("shapes", None, False), ("shapes", Path("here"), True)]
 
 
+def test_resume_and_eval_look_where_the_data_lay(tmp_path, program, monkeypatch):
+    """A relative --data-dir is remembered as what it meant; the line printed at the end works."""
+    asked = []
+
+    def note(name, data_dir, download, *_):
+        asked.append((data_dir, download))
+        return small_dataset()
+
+    monkeypatch.setattr(training, "load_dataset", note)
+    monkeypatch.setattr(eval_command, "load_dataset", note)
+    monkeypatch.chdir(tmp_path)
+    run, data, elsewhere = tmp_path / "a run", tmp_path / "the data", tmp_path / "elsewhere"
+    _, out, _ = program("train", *SHORT, "--out", "a run", "--data-dir", "the data")
+    hint = shlex.split(re.search(r"test it +miniconvit (.*)", out)[1])
+    assert hint == ["eval", "a run", "--split", "test", "--data-dir", "the data"]
+    assert program(*hint)[0] == 0
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert program("train", "--resume", "--out", run)[0] == 0
+    assert program("train", "--resume", "--out", run, "--data-dir", "moved")[0] == 0
+    assert program("eval", run)[0] == 0
+    assert program("eval", run, "--data-dir", "moved")[0] == 0
+    given, moved = Path("the data"), Path("moved")
+    assert asked == [(given, True), (given, False), *[(data, False), (moved, False)] * 2]
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data_dir": 5}))
+    assert_sentence(*program("eval", run), "config.json", "data_dir")
+    assert_sentence(*program("train", "--resume", "--out", run), "config.json", "data_dir")
+
+
+def test_a_float64_checkpoint(trained, tmp_path, program):
+    """All of it is computed in float64: the answers agree with the reference to its rounding."""
+    write_images(tmp_path)
+    model, wide = load_checkpoint(trained[0] / "best.safetensors"), tmp_path / "wide.safetensors"
+    params = {name: value.astype(np.float64) for name, value in model.params.items()}
+    about = {"mean": model.mean, "std": model.std, "classes": model.classes, "data": "shapes"}
+    save_checkpoint(wide, params, model.config, **about)
+
+    def reference(images):
+        images = normalize(images, model.mean, model.std, "float64")
+        logits, _ = convit_forward(images, params, model.config)
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    val = small_dataset().val
+    loss = -np.log(reference(val.images)[np.arange(30), val.labels]).mean()
+    status, out, _ = program("eval", wide, "--device", "cpu", "--json")
+    assert status == 0
+    assert json.loads(out)["loss"] == pytest.approx(loss, rel=1e-12)
+    answer = program("predict", wide, tmp_path / "rgb.png", "--device", "cpu", "--json")
+    assert answer[0] == 0
+    top = json.loads(answer[1])["images"][0]["top"]
+    rgb = np.random.default_rng(4).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    p = np.sort(reference(rgb.transpose(2, 0, 1)[None])[0])[::-1]
+    np.testing.assert_allclose([entry["probability"] for entry in top], p, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_answers_that_are_not_finite_are_a_sentence(trained, tmp_path, program):
+    """Finite parameters, and normalisations, that overflow on the way."""
+    write_images(tmp_path)
+    model, other = load_checkpoint(trained[0] / "best.safetensors"), tmp_path / "o.safetensors"
+    huge = {name: value * np.float32(1e30) for name, value in model.params.items()}
+    about = {"mean": model.mean, "classes": model.classes, "data": "shapes"}
+    for params, std in ((huge, model.std), (model.params, [1e-60] * 3)):
+        save_checkpoint(other, params, model.config, std=std, **about)
+        assert_sentence(*program("eval", other, "--json"), str(other), "finite")
+        answer = program("predict", other, tmp_path / "rgb.png", "--json")
+        assert_sentence(*answer, str(other), "finite")
+
+
 def write_images(folder):
     """Image files of many kinds, each with the (height, width, 3) pixels that it shows."""
     Image = pytest.importorskip("PIL.Image")
@@ -278,7 +349,11 @@ MISTAKES = {
     "two lengths": (["train", "--epochs", 1, "--steps", 1], "--epochs or by --steps"),
     "another image size": (["train", "--out", "new"], "--img-size 8x8"),
     "patches that do not fit": (["train", "--img-size", 8, "--patch-size", 3], "3x3"),
-    "negative layers": (["train", "--img-size", 8, "--local-up-to-layer", -1], "local_up_to_layer"),
+    "negative layers": (
+        ["train", "--img-size", 8, "--local-up-to-layer", -1],
+        "--local-up-to-layer",
+    ),
+    "no patches": (["train", "--patch-size", 0], "--patch-size"),
     "no checkpoint": (["eval", "none.safetensors"], "there is no checkpoint none.safetensors"),
     "no run": (["eval", "."], "holds no checkpoint"),
     "unknown split": (["eval", ".", "--split", "best"], "best"),
@@ -336,6 +411,35 @@ def test_a_file_size_limit_is_a_sentence(tmp_path):
     )
     assert_sentence(answer.returncode, answer.stdout, answer.stderr, "File too large")
     assert not list((tmp_path / "run").glob("*safetensors*"))
+
+
+def truncated_checkpoint(trained, folder):
+    content = (trained / "best.safetensors").read_bytes()
+    (folder / "half.safetensors").write_bytes(content[: len(content) // 2])
+    return ["eval", folder / "half.safetensors"], "half.safetensors is damaged"
+
+
+def truncated_cifar(trained, folder):
+    data = folder / "cifar-10-batches-bin"
+    data.mkdir()
+    (data / "data_batch_1.bin").write_bytes(bytes(1000))
+    argv = ["train", "--data", "cifar10", "--data-dir", folder, "--out", folder / "run"]
+    return [*argv, "--no-download"], "data_batch_1.bin is damaged: expected 30,730,000 bytes"
+
+
+def unwritable_folder(trained, folder):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs /proc, where not even root may make a folder")
+    return ["train", "--out", "/proc/miniconvit/run"], "cannot write /proc/miniconvit/run"
+
+
+@pytest.mark.parametrize("case", [truncated_checkpoint, truncated_cifar, unwritable_folder])
+def test_damage_seen_by_a_real_process(trained, tmp_path, case):
+    argv, words = case(trained[0], tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    answer = real(sys.executable, ROOT / "cli.py", *argv)
+    assert_sentence(answer.returncode, answer.stdout, answer.stderr, words)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.full

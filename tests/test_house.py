@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "config": 1,
     "backend": 1,
+    "device": 1,
     "layers": 2,
     "kernels": 2.5,
     "train": 4,

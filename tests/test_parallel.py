@@ -2,15 +2,18 @@
 waste of memory."""
 
 import platform
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import miniconvit as mc
 from miniconvit import parallel
@@ -210,3 +213,34 @@ def test_a_container_s_quota_limits_the_threads(tmp_path, monkeypatch, limit, ex
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert available_threads(tmp_path) == 16
     assert available_threads(tmp_path / "absent") == 16
+
+
+def blas_threads():
+    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+
+def test_blas_stays_at_one_thread_until_the_last_engine_closes():
+    config = mc.ConViTConfig(img_size=8, embed_dim=12, depth=1, local_up_to_layer=0)
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = blas_threads()
+        first, second = Engine(config, 1), Engine(config, 2)
+        assert blas_threads() == {1}
+        first.close()
+        first.close()
+        assert blas_threads() == {1}
+        second.close()
+        assert blas_threads() == before
+
+
+def test_everything_works_without_the_kernels_folder(tmp_path):
+    """On a copy of the package: the reference takes their place."""
+    package = Path(mc.__file__).parent
+    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(package, tmp_path / "miniconvit", ignore=ignored)
+    code = (
+        "from miniconvit.parallel import CPU; from miniconvit.layers import REFERENCE;"
+        "assert CPU is REFERENCE;"
+        "from miniconvit.cli import main;"
+        "main(['bench', '--model', 'convit_micro32', '--img-size', '8', '--steps', '1'])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -162,19 +163,33 @@ def test_killed_again_and_again(tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(tmp_path, uninterrupted, signum):
-    folder = tmp_path / "run"
+    folder = tmp_path / "a run"
     process = start(*FLAGS, "--out", folder)
     wait_for_save(folder, process)
     process.send_signal(signum)
     status, _, err = finish(process)
     assert status == 128 + signum
     command = re.search(r"go on with: miniconvit train (.*)", err)[1]
-    assert command == f"--resume --out {folder}"
+    assert shlex.split(command) == ["--resume", "--out", str(folder)]
     assert "Traceback" not in err
     step = int(re.search(r"after step (\d+)", err)[1])
     assert f"resumed after step {step} of 96" in resume(folder)
     assert outcome(folder) == uninterrupted
     assert "is finished" in resume(folder)
+    assert outcome(folder) == uninterrupted
+
+
+def test_asked_to_stop_while_nobody_reads(tmp_path, uninterrupted):
+    """Ctrl-C ends the `tee` behind a pipe too: what is said of the stop can then not be written."""
+    folder = tmp_path / "run"
+    process = start(*FLAGS, "--out", folder, "--quiet")
+    process.stdout.close()
+    process.stderr.close()
+    wait_for_save(folder, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in (folder / "log.txt").read_text()
+    resume(folder)
     assert outcome(folder) == uninterrupted
 
 

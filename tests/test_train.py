@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import signal
 from dataclasses import asdict, replace
 from math import cos, pi
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +23,12 @@ from miniconvit import (
     cross_entropy_forward,
     init_params,
 )
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.parallel import Engine
 from miniconvit.run_folder import RunFolder
 from miniconvit.settings import RECIPES, Settings, make_settings, stored_settings
-from miniconvit.train import Diverged, default_out, evaluate, train
+from miniconvit.train import Diverged, Interrupted, default_out, evaluate, train
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +123,9 @@ def test_run_folder(tmp_path):
         "best.safetensors",
         "log.txt",
     }
-    keys = "epoch step train_loss train_top1 val_loss val_top1 lr".split()
-    keys += "nonlocality gates strengths centre_norms images_per_second seconds".split()
-    assert [list(row) for row in rows(folder)] == [keys] * 3
+    keys = "epoch step train_loss train_top1 val_loss val_top1 lr nonlocality gates strengths "
+    keys += "centre_norms images_per_second seconds"
+    assert [list(row) for row in rows(folder)] == [keys.split()] * 3
     assert [(row["epoch"], row["step"]) for row in rows(folder)] == [(1, 6), (2, 12), (3, 18)]
     assert rows(folder) == result.rows
     assert result.best == max(result.rows, key=lambda row: (row["val_top1"], -row["epoch"]))
@@ -186,8 +188,10 @@ def test_evaluate_counts_over_chunks(monkeypatch):
         for name, value in init_params(config, 1).items()
     }
     data.val.labels[:] = rng.integers(0, 9, 30)
+    pauses = []
     with Engine(config, 2) as engine:
-        found = evaluate(engine, data.val, data.mean, data.std, params)
+        found = evaluate(engine, data.val, data.mean, data.std, params, lambda: pauses.append(None))
+    assert len(pauses) == 5
     losses, firsts, fives = [], [], []
     for image, label in zip(data.val.images, data.val.labels, strict=True):
         logits, _ = convit_forward(normalize(image[None], data.mean, data.std), params, config)
@@ -214,6 +218,63 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert load_checkpoint(folder / "last.safetensors").state["step"] == 6
     assert len(rows(folder)) == 1
     assert "step 7" in (folder / "log.txt").read_text()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """With a loss that is: parameters are spoilt at that step, and may not be saved later."""
+    norms = iter([1.0] * 7 + [np.inf] + [1.0] * 99)
+    monkeypatch.setattr(training, "clip_grad_norm", lambda grads, limit: next(norms))
+    with pytest.raises(Diverged, match=r"step 8 \(epoch 2\): the loss is \d.* norm inf"):
+        run(tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last.safetensors").state["step"] == 6
+
+
+def test_a_signal_during_the_evaluation_is_answered_before_its_end(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def interrupted_evaluate(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted_evaluate)
+        with pytest.raises(Interrupted) as stop:
+            run(folder)
+    assert (stop.value.signal, stop.value.step) == (signal.SIGTERM, 6)
+    state = load_checkpoint(folder / "last.safetensors").state
+    assert (state["step"], state["epoch"]) == (6, 0)
+    assert not (folder / "metrics.jsonl").exists()
+    run(folder, resume=True)
+    run(tmp_path / "whole")
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_second_signal_has_its_usual_effect():
+    requests, usual = [], signal.getsignal(signal.SIGTERM)
+    with training._signals(requests):
+        assert signal.getsignal(signal.SIGTERM) != usual
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == usual
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert requests == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("asked, answer", [(True, Interrupted), (False, BrokenPipeError)])
+def test_an_epoch_line_that_nobody_reads(tmp_path, monkeypatch, asked, answer):
+    """Without a signal it is the usual end of a program whose reader has gone."""
+
+    def broken(report, *texts):
+        if texts[0].startswith("    1 "):
+            if asked:
+                signal.raise_signal(signal.SIGINT)
+            raise BrokenPipeError
+
+    monkeypatch.setattr(training.Report, "lines", broken)
+    with pytest.raises(answer):
+        run(tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last.safetensors").state["epoch"] == 1
 
 
 def test_an_absurd_rate_diverges_without_a_broken_checkpoint(tmp_path):
@@ -314,6 +375,93 @@ def test_a_damaged_last_checkpoint_is_not_overwritten(tmp_path):
     last.write_bytes((folder / "best.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"last\.safetensors is damaged, or is no checkpoint to"):
         run(folder, resume=True)
+
+
+WRONG_SETTINGS = {
+    "model": ("foo", ["convit_micro32"], None),
+    "data": ("mnist", 3),
+    "recipe": (None,),
+    "augment": ("blur",),
+    "attention": (1,),
+    "local_init": ("no",),
+    "img_size": (None, "8", [8], [8, 8.5], 0),
+    "patch_size": (True,),
+    "local_up_to_layer": (1.5, -1),
+    "locality_strength": ("1", float("inf")),
+    "seed": (1.5, None, True),
+    "epochs": ("3",),
+    "batch_size": (16.0,),
+    "lr": ("fast", None, 10**400),
+    "subset": ([1],),
+}
+
+
+def test_damaged_settings_are_a_sentence(tmp_path):
+    folder = tmp_path / "run"
+    run(folder)
+    about = json.loads((folder / "config.json").read_text())
+    damaged = [
+        about | {"settings": about["settings"] | {name: value}}
+        for name, values in WRONG_SETTINGS.items()
+        for value in values
+    ]
+    for wrong in [*damaged, {}, [1], about | {"settings": [1]}, about | {"data_dir": 5}]:
+        (folder / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"config\.json"):
+            run(folder, resume=True)
+
+
+# Of a run that stands after step 9, in its second epoch, with batches of 16.
+SUMS = {"loss": 3.3, "correct": 20, "images": 48}
+BEST = {"epoch": 1, "val_top1": 0.5}
+WRONG_STATES = {
+    "step": ("x", -3, 9.0, None, 5, 13, 10),
+    "epoch": (1.5, 0, 2, -1, True),
+    "sums": ({}, None, SUMS | {"images": 32}, SUMS | {"correct": 49}, SUMS | {"loss": None}),
+    "best": (None, 5, {}, BEST | {"epoch": 2}, BEST | {"epoch": 0}, BEST | {"val_top1": "x"}),
+    "settings": (None, {}),
+}
+
+
+def test_a_damaged_state_is_a_sentence(tmp_path, monkeypatch):
+    folder, steps = tmp_path / "run", iter(range(1, 99))
+
+    def stop_after_step_9(images, indices, seed, epoch, preset):
+        if next(steps) == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "augment", stop_after_step_9)
+        with pytest.raises(Interrupted):
+            train(settings(), folder, quiet=True, threads=1)
+    last = folder / "last.safetensors"
+    whole = load_checkpoint(last)
+    assert (whole.state["step"], whole.state["epoch"]) == (9, 1)
+    good = whole.state | {"sums": SUMS, "best": BEST}
+    write_last(last, whole, good)
+
+    for name, values in WRONG_STATES.items():
+        for value in values:
+            write_last(last, whole, good | {name: value})
+            before = last.read_bytes()
+            with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
+                run(folder, resume=True)
+            assert last.read_bytes() == before
+    write_last(last, whole, good, "float64")
+    with pytest.raises(UserError, match="float64"):
+        run(folder, resume=True)
+    write_last(last, whole, good)
+    assert run(folder, resume=True).step == 18
+
+
+def write_last(path, checkpoint, state, dtype="float32"):
+    params, *moments = (
+        {name: value.astype(dtype) for name, value in values.items()}
+        for values in (checkpoint.params, *checkpoint.moments.values())
+    )
+    optimizer = SimpleNamespace(exp_avg=moments[0], exp_avg_sq=moments[1])
+    save_checkpoint(path, params, checkpoint.config, optimizer=optimizer, state=state)
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _run(argv):
     except UserError as error:
         return _fail(error)
     except (KeyboardInterrupt, click.Abort):
-        print("stopped", file=sys.stderr)
+        _say("stopped")
         return 130
     except BrokenPipeError:
         return 1
@@ -85,14 +86,20 @@ def _path(ctx, name):
 
 
 def _fail(message):
-    print(f"Error: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(f"Error: {' '.join(str(message).split())}")
     return 2
 
 
+def _say(text):
+    with suppress(OSError):  # nobody may be reading
+        print(text, file=sys.stderr)
+
+
 def _end_output():
-    """Empties standard output; where that fails, which has been said by then, the interpreter shall
-    not try it again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Empties the standard streams; where that fails, which has been said by then, the interpreter
+    shall not try it again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import click
 
+from ..ablation import without_branch, without_pos_embed
 from ..data import load_dataset
 from ..device import resolve_device, to_device
 from ..device_engine import make_engine
 from ..errors import UserError
 from ..report import table
-from ..settings import DEFAULT_RECIPE
+from ..settings import DEFAULT_RECIPE, stored_data_dir
 from ..train import evaluate
 from .options import (
     data_dir_option,
     device_option,
     json_option,
     open_checkpoint,
+    overflow_is_answered,
     print_json,
     threads_option,
 )
@@ -33,28 +35,42 @@ from .options import (
     help="Data set.  [default: the one it was trained on]",
 )
 @data_dir_option
+@click.option("--mask-pos-embed", is_flag=True, help="Zero the absolute positional embedding.")
+@click.option(
+    "--mask",
+    nargs=2,
+    type=(click.Choice(["content", "position"]), int),
+    metavar="BRANCH N",
+    help="Do without the content or the position branch in the first N GPSA layers.",
+)
 @device_option
 @threads_option
 @json_option
-def command(checkpoint, split, data, data_dir, device, threads, as_json):
+def command(checkpoint, split, data, data_dir, mask_pos_embed, mask, device, threads, as_json):
     """Loss, top-1 and top-5 accuracy of a model on a data set."""
     xp, place = resolve_device(device)
     path, model = open_checkpoint(checkpoint)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
+    if data_dir is None and name == model.data and checkpoint.is_dir():
+        data_dir = stored_data_dir(checkpoint)
     dataset = load_dataset(name, data_dir, download=data is not None)
     check_fit(path, model, dataset)
     images = getattr(dataset, split)
-    params = to_device(model.params, xp)
-    with make_engine(model.config, xp, threads) as engine:
+    params = without_pos_embed(model.params) if mask_pos_embed else model.params
+    params = to_device(without_branch(params, *mask) if mask else params, xp)
+    with make_engine(model.config, xp, threads) as engine, overflow_is_answered():
         loss, top1, top5 = evaluate(
             engine, images, model.mean or dataset.mean, model.std or dataset.std, params
         )
     if not isfinite(loss):
-        raise UserError(f"{path} gives a loss of {loss:g} on {name}: use another checkpoint")
+        raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
     values |= {"loss": loss, "top1": top1, "top5": top5, "computed": place}
+    masked = ["pos_embed"] * mask_pos_embed
+    masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
+    values |= {"masked": ", ".join(masked)} if masked else {}
     if as_json:
         print_json(values)
     else:

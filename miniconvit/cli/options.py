@@ -1,6 +1,8 @@
 """What several commands share."""
 
 import json
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -47,6 +49,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def print_json(values):
     """One JSON object on standard output."""
     click.echo(json.dumps(values, indent=2, allow_nan=False))
+
+
+@contextmanager
+def overflow_is_answered():
+    """While it lasts NumPy warns of no overflow: the caller looks for what is not finite itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def open_checkpoint(path):

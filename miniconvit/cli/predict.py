@@ -11,7 +11,7 @@ from ..device import resolve_device, to_cpu, to_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
-from .options import device_option, json_option, open_checkpoint, print_json
+from .options import device_option, json_option, open_checkpoint, overflow_is_answered, print_json
 
 
 @click.command("predict")
@@ -32,10 +32,14 @@ def command(checkpoint, images, device, as_json):
     if model.mean is None or model.std is None:
         raise UserError(f"{path} does not say how its images are normalised: use another")
     params, answers = to_device(model.params, xp), []
+    dtype = next(iter(params.values())).dtype
     for file in images:
         pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, height, width)
-        pixels = normalize(to_device(pixels, xp), model.mean, model.std)
-        logits, _ = convit_forward(pixels, params, config)
+        with overflow_is_answered():
+            pixels = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
+            logits, _ = convit_forward(pixels, params, config)
+        if not xp.isfinite(logits).all():
+            raise UserError(f"{path} gives no finite answer for {file}: use another checkpoint")
         probabilities = to_cpu(softmax_forward(logits)[0][0])
         answers.append({"file": file, "top": _top(probabilities, model.classes)})
     if as_json:

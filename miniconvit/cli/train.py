@@ -1,7 +1,9 @@
 """`miniconvit train`."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -96,21 +98,24 @@ def command(ctx, data_dir, no_download, device, threads, out, resume, quiet, **f
             quiet=quiet,
         )
     except Interrupted as stop:
-        again = f"{ctx.command_path} --resume --out {out}"
-        if data_dir:
-            again += f" --data-dir {data_dir}"
+        again = f"{ctx.command_path} --resume --out {quote(str(out))}{_where(data_dir)}"
         if device != "auto":
             again += f" --device {device}"
-        click.echo(f"{stop} and saved; go on with: {again}", err=True)
+        with suppress(OSError):  # Ctrl-C stops the reader of a pipe too
+            click.echo(f"{stop} and saved; go on with: {again}", err=True)
         return 128 + stop.signal
     except Diverged as reason:
         click.echo(f"Error: {reason}", err=True)
         return 1
-    _summarise(ctx, result)
+    _summarise(ctx, result, data_dir)
     return 0
 
 
-def _summarise(ctx, result):
+def _where(data_dir):
+    return f" --data-dir {quote(str(data_dir))}" if data_dir else ""
+
+
+def _summarise(ctx, result, data_dir):
     """The table at the end, and curves: a picture, or characters where matplotlib is missing."""
     folder = RunFolder(result.folder)
     rows, last = result.rows, result.rows[-1]
@@ -121,12 +126,13 @@ def _summarise(ctx, result):
         click.echo("\n" + text_curve([row["val_top1"] for row in rows], sys.stdout.encoding))
     seconds = sum(row["seconds"] for row in rows)
     best = result.best
+    test = f"{ctx.find_root().command_path} eval {quote(str(folder.path))} --split test"
     entries = [
         ("best validation accuracy", f"{100 * best['val_top1']:.1f} %, epoch {best['epoch']}"),
         ("last validation accuracy", f"{100 * last['val_top1']:.1f} %, epoch {last['epoch']}"),
         ("time", f"{duration(seconds)}, {result.step} steps"),
         ("best checkpoint", folder.best),
         *([("curves", folder.curves)] if has_picture else []),
-        ("test it", f"{ctx.find_root().command_path} eval {folder.path} --split test"),
+        ("test it", test + _where(data_dir)),
     ]
     click.echo("\n" + table(entries))

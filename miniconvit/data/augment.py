@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..backend import array_module, random_bits
+from ..backend import AUGMENTATION, DATA_ORDER, array_module, random_bits
 from ..errors import UserError
 
 PADDING = 4
@@ -10,7 +10,7 @@ PADDING = 4
 
 def epoch_order(n, seed, epoch):
     """A permutation of 0 .. n-1, int64 (n,): a pure function of (n, seed, epoch)."""
-    return np.argsort(random_bits(seed, epoch, np.arange(n)), kind="stable").astype(np.int64)
+    return np.argsort(random_bits(seed, DATA_ORDER, epoch, np.arange(n)), kind="stable")
 
 
 def augment(images, indices, seed, epoch, preset, repeat=0):
@@ -29,7 +29,7 @@ def augment(images, indices, seed, epoch, preset, repeat=0):
         )
     xp = array_module(images)
     batch, channels, height, width = images.shape
-    bits = random_bits(seed, epoch, xp.asarray(indices), repeat, xp=xp)  # (b,)
+    bits = random_bits(seed, AUGMENTATION, epoch, xp.asarray(indices), repeat, xp=xp)  # (b,)
     offsets = 2 * PADDING + 1
     top = (bits % offsets).astype(xp.int64)[:, None]
     left = (bits // offsets % offsets).astype(xp.int64)[:, None]

@@ -16,7 +16,7 @@ from .ops import REFERENCE
 def gate_forward(content, position, gating_param):
     """y = (1 - g) content + g position,  g = sigmoid(gating_param), one per head.
 
-    content and position (..., H, N, K), broadcast against each other; gating_param (H,).
+    content (B, H, N, K); position alike, or (H, N, K) for all images; gating_param (H,).
     """
     g = 0.5 + 0.5 * array_module(gating_param).tanh(0.5 * gating_param)[:, None, None]  # (H, 1, 1)
     return (1.0 - g) * content + g * position, (content, position, g)

@@ -217,7 +217,7 @@ def shapes():
     figure, panels = plt.subplots(2, 5, figsize=(8.5, 4.0))
     for panel, image, name in zip(panels.flat, data.train.images, data.classes, strict=False):
         panel.imshow(image.transpose(1, 2, 0))
-        panel.set_title(name, fontsize=8)
+        panel.set_title(name.replace(", ", ",\n"), fontsize=9)
         panel.set(xticks=(), yticks=())
         panel.spines[:].set_visible(False)
     return figure
@@ -363,7 +363,7 @@ def main(names):
         picture = io.BytesIO()
         figure.savefig(picture, dpi=100)
         plt.close(figure)
-        Image.open(picture).convert("RGB").quantize(64).save(FOLDER / f"{name}.png", optimize=True)
+        Image.open(picture).convert("RGB").quantize(256).save(FOLDER / f"{name}.png", optimize=True)
 
 
 def _is_drawing(name, item):
