@@ -186,6 +186,8 @@ def test_resume_and_eval_look_where_the_data_lay(tmp_path, program, monkeypatch)
     (run / "config.json").write_text(json.dumps(config | {"data_dir": 5}))
     assert_sentence(*program("eval", run), "config.json", "data_dir")
     assert_sentence(*program("train", "--resume", "--out", run), "config.json", "data_dir")
+    (run / "config.json").write_text("[1]")
+    assert_sentence(*program("eval", run), "config.json")
 
 
 def test_a_float64_checkpoint(trained, tmp_path, program):
@@ -392,6 +394,9 @@ def test_real_processes():
     assert (version.returncode, version.stdout) == (0, f"miniconvit {miniconvit.__version__}\n")
     wrong = real(*launcher, "train", "--lr", "fast")
     assert_sentence(wrong.returncode, wrong.stdout, wrong.stderr, "python cli.py train --help")
+    unread = subprocess.Popen([*launcher, "train", "--lr", "fast"], stderr=subprocess.PIPE)
+    unread.stderr.close()
+    assert unread.wait(timeout=60) == 2
     with open("/dev/full", "w") as full:
         unwritable = subprocess.run(
             [*launcher, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60

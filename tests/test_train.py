@@ -205,6 +205,17 @@ def test_evaluate_counts_over_chunks(monkeypatch):
     np.testing.assert_allclose(found[1:], [np.mean(firsts), np.mean(fives)], rtol=1e-12)
 
 
+def test_evaluate_says_that_an_answer_is_not_finite():
+    """Though the loss is: an infinitely improbable class costs nothing where it is never right."""
+    data = small_dataset()
+    config = settings().model_config(data)
+    params = init_params(config, 1)
+    data.val.labels[:] = 0
+    with Engine(config, 1) as engine:
+        params["head.bias"][2] = -np.inf
+        assert np.isnan(evaluate(engine, data.val, data.mean, data.std, params)).all()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """NaN pixels from epoch 2 on: the last good checkpoint is that of epoch 1."""
     folder = tmp_path / "run"
@@ -441,15 +452,16 @@ def test_a_damaged_state_is_a_sentence(tmp_path, monkeypatch):
     good = whole.state | {"sums": SUMS, "best": BEST}
     write_last(last, whole, good)
 
-    for name, values in WRONG_STATES.items():
-        for value in values:
-            write_last(last, whole, good | {name: value})
-            before = last.read_bytes()
-            with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
-                run(folder, resume=True)
-            assert last.read_bytes() == before
+    changes = [{name: value} for name, values in WRONG_STATES.items() for value in values]
+    changes.append({"step": 13, "sums": SUMS | {"images": 112}})
+    for change in changes:
+        write_last(last, whole, good | change)
+        before = last.read_bytes()
+        with pytest.raises(UserError, match=r"last\.safetensors is damaged"):
+            run(folder, resume=True)
+        assert last.read_bytes() == before
     write_last(last, whole, good, "float64")
-    with pytest.raises(UserError, match="float64"):
+    with pytest.raises(UserError, match="its tensors are float64, not float32"):
         run(folder, resume=True)
     write_last(last, whole, good)
     assert run(folder, resume=True).step == 18

@@ -96,10 +96,9 @@ def _say(text):
 
 
 def _end_output():
-    """Empties the standard streams; where that fails, which has been said by then, the interpreter
-    shall not try it again."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Empties standard output; where that fails, which has been said by then, the interpreter shall
+    not try it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
