@@ -1,6 +1,6 @@
 """Writes tests/cupy_names.txt: what the installed CuPy offers. No GPU is needed.
 
-    pip install cupy-cuda13x && python tests/cupy_names.py
+pip install cupy-cuda13x && python tests/cupy_names.py
 """
 
 from importlib import import_module

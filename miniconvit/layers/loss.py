@@ -6,8 +6,9 @@ from ..backend import array_module
 def cross_entropy_forward(logits, targets, label_smoothing=0.0):
     """loss = - mean over images of sum_c t_c log p_c,  p = softmax(logits).
 
-    logits (B, C). targets (B,) integers in 0..C-1: t is one-hot, then smoothed as (1 - s) t + s / C; or
-    (B, C) probabilities, taken as they are. Returns a scalar array in the dtype of the logits.
+    logits (B, C). targets (B,) integers in 0..C-1: t is one-hot, then smoothed as
+    (1 - s) t + s / C; or (B, C) probabilities, taken as they are. Returns a scalar array in the
+    dtype of the logits.
     """
     xp = array_module(logits)
     B, C = logits.shape
