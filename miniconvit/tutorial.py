@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .errors import UserError
 
-FOLDER = Path(__file__).parents[1] / "tutorials"
-"""The pages of a checkout; an installed package has none."""
+FOLDER = Path("tutorials")
+"""The pages of the checkout in which one stands; an installed package has none."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
@@ -68,8 +68,8 @@ def find_page(name):
     found = sorted(FOLDER.glob(f"{int(name):02}-*.md")) if name.isdecimal() else []
     if not found:
         raise UserError(
-            f"no tutorial page {name!r}: give the path of a page, or, in a checkout of the source, "
-            f"the number of one in {FOLDER}"
+            f"no tutorial page {name!r}: give the path of a page, or, in the folder of a checkout "
+            f"of the source, the number of one in {FOLDER}"
         )
     return found[0]
 
