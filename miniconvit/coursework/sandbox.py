@@ -25,7 +25,7 @@ LARGEST_NUMBER = 64  # in a student's call of a right function: grids, heads, pa
 class Limits:
     """Of one student process: seconds of the clock, bytes of memory, bytes printed."""
 
-    seconds: float = 10.0
+    seconds: float = 30.0
     memory: int = 2 << 30
     output: int = 1 << 20
 
