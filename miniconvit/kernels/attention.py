@@ -117,6 +117,7 @@ def _projection_backward(dqkv, columns, num_heads, has_bias):
 
 
 def mhsa_forward(x, params, num_heads, ops=REFERENCE):
+    """As layers.mhsa_forward; the scale 1 / sqrt d is folded into the queries' weight."""
     columns = features_first(x)  # (D, R)
     weight, bias = _projection([params["qkv.weight"]], [params.get("qkv.bias")], num_heads)
     qkv = _linear(columns, weight, bias).reshape(3, *columns.shape)
@@ -127,6 +128,7 @@ def mhsa_forward(x, params, num_heads, ops=REFERENCE):
 
 
 def mhsa_backward(dout, cache):
+    """As layers.mhsa_backward: dx (B, N, D) and grads with params' keys."""
     columns, weight, has_bias, qkv, y, E, inverse, proj_weight = cache
     H = len(inverse)
     dcolumns = features_first(dout)
@@ -176,6 +178,7 @@ def _position_backward(v, dy, P, g, grid):
 
 
 def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
+    """As layers.gpsa_forward; P = Py (x) Px is formed once for all images of the piece."""
     H, columns = num_heads, features_first(x)  # (D, R)
     weights = [params["qk.weight"], params["v.weight"]]
     biases = [params.get("qk.bias"), params.get("v.bias")]
@@ -194,6 +197,7 @@ def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
 
 
 def gpsa_backward(dout, cache):
+    """As layers.gpsa_backward: dx (B, N, D) and grads with params' keys."""
     projections, qkv, content, E, inverse, g, P, gP, grid = cache
     columns, weight, has_bias, y, proj_weight = projections
     H, N = P.shape[:2]
@@ -256,6 +260,7 @@ def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=
 
 
 def last_block_backward(dy, cache):
+    """As layers.last_block_backward: dy (B, D) to dx (B, N, D) and grads with params' keys."""
     if cache[0] is None:
         return REFERENCE.last_block_backward(dy, cache[1])
     arrays, cache_norm, cache_drop, cache_mlp, ops = cache

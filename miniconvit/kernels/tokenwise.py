@@ -30,6 +30,7 @@ def row_sums(columns):
 
 
 def layernorm_forward(x, weight, bias, eps=1e-6):
+    """As layers.layernorm_forward; the means over the features are matrix-vector products."""
     columns = features_first(x)  # (D, R)
     average = np.full(len(weight), 1.0 / len(weight), x.dtype)
     xhat = columns - average @ columns
@@ -101,6 +102,7 @@ def _gelu(x, y, bias=None):
 
 
 def gelu_forward(x):
+    """As layers.gelu_forward; keeps the derivative, made from the same pass."""
     slope = features_first(x).copy()
     y = np.empty_like(slope)
     _gelu(slope, y)
@@ -108,10 +110,12 @@ def gelu_forward(x):
 
 
 def gelu_backward(dy, cache):
+    """dx = dy * (the derivative that forward kept)."""
     return tokens_first(features_first(dy) * cache, dy.shape[:-1])
 
 
 def mlp_forward(x, params, ops=REFERENCE):
+    """As layers.mlp_forward; fc1's bias is added within the pass of the GELU."""
     columns = features_first(x)  # (D, R)
     slope = params["fc1.weight"] @ columns  # (M, R)
     active = np.empty_like(slope)
@@ -122,6 +126,7 @@ def mlp_forward(x, params, ops=REFERENCE):
 
 
 def mlp_backward(dy, cache):
+    """As layers.mlp_backward: dx (B, N, D) and grads with params' keys."""
     columns, slope, active, params = cache
     dcolumns = features_first(dy)
     dhidden = params["fc2.weight"].T @ dcolumns  # (M, R)
@@ -141,8 +146,10 @@ def _laid_out(x):
 
 
 def block_forward(x, *args, **kwargs):
+    """As layers.block_forward, on x laid out features first."""
     return REFERENCE.block_forward(_laid_out(x), *args, **kwargs)
 
 
 def block_backward(dy, cache):
+    """As layers.block_backward, on dy laid out features first."""
     return REFERENCE.block_backward(_laid_out(dy), cache)
