@@ -21,9 +21,9 @@ from .layers import REFERENCE, cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward
 
 try:
-    from .kernels import CPU
+    from .kernels import CPU, INFERENCE
 except ModuleNotFoundError:  # the folder was deleted: everything works, only slower
-    CPU = REFERENCE
+    CPU, INFERENCE = REFERENCE, {}
 
 PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
 
@@ -105,9 +105,11 @@ def train_piece(config, ops, load, start, stop, n, params, label_smoothing, seed
 
 
 def for_inference(ops):
-    """The same functions, but blocks keep nothing for a backward pass."""
+    """The same functions, but nothing is kept for a backward pass."""
     names = ("block_forward", "last_block_forward")
     changed = {name: _without_cache(getattr(ops, name)) for name in names}
+    if ops is CPU:
+        changed |= INFERENCE
     return SimpleNamespace(**vars(ops) | changed)
 
 

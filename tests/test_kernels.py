@@ -5,9 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 
 import miniconvit as mc
-from miniconvit.kernels import CPU, attention
+from miniconvit.kernels import CPU, INFERENCE, attention
 from miniconvit.layers.ops import REFERENCE, part
 
 REPLACED = [
@@ -164,6 +165,24 @@ def test_gelu_far_from_zero():
     slope_true = REFERENCE.gelu_backward(np.ones(x.shape), cache)
     assert np.all(np.abs(y - y_true) <= 2e-7 * np.maximum(np.abs(x), 1.0))
     assert np.all(np.abs(slope - slope_true) <= 5e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_mlp_without_a_backward_pass(dtype):
+    """Large and small hidden values, against the definition in float64; nothing is kept."""
+    rng = np.random.default_rng(5)
+    D, M = 6, 23
+    x = rng.standard_normal((2, 7, D)) * 4
+    params = {"fc1.weight": (M, D), "fc1.bias": (M,), "fc2.weight": (D, M), "fc2.bias": (D,)}
+    params = {name: rng.standard_normal(shape) for name, shape in params.items()}
+    given = x.astype(dtype)
+    y, _ = INFERENCE["mlp_forward"](given, cast(params, dtype))
+    hidden = x @ params["fc1.weight"].T + params["fc1.bias"]
+    expected = hidden * ndtr(hidden) @ params["fc2.weight"].T + params["fc2.bias"]
+    assert y.dtype == dtype
+    tolerance = {"float32": 1e-6, "float64": 1e-14}[dtype]
+    assert np.abs(y - expected).max() <= tolerance * np.abs(expected).max()
+    assert np.array_equal(given, x.astype(dtype))
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])

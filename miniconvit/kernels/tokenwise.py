@@ -58,8 +58,10 @@ def layernorm_backward(dy, cache):
     return tokens_first(dx, dy.shape[:-1]), dweight, dbias
 
 
-def _gelu_block(x, y, ratio, square):
+def _gelu_block(x, y, ratio, square, keep_slope):
     """y = x * Phi(x), and x becomes the derivative Phi(x) + x * phi(x); the rest is scratch.
+
+    Without keep_slope x itself becomes x * Phi(x), and y is scratch too.
 
     Phi(x) = (1 + tanh(x r(x^2))) / 2 with r a quotient of a cubic and a quadratic, fitted so that
     Phi is off by at most 5.4e-8 where tanh has not yet reached 1 in float32.
@@ -81,6 +83,9 @@ def _gelu_block(x, y, ratio, square):
     cdf = np.tanh(ratio, out=ratio)
     cdf *= 0.5
     cdf += 0.5
+    if not keep_slope:
+        x *= cdf
+        return
     np.multiply(x, cdf, out=y)
     square *= -0.5
     np.exp(square, out=square)
@@ -90,15 +95,19 @@ def _gelu_block(x, y, ratio, square):
 
 
 def _gelu(x, y, bias=None):
-    """y = gelu(x + bias[:, None]) for contiguous x and y (M, R); x becomes the derivative."""
+    """y = gelu(x + bias[:, None]) for contiguous x and y (M, R); x becomes the derivative.
+
+    With y None x itself becomes the result.
+    """
     rows = max(1, BLOCK // x.shape[1])
-    ratio, square = np.empty((2, rows, x.shape[1]), x.dtype)
+    ratio, square, scratch = np.empty((3, rows, x.shape[1]), x.dtype)
     for start in range(0, len(x), rows):
         block = x[start : start + rows]
         if bias is not None:
             block += bias[start : start + rows, None]
         count = len(block)
-        _gelu_block(block, y[start : start + rows], ratio[:count], square[:count])
+        y_block = scratch[:count] if y is None else y[start : start + rows]
+        _gelu_block(block, y_block, ratio[:count], square[:count], y is not None)
 
 
 def gelu_forward(x):
@@ -123,6 +132,15 @@ def mlp_forward(x, params, ops=REFERENCE):
     y = params["fc2.weight"] @ active
     y += params["fc2.bias"][:, None]
     return tokens_first(y, x.shape[:-1]), (columns, slope, active, params)
+
+
+def mlp_inference(x, params, ops=REFERENCE):
+    """mlp_forward without the GELU's derivative and with the cache None: for no backward."""
+    hidden = params["fc1.weight"] @ features_first(x)  # (M, R)
+    _gelu(hidden, None, params["fc1.bias"])
+    y = params["fc2.weight"] @ hidden
+    y += params["fc2.bias"][:, None]
+    return tokens_first(y, x.shape[:-1]), None
 
 
 def mlp_backward(dy, cache):
