@@ -31,9 +31,12 @@ PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that 
 def available_threads(cgroup="/sys/fs/cgroup"):
     """Cores that this process may use: its affinity, and a container's quota rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # no control groups here, or no limit: the word "max"
-        quota, period = (int(word) for word in Path(cgroup, "cpu.max").read_text().split())
-        count = min(count, max(1, ceil(quota / period)))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        with suppress(OSError, ValueError):  # not this version, or no limit: the word "max"
+            words = " ".join(Path(cgroup, file).read_text() for file in files).split()
+            quota, period = (int(word) for word in words)
+            if quota > 0:  # else no limit: -1
+                count = min(count, max(1, ceil(quota / period)))
     return count
 
 

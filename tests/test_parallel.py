@@ -213,6 +213,12 @@ def test_a_container_s_quota_limits_the_threads(tmp_path, monkeypatch, limit, ex
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert available_threads(tmp_path) == 16
     assert available_threads(tmp_path / "absent") == 16
+    old = tmp_path / "version1"
+    (old / "cpu").mkdir(parents=True)
+    (old / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, expected in (("250000", 3), ("-1", 16)):
+        (old / "cpu" / "cpu.cfs_quota_us").write_text(quota + "\n")
+        assert available_threads(old) == expected
 
 
 def blas_threads():
