@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import erf as scipy_erf
 
 DROP_PATH, DATA_ORDER, AUGMENTATION = 1, 2, 3
+RANDOM_CROP, HOLD_OUT = 8, 9
 """The first counter after the seed says what is drawn, so that no two uses share random bits."""
 
 

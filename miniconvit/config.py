@@ -145,6 +145,7 @@ def _variants():
         "convit_micro32": ConViTConfig(embed_dim=48, depth=4, local_up_to_layer=3),
         "convit_mini32": ConViTConfig(embed_dim=72, depth=5, num_heads=9, local_up_to_layer=4),
         "convit_tiny32": ConViTConfig(),
+        "convit_micro64": ConViTConfig(64, 8, embed_dim=48, depth=4, local_up_to_layer=3),
     }
     convits = published | small
     twins = {
@@ -156,4 +157,5 @@ def _variants():
 
 VARIANTS = _variants()
 """Name to configuration: the six published ConViTs (224 px, 1000 classes), three sizes for 32 px
-images, and of each the plain ViT twin `vit_*`: same widths, same heads, no GPSA block."""
+images, one for 64 px, and of each the plain ViT twin `vit_*`: same widths, same heads, no GPSA
+block."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from .ablation import FREEZE
 from .config import VARIANTS, is_count, is_number
 from .data.dataset import SOURCES
+from .data.imagefolder import BROKEN
 from .errors import UserError
 from .run_folder import RunFolder
 
@@ -40,9 +41,23 @@ RECIPES = {
         "lr": 3e-3,
         "warmup_epochs": 1.0,
     },
+    "imagefolder-small": BASE
+    | {
+        "data": "imagefolder",
+        "model": "convit_micro64",
+        "epochs": 30,
+        "batch_size": 64,
+        "lr": 2e-3,
+        "warmup_epochs": 2.0,
+    },
 }
 
-DEFAULT_RECIPE = {"shapes": "shapes-minute", "cifar10": "cifar10-10min"}
+DEFAULT_RECIPE = {
+    "shapes": "shapes-minute",
+    "cifar10": "cifar10-10min",
+    "cifar100": "cifar10-10min",
+    "imagefolder": "imagefolder-small",
+}
 """Data set to recipe."""
 
 
@@ -84,6 +99,7 @@ LIMITS = {
     "attention": _one_of(("gpsa", "psa")),
     "local_init": ("true or false", lambda x: isinstance(x, bool)),
     "freeze": _one_of(FREEZE),
+    "broken": _one_of(BROKEN),
 }
 """Setting to what its value must be, in words and as a function."""
 
@@ -118,6 +134,7 @@ class Settings:
     attention: str = "gpsa"
     local_init: bool = True
     freeze: str | None = None
+    broken: str = "refuse"
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, count
@@ -19,12 +19,13 @@ from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
 from .config import is_count, is_number
-from .data import Split, augment, epoch_order, load_dataset, normalize
+from .data import ImageFiles, Split, epoch_order, feed, load_dataset, normalize, training_images
 from .device import resolve_device, to_cpu, to_device
 from .device_engine import make_engine
 from .errors import UserError
 from .layers import cross_entropy_forward
 from .optim import AdamW, clip_grad_norm
+from .parallel import available_threads
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
@@ -61,13 +62,14 @@ def default_out(settings, resume=False):
 @dataclass(frozen=True)
 class Result:
     """What a finished run has reached. rows: metrics.jsonl; best: the row of best.safetensors;
-    was_finished: nothing was left to do."""
+    was_finished: nothing was left to do; has_test: whether the data set has a test split."""
 
     folder: Path
     step: int
     rows: list
     best: dict
     was_finished: bool
+    has_test: bool
 
 
 def train(
@@ -98,7 +100,8 @@ def train(
     if threads is not None and threads < 1:
         raise UserError(f"--threads must be at least 1, not {threads}")
     xp, place = resolve_device(device)
-    dataset = load_dataset(settings.data, data_dir, download, settings.subset)
+    s = settings
+    dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
     config = settings.model_config(dataset)
     frozen = frozen_names(config, settings.freeze)
     folder.open(resume)
@@ -136,23 +139,32 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
     """
     loss, top1, top5 = 0.0, 0, 0
     dtype = next(iter(params.values())).dtype
-    for first in range(0, len(split.labels), EVALUATION_CHUNK):
-        between_chunks()
-        chunk = slice(first, first + EVALUATION_CHUNK)
-        images, labels = split.images[chunk], split.labels[chunk]
+    n, images = len(split.labels), split.images
+    chunks = [range(n)[first : first + EVALUATION_CHUNK] for first in range(0, n, EVALUATION_CHUNK)]
+    fed = feed(lambda part: images[part.start : part.stop], chunks, _decoders(images, engine))
+    with closing(fed):
+        for chunk, pixels in zip(chunks, fed, strict=True):
+            between_chunks()
+            labels = split.labels[chunk.start : chunk.stop]
 
-        def load(start, stop, images=images):
-            return normalize(to_device(images[start:stop], engine.xp), mean, std, dtype)
+            def load(start, stop, pixels=pixels):
+                return normalize(to_device(pixels(start, stop), engine.xp), mean, std, dtype)
 
-        logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
-        if not np.isfinite(logits).all():
-            return nan, nan, nan
-        loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
-        right = logits[np.arange(len(labels)), labels]
-        rank = (logits > right[:, None]).sum(axis=1)  # (n,), 0 for the best
-        top1 += int((logits.argmax(axis=1) == labels).sum())
-        top5 += int((rank < 5).sum())
-    return loss / len(split.labels), top1 / len(split.labels), top5 / len(split.labels)
+            logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
+            if not np.isfinite(logits).all():
+                return nan, nan, nan
+            loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
+            right = logits[np.arange(len(labels)), labels]
+            rank = (logits > right[:, None]).sum(axis=1)  # (n,), 0 for the best
+            top1 += int((logits.argmax(axis=1) == labels).sum())
+            top5 += int((rank < 5).sum())
+    return loss / n, top1 / n, top5 / n
+
+
+def _decoders(images, engine):
+    """How many threads decode ahead: none where that is the engine's workers' own business, or
+    there is nothing to decode."""
+    return available_threads() if isinstance(images, ImageFiles) and engine.xp is not np else 0
 
 
 class _Run:
@@ -166,9 +178,13 @@ class _Run:
         self.steps_per_epoch = n // self.batch_size  # a remainder waits for the next epoch's order
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.epochs = -(-self.total_steps // self.steps_per_epoch)
-        self.images, self.labels, self.val_images, self.mean, self.std = to_device(
+        self.images, self.val_images = dataset.train.images, dataset.val.images
+        self.has_files = isinstance(self.images, ImageFiles)
+        if not self.has_files:
+            self.images, self.val_images = to_device((self.images, self.val_images), engine.xp)
+        self.labels, self.mean, self.std = to_device(
             (
-                *(dataset.train.images, dataset.train.labels, dataset.val.images),
+                dataset.train.labels,
                 *(np.asarray(x, "float32") for x in (dataset.mean, dataset.std)),
             ),
             engine.xp,
@@ -280,7 +296,8 @@ class _Run:
             self.report.close()
         rows = self.folder.rows(self.epoch)
         self.folder.log(f"finished after step {self.step}")
-        return Result(self.folder.path, self.step, rows, rows[self.best["epoch"] - 1], was_finished)
+        best, has_test = rows[self.best["epoch"] - 1], self.dataset.test is not None
+        return Result(self.folder.path, self.step, rows, best, was_finished, has_test)
 
     def _introduce(self, place):
         dataset, threads = self.dataset, self.engine.threads
@@ -307,29 +324,37 @@ class _Run:
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
         order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
-        order = to_device(order, self.engine.xp)
+        if not self.has_files:
+            order = to_device(order, self.engine.xp)
         end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
-        self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
-        while self.step < end:
-            began = time.perf_counter()
-            position = (self.step - self.epoch * self.steps_per_epoch) * self.batch_size
-            self._train_step(order[position : position + self.batch_size])
-            if self.step == end:
-                self._read()
-            self.trained_images += self.batch_size
-            self.trained_seconds += time.perf_counter() - began
-            self._stop_if_asked()
-            if time.perf_counter() - self.saved_at > SAVE_SECONDS:
-                self.save()
-
-    def _train_step(self, indices):
-        """One update from the training images with these indices."""
+        first, size = self.epoch * self.steps_per_epoch, self.batch_size
+        batches = [order[(k - first) * size :][:size] for k in range(self.step, end)]
         s, epoch = self.settings, self.epoch
 
+        def view(indices):
+            return training_images(self.images, indices, s.seed, epoch, s.augment)
+
+        self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
+        with closing(feed(view, batches, _decoders(self.images, self.engine))) as fed:
+            for indices in batches:
+                began = time.perf_counter()
+                self._train_step(indices, next(fed))
+                if self.step == end:
+                    self._read()
+                self.trained_images += self.batch_size
+                self.trained_seconds += time.perf_counter() - began
+                self._stop_if_asked()
+                if time.perf_counter() - self.saved_at > SAVE_SECONDS:
+                    self.save()
+
+    def _train_step(self, indices, pixels):
+        """One update from the training images with these indices; pixels(start, stop) gives those
+        of a part of them, augmented."""
+        s, xp = self.settings, self.engine.xp
+
         def load(start, stop):
-            part = indices[start:stop]
-            images = augment(self.images[part], part, s.seed, epoch, s.augment)
-            return normalize(images, self.mean, self.std), self.labels[part]
+            images = normalize(to_device(pixels(start, stop), xp), self.mean, self.std)
+            return images, self.labels[to_device(indices[start:stop], xp)]
 
         loss, correct, grads = self.engine.loss_and_grads(
             load, len(indices), self.params, s.label_smoothing, s.seed, self.step

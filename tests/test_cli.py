@@ -304,7 +304,7 @@ def test_predict_of_what_is_no_image(trained, tmp_path, program, monkeypatch):
     assert_sentence(*program("predict", folder, text), "text.png cannot be read")
     assert_sentence(*program("predict", folder, tmp_path / "none.png"), "there is no image")
     assert_sentence(*program("predict", folder, tmp_path), str(tmp_path))
-    monkeypatch.setattr("miniconvit.cli.predict.find_spec", lambda name: None)
+    monkeypatch.setattr("miniconvit.data.images.find_spec", lambda name: None)
     assert_sentence(*program("predict", folder, text), "pip install Pillow")
 
 

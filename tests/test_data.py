@@ -11,7 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-from miniconvit.data import augment, cifar, epoch_order, load_dataset, normalize, shapes
+from miniconvit.data import augment, epoch_order, load_dataset, normalize, shapes
+from miniconvit.data.cifar import CIFAR10 as cifar
 from miniconvit.errors import UserError
 
 

@@ -11,7 +11,7 @@ import pytest
 from small_run import FLAGS, small_dataset
 
 import miniconvit.analysis as analysis
-import miniconvit.cli.inspect as inspect_command
+import miniconvit.cli.eval as eval_command
 import miniconvit.train as training
 from miniconvit import ConViTConfig, UserError, cli, init_params, layers, param_shapes
 from miniconvit.analysis import (
@@ -220,7 +220,7 @@ class Namespace:
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
     monkeypatch.setattr(training, "load_dataset", small_dataset)
-    monkeypatch.setattr(inspect_command, "load_dataset", small_dataset)
+    monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
 
 
 def trained(folder, *flags):

@@ -11,9 +11,10 @@ from ..device import resolve_device, to_device
 from ..device_engine import make_engine
 from ..errors import UserError
 from ..report import table
-from ..settings import DEFAULT_RECIPE, stored_data_dir
+from ..settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
 from ..train import evaluate
 from .options import (
+    broken_option,
     data_dir_option,
     device_option,
     json_option,
@@ -35,6 +36,7 @@ from .options import (
     help="Data set.  [default: the one it was trained on]",
 )
 @data_dir_option
+@broken_option
 @click.option("--mask-pos-embed", is_flag=True, help="Zero the absolute positional embedding.")
 @click.option(
     "--mask",
@@ -46,18 +48,22 @@ from .options import (
 @device_option
 @threads_option
 @json_option
-def command(checkpoint, split, data, data_dir, mask_pos_embed, mask, device, threads, as_json):
+def command(
+    checkpoint, split, data, data_dir, broken, mask_pos_embed, mask, device, threads, as_json
+):
     """Loss, top-1 and top-5 accuracy of a model on a data set."""
     xp, place = resolve_device(device)
     path, model = open_checkpoint(checkpoint)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
-    if data_dir is None and name == model.data and checkpoint.is_dir():
-        data_dir = stored_data_dir(checkpoint)
-    dataset = load_dataset(name, data_dir, download=data is not None)
+    dataset = open_dataset(checkpoint, model, name, data_dir, data is not None, broken)
     check_fit(path, model, dataset)
     images = getattr(dataset, split)
+    if images is None:
+        raise UserError(
+            f"{name} has no split {split} here: add a folder {split}, or choose another --split"
+        )
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
     with make_engine(model.config, xp, threads) as engine, overflow_is_answered():
@@ -76,6 +82,17 @@ def command(checkpoint, split, data, data_dir, mask_pos_embed, mask, device, thr
     else:
         shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
         click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
+
+
+def open_dataset(checkpoint, model, name, data_dir, download, broken):
+    """The data set called `name`, for a model and the path it was opened by: a run knows where its
+    data lie and what became of broken files."""
+    if name == model.data and checkpoint.is_dir():
+        stored = stored_settings(checkpoint)
+        data_dir = data_dir or stored_data_dir(checkpoint)
+        broken = broken or (stored.broken if stored else None)
+    size = model.config.img_size
+    return load_dataset(name, data_dir, download, img_size=size, broken=broken or "refuse")
 
 
 def check_fit(path, model, dataset):

@@ -5,13 +5,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..data import load_dataset
+from ..data.images import read_image
 from ..inspection import CLASS_TOKEN, inspect, run_history, write_inspection
 from ..report import table
 from ..settings import DEFAULT_RECIPE
-from .eval import check_fit
-from .options import data_dir_option, json_option, open_checkpoint, print_json
-from .predict import read_image
+from .eval import check_fit, open_dataset
+from .options import broken_option, data_dir_option, json_option, open_checkpoint, print_json
 
 
 class _Query(click.ParamType):
@@ -35,6 +34,7 @@ class _Query(click.ParamType):
     help="Data set.  [default: the one it was trained on]",
 )
 @data_dir_option
+@broken_option
 @click.option(
     "--images",
     "count",
@@ -55,7 +55,7 @@ class _Query(click.ParamType):
     help="Folder for inspect.json and pictures.  [default: RUN/inspect]",
 )
 @json_option
-def command(checkpoint, files, data, data_dir, count, query, out, as_json):
+def command(checkpoint, files, data, data_dir, broken, count, query, out, as_json):
     """Gates, head centres, locality strengths, nonlocality and attention maps.
 
     The network runs as it is, on validation images or on the IMAGE files given; the maps are those
@@ -64,7 +64,7 @@ def command(checkpoint, files, data, data_dir, count, query, out, as_json):
     there is an --out.
     """
     path, model = open_checkpoint(checkpoint)
-    dataset = None if files else _dataset(path, model, data, data_dir)
+    dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)
     if files:
         size, channels = model.config.image, model.config.in_chans
         pixels = np.stack([read_image(file, size, channels) for file in files])
@@ -86,12 +86,12 @@ def command(checkpoint, files, data, data_dir, count, query, out, as_json):
             click.echo(f"\nin {out}: {', '.join(names)}")
 
 
-def _dataset(path, model, data, data_dir):
+def _dataset(checkpoint, path, model, data, data_dir, broken):
     """The data set to run on, None where the checkpoint was trained on none that is known here."""
     name = data or model.data
     if name not in DEFAULT_RECIPE:
         return None
-    dataset = load_dataset(name, data_dir, download=data is not None)
+    dataset = open_dataset(checkpoint, model, name, data_dir, data is not None, broken)
     check_fit(path, model, dataset)
     return dataset
 

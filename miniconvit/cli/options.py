@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..checkpoint import load_checkpoint
+from ..data.imagefolder import BROKEN
 from ..device import DEVICES
 from ..run_folder import RunFolder
 
@@ -29,7 +30,15 @@ class _Size(click.ParamType):
 SIZE = _Size()
 
 data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Folder in which to look for the data."
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Folder in which to look for the data; of imagefolder the one above train.",
+)
+broken_option = click.option(
+    "--broken",
+    type=click.Choice(BROKEN),
+    help="Image files that cannot be read: refuse the data, or skip and name them.  "
+    "[default: refuse; of a run what it began with]",
 )
 threads_option = click.option(
     "--threads",

@@ -1,12 +1,12 @@
 """`miniconvit predict`."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import numpy as np
 
 from ..data import normalize
+from ..data.images import read_image, require_pillow
 from ..device import resolve_device, to_cpu, to_device
 from ..errors import UserError
 from ..layers import softmax_forward
@@ -22,10 +22,10 @@ from .options import device_option, json_option, open_checkpoint, overflow_is_an
 def command(checkpoint, images, device, as_json):
     """The five most probable classes of each image file.
 
-    An image is cut to the model's aspect ratio around its centre, then resized.
+    An image's shorter side is resized to the model's, or to 8/7 of it for models of more than 32
+    pixels, and its centre is cut out: as in the evaluation of `imagefolder`.
     """
-    if find_spec("PIL") is None:
-        raise UserError("predict reads images with Pillow, which is missing: pip install Pillow")
+    require_pillow("predict")
     xp, place = resolve_device(device)
     path, model = open_checkpoint(checkpoint)
     config = model.config
@@ -47,40 +47,6 @@ def command(checkpoint, images, device, as_json):
     else:
         click.echo("\n\n".join(_text(answer) for answer in answers))
         click.echo(f"\ncomputed {place}")
-
-
-def read_image(file, size, channels):
-    """The picture in a file as uint8 (channels, height, width), size = (height, width).
-
-    Turned as its EXIF orientation says; transparent parts become white; 16-bit grey keeps its
-    upper 8 bits. Raises UserError, naming the file, where it is missing, no image or damaged.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image = _to_rgb(image).convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise UserError(f"there is no image {file}: give the path of an image file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{file} is not an image that Pillow can read: use PNG or JPEG") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as an image: {error}; use another file") from error
-    fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = np.asarray(fitted).reshape(*size, channels)  # (height, width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _to_rgb(image):
-    from PIL import Image
-
-    if image.mode.startswith("I"):  # 16 bits
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _top(probabilities, classes):

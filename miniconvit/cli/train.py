@@ -13,7 +13,7 @@ from ..report import draw_curves, duration, table, text_curve
 from ..run_folder import RunFolder
 from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
 from ..train import Diverged, Interrupted, default_out, train
-from .options import SIZE, data_dir_option, device_option, threads_option
+from .options import SIZE, broken_option, data_dir_option, device_option, threads_option
 
 
 @click.command("train")
@@ -21,6 +21,7 @@ from .options import SIZE, data_dir_option, device_option, threads_option
     "--data", type=click.Choice(list(DEFAULT_RECIPE)), help="Data set.  [default: shapes]"
 )
 @data_dir_option
+@broken_option
 @click.option("--no-download", is_flag=True, help="Never fetch a data set.")
 @click.option(
     "--subset", type=float, help="Train on this share of the images, the first of each class."
@@ -38,7 +39,9 @@ from .options import SIZE, data_dir_option, device_option, threads_option
     type=click.Choice(list(RECIPES)),
     help="Named settings; explicit flags win.  [default: by --data]",
 )
-@click.option("--img-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
+@click.option(
+    "--img-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH; image files are cut to it."
+)
 @click.option("--patch-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
 @click.option("--local-up-to-layer", type=int, help="How many of the first blocks are GPSA.")
 @click.option("--locality-strength", type=float, help="How sharply heads look at first.")
@@ -77,7 +80,9 @@ from .options import SIZE, data_dir_option, device_option, threads_option
 def command(ctx, data_dir, no_download, device, threads, out, resume, quiet, **flags):
     """Train a model; keep metrics and checkpoints in a run folder.
 
-    Without flags: a small ConViT on `shapes`, images drawn by the program itself.
+    Without flags: a small ConViT on `shapes`, images drawn by the program itself. Your own images:
+    --data imagefolder --data-dir FOLDER, in which they lie as train/CLASS/NAME.jpg and
+    val/CLASS/NAME.jpg; without val a tenth of train is held out.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     out = out or default_out(make_settings(**given), resume)
@@ -127,12 +132,13 @@ def _summarise(ctx, result, data_dir):
     seconds = sum(row["seconds"] for row in rows)
     best = result.best
     test = f"{ctx.find_root().command_path} eval {quote(str(folder.path))} --split test"
+    test = ("test it", test + _where(data_dir))
     entries = [
         ("best validation accuracy", f"{100 * best['val_top1']:.1f} %, epoch {best['epoch']}"),
         ("last validation accuracy", f"{100 * last['val_top1']:.1f} %, epoch {last['epoch']}"),
         ("time", f"{duration(seconds)}, {result.step} steps"),
         ("best checkpoint", folder.best),
         *([("curves", folder.curves)] if has_picture else []),
-        ("test it", test + _where(data_dir)),
+        *([test] if result.has_test else []),
     ]
     click.echo("\n" + table(entries))

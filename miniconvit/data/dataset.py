@@ -8,23 +8,25 @@ import numpy as np
 import pooch
 
 from ..errors import UserError
-from . import cifar, shapes
+from . import imagefolder, shapes
+from .cifar import CIFAR10, CIFAR100
+from .imagefolder import ImageFiles
 
-SOURCES = {"shapes": shapes, "cifar10": cifar}
-"""Name to the module with MEAN, STD, AUGMENTATION and read(folders, download)."""
+SOURCES = {"shapes": shapes, "cifar10": CIFAR10, "cifar100": CIFAR100, "imagefolder": imagefolder}
+"""Name to the module or object with MEAN, STD, AUGMENTATION and read(folders, download)."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (n, 3, H, W); labels: int64 (n,)."""
+    """images: uint8 (n, 3, H, W), or ImageFiles of this shape; labels: int64 (n,)."""
 
-    images: np.ndarray
+    images: np.ndarray | ImageFiles
     labels: np.ndarray
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits: choose settings on val, report on test.
+    """Three disjoint splits: choose settings on val, report on test, None where there is no such.
 
     mean and std are per channel, in units where white is 1; augmentation is the preset that suits
     the data ("none" or "crop-flip").
@@ -37,11 +39,12 @@ class Dataset:
     augmentation: str
     train: Split
     val: Split
-    test: Split
+    test: Split | None
 
 
-def load_dataset(name, data_dir=None, download=True, subset=1.0):
-    """The data set "shapes" (built in) or "cifar10" (files, see `cifar`).
+def load_dataset(name, data_dir=None, download=True, subset=1.0, img_size=224, broken="refuse"):
+    """The data set "shapes" (built in), "cifar10" or "cifar100" (files, see `cifar`), or any images
+    in folders, "imagefolder", which alone takes img_size and broken (see there).
 
     Files are looked for in data_dir, then in the folder that MINICONVIT_DATA names, then in the
     user's cache folder; what is found nowhere is downloaded to data_dir, or to the cache, if
@@ -54,8 +57,9 @@ def load_dataset(name, data_dir=None, download=True, subset=1.0):
     if not 0 < subset <= 1:
         raise UserError(f"subset must be a fraction in (0, 1], not {subset}")
     source = SOURCES[name]
-    classes, arrays = source.read(_folders(data_dir), download)
-    splits = {split: Split(images, labels) for split, (images, labels) in arrays.items()}
+    options = {"img_size": img_size, "broken": broken} if source is imagefolder else {}
+    classes, arrays = source.read(_folders(data_dir), download, **options)
+    splits = {split: Split(*both) if both else None for split, both in arrays.items()}
     if subset < 1:
         splits["train"] = _first_of_each_class(splits["train"], subset)
     return Dataset(name, classes, source.MEAN, source.STD, source.AUGMENTATION, **splits)
@@ -74,4 +78,6 @@ def _first_of_each_class(split, fraction):
         count = max(1, round(fraction * int(counts[label])))
         kept.append(np.flatnonzero(split.labels == label)[:count])
     kept = np.sort(np.concatenate(kept))
-    return Split(split.images[kept], split.labels[kept])
+    images = split.images
+    images = images.select(kept) if isinstance(images, ImageFiles) else images[kept]
+    return Split(images, split.labels[kept])

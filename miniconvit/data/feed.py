@@ -1,0 +1,50 @@
+"""Images for the training step: decoded where the step asks for them, or ahead of it."""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+from .augment import augment
+from .imagefolder import ImageFiles
+
+AHEAD = 2  # batches that are decoded or wait while one is in use
+PART = 8  # images that a worker decodes at a time
+
+
+def training_images(images, indices, seed, epoch, preset, repeat=0):
+    """The augmented images with these indices, uint8 (b, 3, H, W): `augment` of an array; of files
+    the random crops at their full size, in place of those of the padded image."""
+    if isinstance(images, ImageFiles):
+        if preset == "none":
+            return images[indices]
+        return images.training_view(indices, seed, epoch, repeat)
+    return augment(images[indices], indices, seed, epoch, preset, repeat)
+
+
+def feed(view, batches, workers=0):
+    """For each of the batches, in order, a function (start, stop) -> view(batch[start:stop]).
+
+    view(indices) -> array (len(indices), ...), whose rows depend on their own index alone. Without
+    workers it is called when the function is. Otherwise so many threads call it, in parts, for the
+    next AHEAD batches while one is in use: the same rows, in the memory of AHEAD + 2 batches. What
+    view raises is raised here; closing the generator ends the threads.
+    """
+    if not workers:
+        for batch in batches:
+            yield lambda start, stop, batch=batch: view(batch[start:stop])
+        return
+    batches, waiting = iter(batches), deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        while True:
+            for batch in islice(batches, AHEAD + 1 - len(waiting)):
+                parts = [batch[first : first + PART] for first in range(0, len(batch), PART)]
+                waiting.append([pool.submit(view, part) for part in parts])
+            if not waiting:
+                return
+            rows = np.concatenate([part.result() for part in waiting.popleft()])
+            yield lambda start, stop, rows=rows: rows[start:stop]
+    finally:
+        pool.shutdown(cancel_futures=True)
