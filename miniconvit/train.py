@@ -338,7 +338,7 @@ class _Run:
         with closing(feed(view, batches, _decoders(self.images, self.engine))) as fed:
             for indices in batches:
                 began = time.perf_counter()
-                self._train_step(indices, next(fed))
+                self._train_step((indices, next(fed)))
                 if self.step == end:
                     self._read()
                 self.trained_images += self.batch_size
@@ -347,10 +347,10 @@ class _Run:
                 if time.perf_counter() - self.saved_at > SAVE_SECONDS:
                     self.save()
 
-    def _train_step(self, indices, pixels):
-        """One update from the training images with these indices; pixels(start, stop) gives those
-        of a part of them, augmented."""
-        s, xp = self.settings, self.engine.xp
+    def _train_step(self, batch):
+        """One update from a batch: the indices of training images, and a function (start, stop)
+        that gives a part of these images, augmented."""
+        (indices, pixels), s, xp = batch, self.settings, self.engine.xp
 
         def load(start, stop):
             images = normalize(to_device(pixels(start, stop), xp), self.mean, self.std)

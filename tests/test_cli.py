@@ -148,7 +148,7 @@ def test_eval_of_what_does_not_fit(trained, tmp_path, program):
 def test_eval_downloads_only_what_is_asked_for_by_name(trained, program, monkeypatch):
     asked = []
 
-    def note(name, data_dir, download):
+    def note(name, data_dir, download, **_):
         asked.append((name, data_dir, download))
         return small_dataset()
 
@@ -162,7 +162,7 @@ def test_resume_and_eval_look_where_the_data_lay(tmp_path, program, monkeypatch)
     """A relative --data-dir is remembered as what it meant; the line printed at the end works."""
     asked = []
 
-    def note(name, data_dir, download, *_):
+    def note(name, data_dir, download, *_args, **_options):
         asked.append((data_dir, download))
         return small_dataset()
 

@@ -13,6 +13,7 @@ import pytest
 
 from miniconvit.data import augment, epoch_order, load_dataset, normalize, shapes
 from miniconvit.data.cifar import CIFAR10 as cifar
+from miniconvit.data.cifar import CIFAR100
 from miniconvit.errors import UserError
 
 
@@ -382,6 +383,93 @@ def test_the_real_cifar10():
     pixels = np.concatenate([data.train.images, data.val.images])
     constants = list(zip(data.mean, data.std, strict=True))
     np.testing.assert_allclose(constants, list(moments(pixels)), atol=1e-4)
+
+
+# cifar100, on files of the official layout: a coarse label, a fine one, the pixels
+
+
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch):
+    """A folder of 400 + 200 random records of a hundred classes, and the records."""
+    folder = tmp_path / "data" / "cifar-100-binary"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(6)
+    records = {}
+    for name, n in {"train.bin": 400, "test.bin": 200}.items():
+        records[name] = rng.integers(0, 256, (n, 3074), dtype=np.uint8)
+        records[name][:, 1] = rng.permutation(np.arange(n) % 100)
+        records[name][:, 0] = records[name][:, 1] // 5
+        (folder / name).write_bytes(records[name].tobytes())
+    (folder / "fine_label_names.txt").write_text("".join(f"fine {i}\n" for i in range(100)) + "\n")
+    (folder / "coarse_label_names.txt").write_text("".join(f"coarse {i}\n" for i in range(20)))
+    sizes = {"train.bin": (400 * 3074, None), "test.bin": (200 * 3074, None)}
+    monkeypatch.setattr(CIFAR100, "FILES", CIFAR100.FILES | sizes)
+    monkeypatch.setattr(CIFAR100, "HELD_OUT", 1)
+    monkeypatch.delenv("MINICONVIT_DATA", raising=False)
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache")
+    return folder, records
+
+
+def test_cifar100_has_the_official_sizes():
+    """50,000 and 10,000 records of 2 + 3,072 bytes; 5,000 of the former are held out."""
+    sizes = {name: size for name, (size, _) in CIFAR100.FILES.items()}
+    assert sizes["train.bin"] == 50_000 * 3074 and sizes["test.bin"] == 10_000 * 3074
+    assert 100 * CIFAR100.HELD_OUT == 5_000
+
+
+def test_cifar100_takes_the_fine_labels(small_cifar100):
+    folder, records = small_cifar100
+    for place in (folder, folder.parent):
+        data = load_dataset("cifar100", place, download=False)
+    assert data.classes == tuple(f"fine {i}" for i in range(100))
+    train = records["train.bin"]
+    last = [max(np.flatnonzero(train[:, 1] == label)) for label in range(100)]
+    check_records(data.val, train[sorted(last)][:, 1:])
+    check_records(data.train, np.delete(train, last, axis=0)[:, 1:])
+    check_records(data.test, records["test.bin"][:, 1:])
+    assert data.name == "cifar100" and data.augmentation == "crop-flip"
+
+
+def test_damaged_cifar100_files_are_named(small_cifar100):
+    folder, records = small_cifar100
+
+    def refused(name, content, pattern):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"CIFAR-100 file .*{name} is damaged: {pattern}"):
+            load_dataset("cifar100", folder)
+        (folder / name).write_bytes(whole)
+
+    whole = records["train.bin"].tobytes()
+    refused("train.bin", whole[:-1], r"expected 1,229,600 bytes, found 1,229,599")
+    refused("train.bin", whole + b"0", "expected 1,229,600 bytes")
+    changed = records["test.bin"].copy()
+    changed[77, 1] = 100
+    refused("test.bin", changed.tobytes(), "expected labels below 100, found 100")
+    refused("fine_label_names.txt", b"apple\nbee\n", "expected 100 names, found 2")
+    (folder / "test.bin").unlink()
+    with pytest.raises(UserError, match=r"test\.bin cannot be read"):
+        load_dataset("cifar100", folder)
+    for path in list(folder.iterdir()):
+        path.unlink()
+    with pytest.raises(UserError, match="CIFAR-100 was not found: expected the folder cifar-100-b"):
+        load_dataset("cifar100", folder, download=False)
+
+
+def test_cifar100_download(small_cifar100, server, tmp_path, monkeypatch, capfd):
+    folder, records = small_cifar100
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, "cifar-100-binary")
+    served, address = server
+    (served / "archive.tar.gz").write_bytes(buffer.getvalue())
+    monkeypatch.setattr(CIFAR100, "URL", f"{address}/archive.tar.gz")
+    with pytest.raises(UserError, match="CIFAR-100 could not be downloaded"):  # another MD5
+        load_dataset("cifar100", tmp_path / "new")
+    monkeypatch.setattr(CIFAR100, "ARCHIVE_MD5", md5(buffer.getvalue()))
+    data = load_dataset("cifar100", tmp_path / "new")
+    check_records(data.test, records["test.bin"][:, 1:])
+    assert "Downloading CIFAR-100 from http" in capfd.readouterr().err
 
 
 # augment, normalize, epoch_order

@@ -64,10 +64,10 @@ class Cifar:
                     "or allow the download"
                 )
             folder = self._download(target)
-        classes = self._classes(folder / self.NAMES)
         records = {
             name: self._records(folder / name) for name in self.FILES if name.endswith(".bin")
         }
+        classes = self._classes(folder / self.NAMES)
         test = records.pop(next(name for name in records if name.startswith("test")))
         images, labels = (np.concatenate(parts) for parts in zip(*records.values(), strict=True))
         held_out = np.zeros(len(labels), dtype=bool)

@@ -94,10 +94,10 @@ def read(folders, download, img_size=224, broken="refuse"):
     warnings.filterwarnings("ignore", module="PIL")  # of metadata, file by file
     root = next(filter(None, folders[:2]), None)
     if root is None or not (root / "train").is_dir():
+        found = f"there is no folder train in {root}" if root else "--data-dir is missing"
         raise UserError(
-            "imagefolder expects images as train/CLASS/NAME.jpg (or png, webp) and val/CLASS/..., "
-            f"and found no folder train in {root or '--data-dir, which is missing'}: "
-            "name the folder above train with --data-dir"
+            f"imagefolder reads train/CLASS/NAME.jpg (or png, webp) and val/CLASS/NAME.jpg, but "
+            f"{found}: name the folder above train with --data-dir"
         )
     classes, splits, ignored = _listed(root)
     splits = _whole(splits, root, broken)
