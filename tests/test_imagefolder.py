@@ -245,12 +245,12 @@ def test_the_training_view_is_a_part_of_the_image_resized(tmp_path, monkeypatch)
     assert seen == {True, False}
 
 
-def test_the_training_views_are_distributed_as_published(tmp_path):
+def test_the_training_views_are_distributed_as_published():
     """Of a ramp, the colours at the ends of a part tell where it was cut out."""
     height, width, n = 300, 400, 600
-    files = ImageFiles((save(tmp_path / "ramp.png", ramp(height, width)),) * n, (25, 25))
-    found = files.training_view(np.arange(n), 5, 1).astype(float)
-    red, green = found[:, 0, 12] / 255 * width, found[:, 1, :, 12] / 255 * height  # (n, 25)
+    image = Image.fromarray(ramp(height, width))
+    found = np.array([views.training_view(image, (25, 25), 5, 1, index) for index in range(n)])
+    red, green = found[:, 12, :, 0] / 255 * width, found[:, :, 12, 1] / 255 * height  # (n, 25)
     widths, heights = abs(red[:, 20] - red[:, 4]) * 25 / 16, (green[:, 20] - green[:, 4]) * 25 / 16
     areas, ratios = widths * heights / (width * height), widths / heights
     assert areas.min() > 0.07 and areas.max() < 1.02
@@ -284,9 +284,10 @@ def test_a_training_view_is_a_function_of_seed_epoch_index_and_repeat(folder):
         seed, epoch, repeat = other
         changed = same.training_view(np.arange(33), seed, epoch, repeat)
         assert (changed != base).any(axis=(1, 2, 3)).all(), other
-    np.testing.assert_array_equal(
-        same.training_view(np.arange(33), 7, 2, 1), same.training_view(np.arange(33), 7, 2, 1)
-    )
+    copies = np.arange(33) % 2
+    found = same.training_view(np.arange(33), 7, 2, copies)
+    np.testing.assert_array_equal(found[::2], base[::2])
+    np.testing.assert_array_equal(found[1::2], changed[1::2])  # the last of the others: copy 1
 
 
 # the folder
@@ -690,9 +691,9 @@ def test_a_model_learns_from_real_images(tmp_path):
             (tmp_path / split / name).mkdir(parents=True)
             for file in sorted((SAMPLE / split / name).iterdir())[:count]:
                 (tmp_path / split / name / file.name).symlink_to(file)
-    settings = make_settings(data="imagefolder", epochs=8, batch_size=40, lr=3e-3)
+    settings = make_settings(data="imagefolder", epochs=5, batch_size=40, lr=3e-3)
     assert settings.recipe == "imagefolder-small" and settings.img_size == 64
     result = training.train(settings, tmp_path / "run", data_dir=tmp_path, quiet=True)
     first, last = result.rows[0], result.rows[-1]
     assert abs(first["train_loss"] - log(4)) < 0.1
-    assert last["train_loss"] < first["train_loss"] - 0.05
+    assert last["train_loss"] < first["train_loss"] - 0.02

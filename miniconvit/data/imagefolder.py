@@ -60,25 +60,28 @@ class ImageFiles:
     def __getitem__(self, which):
         """The evaluation view of the images with these indices, or in this slice: uint8 (b, 3,
         height, width). Raises UserError, naming the file, where one cannot be decoded."""
-        return self._decoded(which, lambda image, index: evaluation_view(image, self.size))
+        indices = range(len(self))[which] if isinstance(which, slice) else which
+        return self._decoded(indices, lambda image, place: evaluation_view(image, self.size))
 
     def training_view(self, indices, seed, epoch, repeat=0):
         """Their random parts of this epoch, uint8 (b, 3, height, width): for each image a pure
-        function of (seed, epoch, index, repeat)."""
-        return self._decoded(
-            indices,
-            lambda image, index: training_view(image, self.size, seed, epoch, index, repeat),
-        )
+        function of (seed, epoch, index, repeat). repeat: the copy, a number or (b,)."""
+        copies = np.broadcast_to(repeat, len(indices))
+
+        def view(image, place):
+            draw = seed, epoch, int(indices[place]), int(copies[place])
+            return training_view(image, self.size, *draw)
+
+        return self._decoded(indices, view)
 
     def select(self, indices):
         """The files with these indices, in this order and undecoded."""
         return ImageFiles(tuple(self.paths[index] for index in indices), self.size)
 
-    def _decoded(self, which, view):
-        indices = range(len(self))[which] if isinstance(which, slice) else which
+    def _decoded(self, indices, view):
         pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        for place, index in enumerate(map(int, indices)):
-            pixels[place] = as_array(view(open_image(self.paths[index]), index))
+        for place, index in enumerate(indices):
+            pixels[place] = as_array(view(open_image(self.paths[index]), place))
         return pixels
 
 
