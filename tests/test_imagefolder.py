@@ -129,13 +129,15 @@ def test_the_evaluation_view_of_real_images():
 
 
 def test_a_view_that_is_no_square_and_one_of_few_pixels(tmp_path):
-    file = save(tmp_path / "ramp.png", ramp(420, 640))
-    found = read_image(file, (64, 48)).astype(int)
-    # 73 of 64 high: the scale is 420 / 73, so 48 columns show 276 of 640 in the middle
-    assert found.shape == (3, 64, 48)
-    np.testing.assert_allclose(np.diff(found[0, 30, [2, 45]]), 255 * 43 * 420 / 73 / 640, atol=2.5)
-    np.testing.assert_allclose(np.diff(found[1, [2, 61], 20]), 255 * 59 / 73, atol=2.5)
-    np.testing.assert_allclose(found.mean(axis=(1, 2))[:2], 127.5, atol=2)
+    for height, width in ((500, 480), (420, 640)):
+        file = save(tmp_path / "ramp.png", ramp(height, width))
+        found = read_image(file, (64, 48)).astype(int)
+        # 73 rows for 64: the scale is height / 73, and from the middle 48 columns are shown
+        assert found.shape == (3, 64, 48)
+        columns = 255 * 43 * height / 73 / width
+        np.testing.assert_allclose(np.diff(found[0, 30, [2, 45]]), columns, atol=2.5)
+        np.testing.assert_allclose(np.diff(found[1, [2, 61], 20]), 255 * 59 / 73, atol=2.5)
+        np.testing.assert_allclose(found.mean(axis=(1, 2))[:2], 127.5, atol=2)
     # a model of 32 pixels sees the whole height
     found = read_image(file, (32, 32)).astype(int)
     assert found[1, 0].max() <= 8 and found[1, -1].min() >= 247
