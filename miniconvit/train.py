@@ -19,12 +19,22 @@ from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
 from .config import is_count, is_number
-from .data import Split, augment, epoch_order, load_dataset, normalize
+from .data import (
+    Split,
+    augment,
+    draw_mix,
+    epoch_order,
+    erase,
+    load_dataset,
+    mix_images,
+    mix_targets,
+    normalize,
+)
 from .device import resolve_device, to_cpu, to_device
 from .device_engine import make_engine
 from .errors import UserError
 from .layers import cross_entropy_forward
-from .optim import AdamW, clip_grad_norm
+from .optim import AdamW, clip_grad_norm, update_average
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
@@ -176,6 +186,9 @@ class _Run:
         self.params = initial_params(engine.config, settings.seed, settings.freeze)
         self.params = to_device(self.params, engine.xp)
         self.optimizer = AdamW(self.params, settings.lr, settings.weight_decay)
+        self.ema = None
+        if settings.ema is not None:
+            self.ema = {name: value.copy() for name, value in self.params.items()}
         self.step, self.epoch = 0, 0  # both finished
         self.unread = []  # (step, loss, correct, norm) of the last steps
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}  # of the running epoch
@@ -192,6 +205,8 @@ class _Run:
             state = checkpoint.state
             stored = Settings(**state["settings"])
             moments = checkpoint.moments["exp_avg"], checkpoint.moments["exp_avg_sq"]
+            if (checkpoint.ema is None) != (stored.ema is None):
+                raise KeyError("ema")
         except (TypeError, KeyError, UserError) as error:
             raise UserError(
                 f"{path} is damaged, or is no checkpoint to resume from: "
@@ -210,7 +225,9 @@ class _Run:
             )
         self.step, self.epoch = state["step"], state["epoch"]
         self.sums, self.best = state["sums"], state["best"]
-        self.params, moments = to_device((checkpoint.params, moments), self.engine.xp)
+        self.params, moments, self.ema = to_device(
+            (checkpoint.params, moments, checkpoint.ema), self.engine.xp
+        )
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
         self.optimizer.step_count = self.step
         self.folder.cut_metrics(self.epoch)
@@ -250,14 +267,20 @@ class _Run:
             raise self._diverged(problem)
         state = {"settings": asdict(self.settings), "step": self.step, "epoch": self.epoch}
         state |= {"sums": self.sums, "best": self.best}
-        self._save(self.folder.last, optimizer=self.optimizer, state=state)
+        training = {"optimizer": self.optimizer, "ema": self.ema, "state": state}
+        self._save(self.folder.last, self.params, **training)
         self.saved_at = time.perf_counter()
 
-    def _save(self, path, **training):
+    @property
+    def shown(self):
+        """The parameters that are evaluated and become best.safetensors."""
+        return self.params if self.ema is None else self.ema
+
+    def _save(self, path, params, **training):
         dataset = self.dataset
         about = {"mean": [float(x) for x in dataset.mean], "std": [float(x) for x in dataset.std]}
         about |= {"classes": list(dataset.classes), "data": dataset.name}
-        save_checkpoint(path, self.params, self.engine.config, **about, **training)
+        save_checkpoint(path, params, self.engine.config, **about, **training)
 
     def train(self, quiet, place):
         """The whole run from where it stands. Returns a Result."""
@@ -306,8 +329,8 @@ class _Run:
 
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
-        order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
-        order = to_device(order, self.engine.xp)
+        s, n = self.settings, len(self.dataset.train.labels)
+        order = to_device(epoch_order(n, s.seed, self.epoch, s.repeats), self.engine.xp)
         end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
         self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
         while self.step < end:
@@ -322,17 +345,21 @@ class _Run:
             if time.perf_counter() - self.saved_at > SAVE_SECONDS:
                 self.save()
 
-    def _train_step(self, indices):
-        """One update from the training images with these indices."""
-        s, epoch = self.settings, self.epoch
+    def _train_step(self, draws):
+        """One update from the training images that these draws of the epoch name."""
+        s, n, classes = self.settings, len(draws), self.engine.config.num_classes
+        mix = draw_mix(s.mixup, s.cutmix, s.seed, self.step, self.images.shape[2:])
 
         def load(start, stop):
-            part = indices[start:stop]
-            images = augment(self.images[part], part, s.seed, epoch, s.augment)
-            return normalize(images, self.mean, self.std), self.labels[part]
+            images, labels = self._augmented(draws[start:stop])
+            if mix is None:
+                return images, labels
+            others, other_labels = self._augmented(draws[n - stop : n - start][::-1])
+            targets = mix_targets(labels, other_labels, mix, classes, s.label_smoothing)
+            return mix_images(images, others, mix), targets
 
         loss, correct, grads = self.engine.loss_and_grads(
-            load, len(indices), self.params, s.label_smoothing, s.seed, self.step
+            load, n, self.params, s.label_smoothing, s.seed, self.step
         )
         grads = {name: grad for name, grad in grads.items() if name not in self.frozen}
         norm = clip_grad_norm(grads, s.clip_grad or inf)
@@ -340,7 +367,17 @@ class _Run:
         if len(self.unread) == self.engine.steps_between_reads:
             self._read()
         self.optimizer.step({name: self.params[name] for name in grads}, grads, self._lr(self.step))
+        if self.ema is not None:
+            update_average(self.ema, self.params, s.ema)
         self.step += 1
+
+    def _augmented(self, draws):
+        """Images, augmented and normalised, and their labels."""
+        s = self.settings
+        indices, copies = divmod(draws, s.repeats)
+        which = indices, s.seed, self.epoch, s.augment, copies
+        images = normalize(augment(self.images[indices], *which), self.mean, self.std)
+        return erase(images, *which), self.labels[indices]
 
     def _read(self):
         """Adds up what the last steps have found; on a GPU this waits until they are done.
@@ -371,7 +408,7 @@ class _Run:
         is in place, a resume trains this epoch's end again and writes the same files."""
         val = Split(self.val_images, self.dataset.val.labels)
         val_loss, val_top1, _ = evaluate(
-            self.engine, val, self.mean, self.std, self.params, self._stop_if_asked
+            self.engine, val, self.mean, self.std, self.shown, self._stop_if_asked
         )
         if not isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss:g}")
@@ -379,7 +416,7 @@ class _Run:
         row = self._row(val_loss, val_top1)
         if self.best is None or val_top1 > self.best["val_top1"]:
             self.best = {"epoch": self.epoch, "val_top1": val_top1}
-            self._save(self.folder.best)
+            self._save(self.folder.best, self.shown)
         self.folder.append_metrics(row)
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.save()
@@ -401,7 +438,7 @@ class _Run:
             "val_loss": val_loss,
             "val_top1": val_top1,
             "lr": self._lr(self.step - 1),
-            **readings(reading_images(self.dataset), to_cpu(self.params), self.engine.config),
+            **readings(reading_images(self.dataset), to_cpu(self.shown), self.engine.config),
             "images_per_second": speed,
             "seconds": time.perf_counter() - self.epoch_began,
         }

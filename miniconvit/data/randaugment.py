@@ -131,62 +131,82 @@ def rotate(images, degrees):
     """Counter-clockwise about the centre; degrees (b,)."""
     xp = array_module(images)
     _, _, height, width = images.shape
-    angle = degrees.astype(xp.float64) * (-pi / 180)
-    cos, sin = (
-        xp.rint(1e15 * x) / 1e15 for x in (xp.cos(angle), xp.sin(angle))
-    )  # as Pillow has it
-    x, y = width / 2, height / 2
-    return affine(images, cos, sin, x - (cos * x + sin * y), -sin, cos, y - (cos * y - sin * x))
+    # Modulo 360 and to fifteen decimals like Pillow, so that 30 degrees have a sine of 1/2.
+    angle = (degrees.astype(xp.float64) % 360.0)[:, None, None] * (-pi / 180)
+    cos, sin = (xp.rint(1e15 * x) / 1e15 for x in (xp.cos(angle), xp.sin(angle)))
+    x, y = xp.arange(width) + 0.5, (xp.arange(height) + 0.5)[:, None]
+    right, down = width / 2, height / 2
+    from_x = cos * x + sin * y + (right - (cos * right + sin * down))  # (b, H, W)
+    from_y = cos * y - sin * x + (down - (cos * down - sin * right))
+    return _resample(images, from_x, from_y)
 
 
 def shear_x(images, factor):
-    """Each row moves by factor (b,) times its distance from the upper edge."""
-    return affine(images, 1.0, factor, 0.0, 0.0, 1.0, 0.0)
+    """Each row moves to the left by factor (b,) times its distance from the upper edge."""
+    xp = array_module(images)
+    down = xp.arange(images.shape[2]) + 0.5
+    return _slide(images, factor.astype(xp.float64)[:, None] * down)
 
 
 def shear_y(images, factor):
-    """Each column moves by factor (b,) times its distance from the left edge."""
-    return affine(images, 1.0, 0.0, 0.0, factor, 1.0, 0.0)
+    """Each column moves up by factor (b,) times its distance from the left edge."""
+    return shear_x(images.swapaxes(2, 3), factor).swapaxes(2, 3)
 
 
 def translate_x(images, share):
     """To the left by share (b,) of the width."""
-    shift = share.astype(array_module(images).float64) * images.shape[3]
-    return affine(images, 1.0, 0.0, shift, 0.0, 1.0, 0.0)
+    xp = array_module(images)
+    return _slide(images, share.astype(xp.float64)[:, None] * images.shape[3])
 
 
 def translate_y(images, share):
     """Up by share (b,) of the height."""
-    shift = share.astype(array_module(images).float64) * images.shape[2]
-    return affine(images, 1.0, 0.0, 0.0, 0.0, 1.0, shift)
+    return translate_x(images.swapaxes(2, 3), share).swapaxes(2, 3)
 
 
-def affine(images, a, b, c, d, e, f):
-    """The pixel at (x, y) is the source's at (a x + b y + c, d x + e y + f), bicubic, where that
-    lies within the image; elsewhere it is FILL. Coefficients: numbers or (b,) arrays."""
+def _slide(images, shift):
+    """Every row moves to the left by shift pixels, (b, H) or (b, 1)."""
+    xp = array_module(images)
+    _, _, height, width = images.shape
+    from_x = xp.arange(width) + 0.5 + (shift + xp.zeros((height,), xp.float64))[:, :, None]
+    return _resample(images, from_x)
+
+
+def _resample(images, x, y=None):
+    """The image at the places (x, y), (b, H, W) each, bicubic; FILL where these are outside.
+
+    The first pixel is the place from 0 to 1. Without y every pixel stays in its row.
+    """
     xp = array_module(images)
     batch, channels, height, width = images.shape
-    a, b, c, d, e, f = (_matrix_entry(value, batch, xp) for value in (a, b, c, d, e, f))
-    x, y = xp.arange(width) + 0.5, (xp.arange(height) + 0.5)[:, None]
-    x, y = a * x + b * y + c, d * x + e * y + f  # (b, H, W)
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
-    x, y = xp.where(outside, 0.5, x) - 0.5, xp.where(outside, 0.5, y) - 0.5
-    left, top = xp.floor(x), xp.floor(y)
-    x, y = (x - left)[:, None], (y - top)[:, None]  # (b, 1, H, W)
+    outside = (x < 0) | (x >= width)
+    if y is None:
+        top, rows = xp.arange(height)[:, None], (1,)
+    else:
+        outside = outside | (y < 0) | (y >= height)
+        y = xp.where(outside, 0.5, y) - 0.5
+        top, rows = xp.floor(y), range(4)
+        y = (y - top)[:, None]  # (b, 1, H, W)
+    x = xp.where(outside, 0.5, x) - 0.5
+    left = xp.floor(x)
+    x = (x - left)[:, None]
 
     # With two pixels more on each side, which repeat the edge, all sixteen neighbours exist.
-    margin = ((0, 0), (0, 0), (2, 2), (2, 2))
-    padded = xp.pad(images, margin, mode="edge").astype(xp.float64).reshape(-1)
+    rows_padded = xp.clip(xp.arange(height + 4) - 2, 0, height - 1)[:, None]
+    cols_padded = xp.clip(xp.arange(width + 4) - 2, 0, width - 1)
+    padded = images[:, :, rows_padded, cols_padded].astype(xp.float64).reshape(-1)
     stride = width + 4
-    place = ((top + 1) * stride + (left + 1)).astype(xp.int64)[:, None]  # (b, 1, H, W)
+    first = ((top + 1) * stride + (left + 1)).astype(xp.int64)[:, None]  # (b, 1, H, W)
     planes = xp.arange(batch * channels).reshape(batch, channels, 1, 1)
-    place = place + planes * ((height + 4) * stride)  # (b, 3, H, W), of the first neighbour
+    first = first + planes * ((height + 4) * stride)  # (b, 3, H, W)
     across = [
-        _cubic(*(padded[place + (stride * row + col)] for col in range(4)), x) for row in range(4)
+        _cubic(*(xp.take(padded, first + (stride * row + col)) for col in range(4)), x)
+        for row in rows
     ]
-    y = xp.clip(_cubic(*across, y), 0.0, 255.0).astype(xp.uint8)
+    found = across[0] if y is None else _cubic(*across, y)
+    found = xp.clip(found, 0.0, 255.0).astype(xp.uint8)
     fill = xp.stack([xp.full((1, 1), level, xp.uint8) for level in FILL])  # (3, 1, 1)
-    return xp.where(outside[:, None], fill, y)
+    return xp.where(outside[:, None], fill, found)
 
 
 def _cubic(v1, v2, v3, v4, t):
@@ -195,12 +215,6 @@ def _cubic(v1, v2, v3, v4, t):
     In differences, so that equal values give just this value.
     """
     return v2 + t * ((v3 - v1) + t * ((2.0 * (v1 - v2) + v3 - v4) + t * (v2 - v1 - v3 + v4)))
-
-
-def _matrix_entry(value, batch, xp):
-    if isinstance(value, float):
-        return xp.full((batch, 1, 1), value, xp.float64)
-    return value.astype(xp.float64)[:, None, None]
 
 
 def _grey(images):
