@@ -28,9 +28,15 @@ class Preset:
 PRESETS = {
     "none": Preset("images as they are"),
     "crop-flip": Preset("cropped out of a black margin of 4 pixels, and mirrored half of the time"),
-    "light": Preset("crop-flip, then half of the time one operation of RandAugment, m5", 1, 5.0),
+    "light": Preset(
+        "crop-flip, and one operation of RandAugment at strength 5, half of the time", 1, 5.0
+    ),
     "paper": Preset(
-        "crop-flip, two such operations, m9, and a box erased in a quarter", 2, 9.0, 0.25
+        "crop-flip, two operations of RandAugment at strength 9, each half of the time, and a box "
+        "of noise in a quarter of the images",
+        2,
+        9.0,
+        0.25,
     ),
 }
 """Name to augmentation, each stronger than the one before; `paper` is the official recipe's below
