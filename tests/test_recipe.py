@@ -26,14 +26,15 @@ from miniconvit.settings import RECIPES, Settings, make_settings
 from miniconvit.train import Interrupted, train
 
 ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8,
-       "label_smoothing": 0.2, "drop_path": 0.2, "batch_size": 17, "lr": 3e-3}  # fmt: skip
+       "label_smoothing": 0.2, "drop_path": 0.2, "batch_size": 17, "lr": 3e-3,
+       "epochs": 2}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def small_data_in_small_pieces(monkeypatch):
-    """Six pieces of at most three images in a batch of 17."""
+    """Four pieces of four or five images in a batch of 17."""
     monkeypatch.setattr(training, "load_dataset", small_dataset)
-    monkeypatch.setattr(parallel, "PIECE_ROWS", 13)
+    monkeypatch.setattr(parallel, "PIECE_ROWS", 21)
 
 
 def settings(**given):
