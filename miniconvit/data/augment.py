@@ -29,14 +29,16 @@ PRESETS = {
     "none": Preset("images as they are"),
     "crop-flip": Preset("cropped out of a black margin of 4 pixels, and mirrored half of the time"),
     "light": Preset(
-        "crop-flip, and one operation of RandAugment at strength 5, half of the time", 1, 5.0
+        "crop-flip, and one operation of RandAugment at strength 5, half of the time",
+        operations=1,
+        magnitude=5.0,
     ),
     "paper": Preset(
         "crop-flip, two operations of RandAugment at strength 9, each half of the time, and a box "
         "of noise in a quarter of the images",
-        2,
-        9.0,
-        0.25,
+        operations=2,
+        magnitude=9.0,
+        erasing=0.25,
     ),
 }
 """Name to augmentation, each stronger than the one before; `paper` is the official recipe's below

@@ -167,15 +167,14 @@ def translate_y(images, share):
 def _slide(images, shift):
     """Every row moves to the left by shift pixels, (b, H) or (b, 1)."""
     xp = array_module(images)
-    _, _, height, width = images.shape
-    from_x = xp.arange(width) + 0.5 + (shift + xp.zeros((height,), xp.float64))[:, :, None]
-    return _resample(images, from_x)
+    return _resample(images, xp.arange(images.shape[3]) + 0.5 + shift[:, :, None])
 
 
 def _resample(images, x, y=None):
     """The image at the places (x, y), (b, H, W) each, bicubic; FILL where these are outside.
 
-    The first pixel is the place from 0 to 1. Without y every pixel stays in its row.
+    The first pixel is the place from 0 to 1. Without y every pixel stays in its row, and x may be
+    (b, 1, W).
     """
     xp = array_module(images)
     batch, channels, height, width = images.shape
