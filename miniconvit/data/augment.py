@@ -122,8 +122,7 @@ def erase(images, indices, seed, epoch, preset, repeat=0):
     xp = array_module(images)
     _, channels, height, width = images.shape
     counters = (seed, ERASING, epoch, xp.asarray(indices), repeat)
-    # (b,) each, in [0, 1)
-    whether, area, aspect, row, col = (uniform(*counters, k, xp=xp) for k in range(5))
+    whether, area, aspect, row, col = uniform(*counters, xp.arange(5)[:, None], xp=xp)  # (5, b)
     erased = whether < probability
     area = (SMALLEST + (LARGEST - SMALLEST) * area) * (height * width)
     aspect = xp.exp((2.0 * aspect - 1.0) * log(1 / ASPECT))
