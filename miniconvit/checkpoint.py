@@ -20,15 +20,17 @@ from .errors import UserError
 from .model import param_shapes
 
 METADATA_KEY = "miniconvit"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"optimizer.exp_avg.": "exp_avg", "optimizer.exp_avg_sq.": "exp_avg_sq"}
+EMA = "ema."
+"""Prefixes of the tensors that have the parameters' names and shapes."""
 DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """What load_checkpoint found. moments: {"exp_avg": {name: array}, "exp_avg_sq": {...}} or None;
-    mean, std (per channel), classes (names), data (name of the data set) and state: None where the
-    file says nothing of them."""
+    ema: the parameters' moving average, or None; mean, std (per channel), classes (names), data
+    (name of the data set) and state: None where the file says nothing of them."""
 
     params: dict
     config: ConViTConfig
@@ -38,6 +40,7 @@ class Checkpoint:
     classes: list | None = None
     data: str | None = None
     state: dict | None = None
+    ema: dict | None = None
 
 
 def save_checkpoint(
@@ -46,6 +49,7 @@ def save_checkpoint(
     config,
     *,
     optimizer=None,
+    ema=None,
     mean=None,
     std=None,
     classes=None,
@@ -53,15 +57,17 @@ def save_checkpoint(
     state=None,
 ):
     """Writes params under their official names, the moments of `optimizer` under
-    `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`, and the rest as metadata (JSON types).
+    `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`, their average `ema` under `ema.`, and the rest
+    as metadata (JSON types).
 
     Equal arguments give equal bytes. A kill or a full disk at any moment leaves the old file or the
     new one, whole. Raises UserError where params do not fit config, where a value is not finite
     and where the file cannot be written.
     """
-    moments = {kind: getattr(optimizer, kind) for kind in MOMENTS} if optimizer else {}
-    tensors = to_cpu(_flat(params, moments))
-    problem = _problem(tensors, param_shapes(config), bool(moments)) or not_finite(tensors)
+    more = {prefix: getattr(optimizer, kind) for prefix, kind in MOMENTS.items() if optimizer}
+    more |= {EMA: ema} if ema is not None else {}
+    tensors = to_cpu(_flat(params, more))
+    problem = _problem(tensors, param_shapes(config), more) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
     about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
@@ -80,13 +86,16 @@ def load_checkpoint(path):
     try:
         config = ConViTConfig.from_dict(about.pop("config"))
         shapes = param_shapes(config)
-        has_moments = any(name.startswith("optimizer.") for name in tensors)
-        problem = _problem(tensors, shapes, has_moments) or not_finite(tensors)
+        groups = [group for group in (MOMENTS, {EMA: "ema"}) if _any_begins(tensors, group)]
+        more = {prefix: name for group in groups for prefix, name in group.items()}
+        problem = _problem(tensors, shapes, more) or not_finite(tensors)
         problem = problem or _problem_of_metadata(config, **about)
         if problem:
             raise UserError(problem)
-        params, moments = _unflat(tensors, shapes, has_moments)
-        return Checkpoint(params, config, moments, **about)
+        params = {name: tensors[name] for name in shapes}
+        found = {more[p]: {name: tensors[p + name] for name in shapes} for p in more}
+        ema = found.pop("ema", None)
+        return Checkpoint(params, config, found or None, ema=ema, **about)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is damaged, or was not written by miniconvit: {error}; use another checkpoint"
@@ -139,29 +148,21 @@ def _sync_folder(folder):
             os.close(descriptor)
 
 
-def _prefix(kind):
-    return f"optimizer.{kind}."
+def _any_begins(names, prefixes):
+    return any(name.startswith(tuple(prefixes)) for name in names)
 
 
-def _flat(params, moments):
-    """Parameters and moments as one dict of arrays."""
+def _flat(params, more):
+    """Parameters, and what more has them ({prefix: values}), as one dict."""
     tensors = dict(params)
-    for kind, values in moments.items():
-        tensors |= {_prefix(kind) + name: value for name, value in values.items()}
+    for prefix, values in more.items():
+        tensors |= {prefix + name: value for name, value in values.items()}
     return tensors
 
 
-def _unflat(tensors, shapes, has_moments):
-    """The inverse of _flat, in the official order: (params, moments or None)."""
-    params = {name: tensors[name] for name in shapes}
-    if not has_moments:
-        return params, None
-    return params, {k: {name: tensors[_prefix(k) + name] for name in shapes} for k in MOMENTS}
-
-
-def _problem(tensors, shapes, has_moments):
+def _problem(tensors, shapes, more):
     """What is wrong with names, shapes or dtypes: the first finding, or None."""
-    expected = _flat(shapes, dict.fromkeys(MOMENTS, shapes) if has_moments else {})
+    expected = _flat(shapes, dict.fromkeys(more, shapes))
     dtype = next((tensors[name].dtype for name in expected if name in tensors), None)
     for name, shape in expected.items():
         if name not in tensors:

@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping."""
+"""AdamW, gradient clipping, and an average of the parameters."""
 
 from math import inf, sqrt
 
@@ -45,6 +45,15 @@ class AdamW:
             denominator /= sqrt(correction2)
             denominator += self.eps
             p -= (lr / correction1) * m / denominator
+
+
+def update_average(average, params, decay):
+    """average = decay average + (1 - decay) params, in place: the exponential moving average.
+
+    Written as a difference, so that what does not change stays what it is.
+    """
+    for name, value in average.items():
+        value += (1.0 - decay) * (params[name] - value)
 
 
 def clip_grad_norm(grads, max_norm):

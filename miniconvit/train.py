@@ -19,12 +19,24 @@ from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
 from .config import is_count, is_number
-from .data import ImageFiles, Split, epoch_order, feed, load_dataset, normalize, training_images
+from .data import (
+    ImageFiles,
+    Split,
+    draw_mix,
+    epoch_order,
+    erase,
+    feed,
+    load_dataset,
+    mix_images,
+    mix_targets,
+    normalize,
+    training_images,
+)
 from .device import resolve_device, to_cpu, to_device
 from .device_engine import make_engine
 from .errors import UserError
 from .layers import cross_entropy_forward
-from .optim import AdamW, clip_grad_norm
+from .optim import AdamW, clip_grad_norm, update_average
 from .parallel import available_threads
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
@@ -161,10 +173,14 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
     return loss / n, top1 / n, top5 / n
 
 
-def _decoders(images, engine):
-    """How many threads decode ahead: none where that is the engine's workers' own business, or
-    there is nothing to decode."""
-    return available_threads() if isinstance(images, ImageFiles) and engine.xp is not np else 0
+def _decoders(images, engine, is_read_twice=False):
+    """How many threads decode ahead: none where there is nothing to decode, or where the engine's
+    workers decode what they need, and no image is needed twice."""
+    if not isinstance(images, ImageFiles):
+        return 0
+    if engine.xp is np:
+        return engine.threads if is_read_twice else 0
+    return available_threads()
 
 
 class _Run:
@@ -192,6 +208,9 @@ class _Run:
         self.params = initial_params(engine.config, settings.seed, settings.freeze)
         self.params = to_device(self.params, engine.xp)
         self.optimizer = AdamW(self.params, settings.lr, settings.weight_decay)
+        self.ema = None
+        if settings.ema is not None:
+            self.ema = {name: value.copy() for name, value in self.params.items()}
         self.step, self.epoch = 0, 0  # both finished
         self.unread = []  # (step, loss, correct, norm) of the last steps
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}  # of the running epoch
@@ -208,6 +227,8 @@ class _Run:
             state = checkpoint.state
             stored = Settings(**state["settings"])
             moments = checkpoint.moments["exp_avg"], checkpoint.moments["exp_avg_sq"]
+            if (checkpoint.ema is None) != (stored.ema is None):
+                raise KeyError("ema")
         except (TypeError, KeyError, UserError) as error:
             raise UserError(
                 f"{path} is damaged, or is no checkpoint to resume from: "
@@ -226,7 +247,9 @@ class _Run:
             )
         self.step, self.epoch = state["step"], state["epoch"]
         self.sums, self.best = state["sums"], state["best"]
-        self.params, moments = to_device((checkpoint.params, moments), self.engine.xp)
+        self.params, moments, self.ema = to_device(
+            (checkpoint.params, moments, checkpoint.ema), self.engine.xp
+        )
         self.optimizer.exp_avg, self.optimizer.exp_avg_sq = moments
         self.optimizer.step_count = self.step
         self.folder.cut_metrics(self.epoch)
@@ -266,14 +289,20 @@ class _Run:
             raise self._diverged(problem)
         state = {"settings": asdict(self.settings), "step": self.step, "epoch": self.epoch}
         state |= {"sums": self.sums, "best": self.best}
-        self._save(self.folder.last, optimizer=self.optimizer, state=state)
+        training = {"optimizer": self.optimizer, "ema": self.ema, "state": state}
+        self._save(self.folder.last, self.params, **training)
         self.saved_at = time.perf_counter()
 
-    def _save(self, path, **training):
+    @property
+    def shown(self):
+        """The parameters that are evaluated and become best.safetensors."""
+        return self.params if self.ema is None else self.ema
+
+    def _save(self, path, params, **training):
         dataset = self.dataset
         about = {"mean": [float(x) for x in dataset.mean], "std": [float(x) for x in dataset.std]}
         about |= {"classes": list(dataset.classes), "data": dataset.name}
-        save_checkpoint(path, self.params, self.engine.config, **about, **training)
+        save_checkpoint(path, params, self.engine.config, **about, **training)
 
     def train(self, quiet, place):
         """The whole run from where it stands. Returns a Result."""
@@ -323,22 +352,24 @@ class _Run:
 
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
-        order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
+        s, epoch, n = self.settings, self.epoch, len(self.dataset.train.labels)
+        order = epoch_order(n, s.seed, epoch, s.repeats)
         if not self.has_files:
             order = to_device(order, self.engine.xp)
-        end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
-        first, size = self.epoch * self.steps_per_epoch, self.batch_size
+        end = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
+        first, size = epoch * self.steps_per_epoch, self.batch_size
         batches = [order[(k - first) * size :][:size] for k in range(self.step, end)]
-        s, epoch = self.settings, self.epoch
 
-        def view(indices):
-            return training_images(self.images, indices, s.seed, epoch, s.augment)
+        def view(draws):
+            indices, copies = divmod(draws, s.repeats)
+            return training_images(self.images, indices, s.seed, epoch, s.augment, copies)
 
         self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
-        with closing(feed(view, batches, _decoders(self.images, self.engine))) as fed:
-            for indices in batches:
+        workers = _decoders(self.images, self.engine, is_read_twice=s.mixup or s.cutmix)
+        with closing(feed(view, batches, workers)) as fed:
+            for draws in batches:
                 began = time.perf_counter()
-                self._train_step((indices, next(fed)))
+                self._train_step(draws, next(fed))
                 if self.step == end:
                     self._read()
                 self.trained_images += self.batch_size
@@ -347,17 +378,29 @@ class _Run:
                 if time.perf_counter() - self.saved_at > SAVE_SECONDS:
                     self.save()
 
-    def _train_step(self, batch):
-        """One update from a batch: the indices of training images, and a function (start, stop)
+    def _train_step(self, draws, pixels):
+        """One update from a batch: what the epoch has drawn for it, and a function (start, stop)
         that gives a part of these images, augmented."""
-        (indices, pixels), s, xp = batch, self.settings, self.engine.xp
+        s, n, xp = self.settings, len(draws), self.engine.xp
+        mix = draw_mix(s.mixup, s.cutmix, s.seed, self.step, self.images.shape[2:])
+
+        def part(start, stop):
+            indices, copies = divmod(to_device(draws[start:stop], xp), s.repeats)
+            images = normalize(to_device(pixels(start, stop), xp), self.mean, self.std)
+            erase(images, indices, s.seed, self.epoch, s.augment, copies)
+            return images, self.labels[indices]
 
         def load(start, stop):
-            images = normalize(to_device(pixels(start, stop), xp), self.mean, self.std)
-            return images, self.labels[to_device(indices[start:stop], xp)]
+            images, labels = part(start, stop)
+            if mix is None:
+                return images, labels
+            others, other_labels = (x[::-1] for x in part(n - stop, n - start))
+            classes = self.engine.config.num_classes
+            targets = mix_targets(labels, other_labels, mix, classes, s.label_smoothing)
+            return mix_images(images, others, mix), targets
 
         loss, correct, grads = self.engine.loss_and_grads(
-            load, len(indices), self.params, s.label_smoothing, s.seed, self.step
+            load, n, self.params, s.label_smoothing, s.seed, self.step
         )
         grads = {name: grad for name, grad in grads.items() if name not in self.frozen}
         norm = clip_grad_norm(grads, s.clip_grad or inf)
@@ -365,6 +408,8 @@ class _Run:
         if len(self.unread) == self.engine.steps_between_reads:
             self._read()
         self.optimizer.step({name: self.params[name] for name in grads}, grads, self._lr(self.step))
+        if self.ema is not None:
+            update_average(self.ema, self.params, s.ema)
         self.step += 1
 
     def _read(self):
@@ -396,7 +441,7 @@ class _Run:
         is in place, a resume trains this epoch's end again and writes the same files."""
         val = Split(self.val_images, self.dataset.val.labels)
         val_loss, val_top1, _ = evaluate(
-            self.engine, val, self.mean, self.std, self.params, self._stop_if_asked
+            self.engine, val, self.mean, self.std, self.shown, self._stop_if_asked
         )
         if not isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss:g}")
@@ -404,7 +449,7 @@ class _Run:
         row = self._row(val_loss, val_top1)
         if self.best is None or val_top1 > self.best["val_top1"]:
             self.best = {"epoch": self.epoch, "val_top1": val_top1}
-            self._save(self.folder.best)
+            self._save(self.folder.best, self.shown)
         self.folder.append_metrics(row)
         self.sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.save()
@@ -426,7 +471,7 @@ class _Run:
             "val_loss": val_loss,
             "val_top1": val_top1,
             "lr": self._lr(self.step - 1),
-            **readings(reading_images(self.dataset), to_cpu(self.params), self.engine.config),
+            **readings(reading_images(self.dataset), to_cpu(self.shown), self.engine.config),
             "images_per_second": speed,
             "seconds": time.perf_counter() - self.epoch_began,
         }

@@ -201,6 +201,7 @@ class DArray:
 
     reshape, transpose, swapaxes = viewing("reshape"), viewing("transpose"), viewing("swapaxes")
     sum, mean, max, all = reduction("sum"), reduction("mean"), reduction("max"), reduction("all")
+    min = reduction("min")
 
     __array__ = refuse("numpy.asarray")
     __array_ufunc__ = refuse("a NumPy ufunc, or arithmetic with a NumPy array")
@@ -213,6 +214,9 @@ class DArray:
     def astype(self, dtype):
         with np.errstate(all="ignore"):
             return new(self._host.astype(dtype))
+
+    def copy(self):
+        return new(self._host.copy())
 
     def get(self):
         wait("get")
@@ -258,6 +262,9 @@ OPERATORS = {
     "mod": np.remainder,
     "xor": np.bitwise_xor,
     "rshift": np.right_shift,
+    "lshift": np.left_shift,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
 }
 for name, function in OPERATORS.items():
     setattr(DArray, f"__{name}__", binary(function))
@@ -325,7 +332,16 @@ FUNCTIONS = {
     "log": elementwise(np.log),
     "sqrt": elementwise(np.sqrt),
     "tanh": elementwise(np.tanh),
+    "sin": elementwise(np.sin),
+    "cos": elementwise(np.cos),
+    "floor": elementwise(np.floor),
+    "rint": elementwise(np.rint),
+    "clip": elementwise(np.clip),
     "minimum": elementwise(np.minimum),
+    "maximum": elementwise(np.maximum),
+    "sort": elementwise(np.sort),
+    "searchsorted": elementwise(np.searchsorted),
+    "take": elementwise(np.take),
     "isfinite": elementwise(np.isfinite),
     "where": where,
     "pad": pad,
@@ -340,6 +356,8 @@ FUNCTIONS = {
     "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
     "float32": np.float32,
+    "float64": np.float64,
+    "uint8": np.uint8,
     "int64": np.int64,
     "uint64": np.uint64,
     "get_default_memory_pool": lambda: SimpleNamespace(

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """NaN pixels from epoch 2 on: the last good checkpoint is that of epoch 1."""
     folder = tmp_path / "run"
 
-    def poison(images, indices, seed, epoch, preset):
+    def poison(images, indices, seed, epoch, preset, repeat):
         return images[indices].astype("float32") * (np.nan if epoch >= 1 else 1)
 
     monkeypatch.setattr(training, "training_images", poison)
@@ -337,6 +337,10 @@ OTHER = {
     "local_init": False,
     "freeze": "gates",
     "broken": "skip",
+    "repeats": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "ema": 0.9,
 }
 
 
@@ -438,7 +442,7 @@ WRONG_STATES = {
 def test_a_damaged_state_is_a_sentence(tmp_path, monkeypatch):
     folder, steps = tmp_path / "run", iter(range(1, 99))
 
-    def stop_after_step_9(images, indices, seed, epoch, preset):
+    def stop_after_step_9(images, indices, seed, epoch, preset, repeat):
         if next(steps) == 9:
             signal.raise_signal(signal.SIGTERM)
         return images[indices]

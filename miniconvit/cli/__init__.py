@@ -18,6 +18,7 @@ COMMANDS = (
     "gradcheck",
     "inspect",
     "bench",
+    "data",
     "tutorial",
     "coursework",
     "doctor",

@@ -9,6 +9,7 @@ import click
 
 from ..ablation import FREEZE
 from ..config import VARIANTS
+from ..data import PRESETS
 from ..report import draw_curves, duration, table, text_curve
 from ..run_folder import RunFolder
 from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
@@ -69,8 +70,16 @@ from .options import SIZE, broken_option, data_dir_option, device_option, thread
 @click.option("--clip-grad", type=float, help="Greatest norm of the gradient.")
 @click.option("--label-smoothing", type=float, help="Share of a target spread over all classes.")
 @click.option("--drop-path", type=float, help="Drop rate of the last block's branches.")
-@click.option("--augment", type=click.Choice(["none", "crop-flip"]), help="Augmentation.")
-@click.option("--seed", type=int, help="Of parameters, order, augmentation, drop path.")
+@click.option(
+    "--augment",
+    type=click.Choice(list(PRESETS)),
+    help="; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()) + ".",
+)
+@click.option("--repeats", type=int, help="Differently augmented copies of an image in a batch.")
+@click.option("--mixup", type=float, help="Blend images in pairs; shares from Beta(X, X).")
+@click.option("--cutmix", type=float, help="Paste boxes in pairs; with --mixup, half of the steps.")
+@click.option("--ema", type=float, help="Decay of an average of the parameters, which is kept.")
+@click.option("--seed", type=int, help="Of all that is random.")
 @device_option
 @threads_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/...]")

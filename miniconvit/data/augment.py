@@ -1,35 +1,93 @@
 """What happens to the images of an epoch: their order, their augmentation, their normalisation."""
 
+from dataclasses import dataclass
+from math import log
+
 import numpy as np
 
-from ..backend import AUGMENTATION, DATA_ORDER, array_module, random_bits
+from ..backend import AUGMENTATION, DATA_ORDER, ERASING, array_module, normal, random_bits, uniform
 from ..errors import UserError
+from .randaugment import chosen_places, randaugment
 
 PADDING = 4
+SMALLEST, LARGEST = 0.02, 1 / 3  # share of the image that random erasing takes
+ASPECT = 0.3  # of its box: between this and its inverse
 
 
-def epoch_order(n, seed, epoch):
-    """A permutation of 0 .. n-1, int64 (n,): a pure function of (n, seed, epoch)."""
-    return np.argsort(random_bits(seed, DATA_ORDER, epoch, np.arange(n)), kind="stable")
+@dataclass(frozen=True)
+class Preset:
+    """An augmentation. summary: in one sentence, for help; operations, magnitude: of RandAugment
+    (timm's n and m); erasing: the share of images that lose a box."""
+
+    summary: str
+    operations: int = 0
+    magnitude: float = 0.0
+    erasing: float = 0.0
+
+
+PRESETS = {
+    "none": Preset("images as they are"),
+    "crop-flip": Preset("cropped out of a black margin of 4 pixels, and mirrored half of the time"),
+    "light": Preset(
+        "crop-flip, and one operation of RandAugment at strength 5, half of the time",
+        operations=1,
+        magnitude=5.0,
+    ),
+    "paper": Preset(
+        "crop-flip, two operations of RandAugment at strength 9, each half of the time, and a box "
+        "of noise in a quarter of the images",
+        operations=2,
+        magnitude=9.0,
+        erasing=0.25,
+    ),
+}
+"""Name to augmentation, each stronger than the one before; `paper` is the official recipe's below
+33 pixels, rand-m9-mstd0.5-inc1 and random erasing included."""
+
+
+def epoch_order(n, seed, epoch, repeats=1):
+    """What an epoch draws, int64 (n,): divmod(draw, repeats) is (index in the data set, copy).
+
+    A pure function of the arguments. With repeats=1 it is a permutation of 0 .. n-1; with more
+    (repeated augmentation, Hoffer et al. 2020), the copies of an image follow each other and an
+    epoch sees only the first n / repeats images of the permutation.
+    """
+    order = np.argsort(random_bits(seed, DATA_ORDER, epoch, np.arange(n)), kind="stable")
+    return (order[: -(-n // repeats), None] * repeats + np.arange(repeats)).reshape(-1)[:n]
 
 
 def augment(images, indices, seed, epoch, preset, repeat=0):
     """Random changes of images that keep their class. Returns uint8 of the same shape.
 
-    images: uint8 (b, 3, H, W); indices: their (b,) places in the data set. preset "none" returns
-    images as they are; "crop-flip" pads by 4 black pixels, crops back to H x W at random and
-    mirrors left and right with probability 1/2. The draw for an image is a pure function of
-    (seed, epoch, index, repeat), whatever else is in the batch. Raises UserError on another preset.
+    images: uint8 (b, 3, H, W); indices: their (b,) places in the data set; preset: a name of
+    PRESETS; repeat: the copy, a number or (b,). The draw for an image is a pure function of
+    (seed, epoch, index, repeat), whatever else is in the batch. Random erasing comes later, see
+    `erase`. Raises UserError on another preset.
     """
+    if preset not in PRESETS:
+        raise UserError(
+            f"unknown augmentation {preset!r}: choose one of {', '.join(map(repr, PRESETS))}"
+        )
     if preset == "none":
         return images
-    if preset != "crop-flip":
-        raise UserError(
-            f"unknown augmentation {preset!r}: expected 'none' or 'crop-flip', choose one of them"
-        )
+    xp = array_module(images)
+    indices = xp.asarray(indices)
+    images = _crop_flip(images, random_bits(seed, AUGMENTATION, epoch, indices, repeat, xp=xp))
+    return operate(images, indices, seed, epoch, preset, repeat)
+
+
+def operate(images, indices, seed, epoch, preset, repeat=0):
+    """The preset's operations of RandAugment: images are changed in place and returned; the rest as
+    for `augment`."""
+    operations, magnitude = PRESETS[preset].operations, PRESETS[preset].magnitude
+    randaugment(images, indices, seed, epoch, repeat, operations, magnitude)
+    return images
+
+
+def _crop_flip(images, bits):
+    """A window of H x W in the image with a black margin, perhaps mirrored; bits: uint64 (b,)."""
     xp = array_module(images)
     batch, channels, height, width = images.shape
-    bits = random_bits(seed, AUGMENTATION, epoch, xp.asarray(indices), repeat, xp=xp)  # (b,)
     offsets = 2 * PADDING + 1
     top = (bits % offsets).astype(xp.int64)[:, None]
     left = (bits // offsets % offsets).astype(xp.int64)[:, None]
@@ -55,3 +113,37 @@ def normalize(images, mean, std, dtype="float32"):
     y -= xp.asarray(mean, dtype=dtype)[:, None, None]
     y /= xp.asarray(std, dtype=dtype)[:, None, None]
     return y
+
+
+def erase(images, indices, seed, epoch, preset, repeat=0):
+    """Random erasing (Zhong et al. 2020): a box of some images becomes noise, N(0, 1) per value.
+
+    images: normalised, (b, 3, H, W), changed in place and returned; the rest as for `augment`. The
+    box takes 2 % to a third of the area, with an aspect from 0.3 to 1 / 0.3, uniform in its
+    logarithm; a side that is longer than the image is cut to it.
+    """
+    probability = PRESETS[preset].erasing
+    if not probability:
+        return images
+    xp = array_module(images)
+    _, channels, height, width = images.shape
+    counters = (seed, ERASING, epoch, xp.asarray(indices), repeat)
+    whether, area, aspect, row, col = uniform(*counters, xp.arange(5)[:, None], xp=xp)  # (5, b)
+    erased = whether < probability
+    area = (SMALLEST + (LARGEST - SMALLEST) * area) * (height * width)
+    aspect = xp.exp((2.0 * aspect - 1.0) * log(1 / ASPECT))
+    tall = xp.minimum((xp.sqrt(area * aspect) + 0.5).astype(xp.int64), height)
+    wide = xp.minimum((xp.sqrt(area / aspect) + 0.5).astype(xp.int64), width)
+    top = (row * (height - tall + 1).astype(xp.float32)).astype(xp.int64)
+    left = (col * (width - wide + 1).astype(xp.float32)).astype(xp.int64)
+    rows, cols = xp.arange(height)[:, None], xp.arange(width)
+    top, left, tall, wide = (x[:, None, None] for x in (top, left, tall, wide))
+    box = (rows >= top) & (rows < top + tall) & (cols >= left) & (cols < left + wide)  # (b, H, W)
+    places = chosen_places(erased)
+    if places is not None:
+        box = box[places] & erased[places][:, None, None]
+        of_image = [x if isinstance(x, int) else x[places][:, None] for x in counters]
+        pixels = xp.arange(channels * height * width)
+        noise = normal(*of_image, 5, pixels, xp=xp).reshape(-1, channels, height, width)
+        images[places] = xp.where(box[:, None], noise.astype(images.dtype), images[places])
+    return images

@@ -6,7 +6,7 @@ from itertools import islice
 
 import numpy as np
 
-from .augment import augment
+from .augment import augment, operate
 from .imagefolder import ImageFiles
 
 AHEAD = 2  # batches that are decoded or wait while one is in use
@@ -19,7 +19,8 @@ def training_images(images, indices, seed, epoch, preset, repeat=0):
     if isinstance(images, ImageFiles):
         if preset == "none":
             return images[indices]
-        return images.training_view(indices, seed, epoch, repeat)
+        crops = images.training_view(indices, seed, epoch, repeat)
+        return operate(crops, indices, seed, epoch, preset, repeat)
     return augment(images[indices], indices, seed, epoch, preset, repeat)
 
 

@@ -1,0 +1,105 @@
+"""A contact sheet of a data set: what the training sees of its images."""
+
+import io
+from importlib.util import find_spec
+
+import numpy as np
+
+from .checkpoint import write_file
+from .data import PRESETS, draw_mix, erase, mix_images, normalize, training_images
+from .errors import UserError
+
+ROWS, COPIES = 8, 7
+CELL = 96  # pixels on the sheet, at least, for an image's width
+GAP, LINE = 8, 14
+MIXES = {"mixup": (0.8, 0.0), "cutmix": (0.0, 1.0)}
+"""Column to the alphas of mixup and CutMix: the official recipe's."""
+
+
+def draw_preview(dataset, preset, path, seed=0):
+    """Writes a PNG: one training image a row, its augmented copies, and it mixed with a partner.
+
+    dataset: a Dataset; preset: a name of PRESETS. Raises UserError where Pillow is missing.
+    """
+    if find_spec("PIL") is None:
+        raise UserError("a preview is drawn with Pillow, which is missing: pip install Pillow")
+    places = _places(dataset.train.labels)
+    images = dataset.train.images[places]
+    names = [dataset.classes[label] for label in dataset.train.labels[places]]
+    columns = {"original": (images, names)}
+    for copy in range(COPIES):
+        seen = _seen(dataset, places, seed, preset, copy)
+        columns[f"copy {copy + 1}"] = _shown(dataset, seen), [""] * len(places)
+    seen = _seen(dataset, places, seed, preset, COPIES)
+    for title, alphas in MIXES.items():
+        columns[title] = _mixed(dataset, seen, names, seed, alphas)
+    note = f"{dataset.name}, --augment {preset}: {PRESETS[preset].summary}"
+    picture = io.BytesIO()
+    _sheet(note, columns).save(picture, format="png")
+    write_file(path, picture.getvalue())
+
+
+def _places(labels):
+    """The first image of each of ROWS classes, or of as many as there are and then the next."""
+    first = np.unique(labels, return_index=True)[1]
+    others = np.setdiff1d(np.arange(min(len(labels), 2 * ROWS)), first)
+    return np.concatenate([first, others])[:ROWS]
+
+
+def _seen(dataset, places, seed, preset, copy):
+    """The images as the first epoch would load this copy of them, normalised."""
+    which = places, seed, 0, preset, copy
+    pixels = training_images(dataset.train.images, *which)
+    return erase(normalize(pixels, dataset.mean, dataset.std), *which)
+
+
+def _shown(dataset, normalised):
+    """Back to uint8."""
+    mean, std = (np.asarray(x, "float32")[:, None, None] for x in (dataset.mean, dataset.std))
+    return np.clip(255 * (normalised * std + mean) + 0.5, 0, 255).astype(np.uint8)
+
+
+def _mixed(dataset, seen, names, seed, alphas):
+    """Each image with its partner, by the shares of as many steps: (images, captions)."""
+    images, captions = [], []
+    for row, partner in enumerate(reversed(range(len(seen)))):
+        mix = draw_mix(*alphas, seed, row, seen.shape[2:])
+        one = mix_images(seen[row : row + 1].copy(), seen[partner : partner + 1], mix)
+        images.append(_shown(dataset, one)[0])
+        captions.append(f"{100 * (1 - mix.share):.0f} % {names[partner]}")
+    return np.array(images), captions
+
+
+def _sheet(note, columns):
+    """A picture of named columns of (uint8 images (n, channels, H, W), captions)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    images, _ = columns["original"]
+    rows, channels, height, width = images.shape
+    scale = max(1, CELL // width)
+    wide, tall = width * scale + GAP, height * scale + GAP + LINE
+    head = 2 * LINE + GAP
+    sheet = Image.new("RGB", (GAP + wide * len(columns), head + tall * rows), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    pen.text((GAP, GAP // 2), note, "black", font)
+    for column, (title, (pictures, captions)) in enumerate(columns.items()):
+        x = GAP + column * wide
+        pen.text((x, GAP // 2 + LINE), title, "black", font)
+        for row, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
+            y = head + row * tall
+            if channels == 1:
+                pixels = pixels.repeat(3, axis=0)
+            picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            size = (width * scale, height * scale)
+            sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
+            pen.text((x, y + height * scale), _fitting(caption, font, wide - GAP), "black", font)
+    return sheet
+
+
+def _fitting(text, font, width):
+    """text, or its beginning and dots where it is longer than so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
