@@ -80,12 +80,14 @@ def train(
     threads=None,
     device="cpu",
     quiet=False,
+    report=Report,
 ):
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
     that has begun downloads nothing, and its data lie where they lay unless data_dir says
-    otherwise. quiet: prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when
+    otherwise. quiet: prints nothing. report: shows how it goes, called with Report's arguments.
+    Raises UserError; Interrupted after SIGINT or SIGTERM, when
     the step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
     every 50 steps.
     """
@@ -110,7 +112,7 @@ def train(
             else:
                 folder.cut_metrics(0)
                 folder.write_config(_about(settings, config, data_dir, engine.threads, place))
-            return run.train(quiet, place)
+            return run.train(quiet, place, report)
     finally:
         folder.close()
 
@@ -163,7 +165,8 @@ class _Run:
         self.frozen = frozen  # names of parameters
         n = len(dataset.train.labels)
         self.batch_size = min(settings.batch_size, n)
-        self.steps_per_epoch = n // self.batch_size  # a remainder waits for the next epoch's order
+        self.steps_per_pass = n // self.batch_size  # a remainder waits for the next pass's order
+        self.steps_per_epoch = settings.passes * self.steps_per_pass
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.epochs = -(-self.total_steps // self.steps_per_epoch)
         self.images, self.labels, self.val_images, self.mean, self.std = to_device(
@@ -259,11 +262,11 @@ class _Run:
         about |= {"classes": list(dataset.classes), "data": dataset.name}
         save_checkpoint(path, self.params, self.engine.config, **about, **training)
 
-    def train(self, quiet, place):
+    def train(self, quiet, place, report):
         """The whole run from where it stands. Returns a Result."""
         was_finished = self.epoch == self.epochs
         total, done = self.total_steps * self.batch_size, self.step * self.batch_size
-        self.report = Report(total, done, self.epochs, quiet)
+        self.report = report(total, done, self.epochs, quiet)
         try:
             self._introduce(place)
             with _signals(self.stop_requests), warnings.catch_warnings():
@@ -306,8 +309,7 @@ class _Run:
 
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
-        order = epoch_order(len(self.dataset.train.labels), self.settings.seed, self.epoch)
-        order = to_device(order, self.engine.xp)
+        order = to_device(self._epoch_order(), self.engine.xp)
         end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
         self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
         while self.step < end:
@@ -322,13 +324,20 @@ class _Run:
             if time.perf_counter() - self.saved_at > SAVE_SECONDS:
                 self.save()
 
+    def _epoch_order(self):
+        """Indices of the images of this epoch's steps: each pass has an order of its own."""
+        n, seed, passes = len(self.dataset.train.labels), self.settings.seed, self.settings.passes
+        used = self.steps_per_pass * self.batch_size
+        first = self.epoch * passes
+        return np.concatenate([epoch_order(n, seed, first + i)[:used] for i in range(passes)])
+
     def _train_step(self, indices):
         """One update from the training images with these indices."""
-        s, epoch = self.settings, self.epoch
+        s, passes = self.settings, self.step // self.steps_per_pass  # finished
 
         def load(start, stop):
             part = indices[start:stop]
-            images = augment(self.images[part], part, s.seed, epoch, s.augment)
+            images = augment(self.images[part], part, s.seed, passes, s.augment)
             return normalize(images, self.mean, self.std), self.labels[part]
 
         loss, correct, grads = self.engine.loss_and_grads(
@@ -385,7 +394,7 @@ class _Run:
         self.save()
         self.folder.log(epoch_line(row))
         try:
-            self.report.lines(epoch_line(row))
+            self.report.epoch(row)
         except BrokenPipeError:  # a Ctrl-C that stopped the reader too is answered first
             self._stop_if_asked()
             raise
