@@ -93,8 +93,8 @@ LIMITS = {
 class Settings:
     """Everything that decides the bits of a run. make_settings fills it from a recipe.
 
-    passes: over the training images in an epoch, at whose end is the validation. Either epochs or steps is None. clip_grad None: no clipping. Raises UserError where a value is
-    out of range.
+    passes: over the training images in an epoch, at whose end is the validation. Either epochs or
+    steps is None. clip_grad None: no clipping. Raises UserError where a value is out of range.
     """
 
     data: str
