@@ -10,11 +10,6 @@ from .run import mask_name
 
 # Of Okabe and Ito: all eyes tell them apart.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-)  # of Okabe and Ito: told apart by all eyes
 COLORS = {"convit": BLUE, "vit": ORANGE}
 YLABEL = "validation top-1 (%)"
 
