@@ -180,10 +180,11 @@ def rows_of(asked):
         for layers in sorted({_share(share, model.depth) for share in GPSA_SHARES}):
             for strength in STRENGTHS if layers else [model.locality_strength]:
                 changes = {"local_up_to_layer": layers, "locality_strength": strength}
-                label = f"{layers} GPSA layer{'s' * (layers != 1)}" + f", strength {strength:g}" * (
-                    layers > 0
-                )
-                folder = f"layers{layers}" + f"-strength{strength:g}" * (layers > 0)
+                label = f"{layers} GPSA layer{'s' * (layers != 1)}"
+                folder = f"layers{layers}"
+                if layers:
+                    label += f", strength {strength:g}"
+                    folder += f"-strength{strength:g}"
                 rows.append(_row(asked, folder, label, **changes))
         return rows
     masks = {"convit": [], "vit": []}

@@ -107,9 +107,8 @@ def run_plan(plan, out, say, **where):
     outcome; what train raises otherwise ends it, and calling again goes on.
     """
     total, outcomes = plan.images_seen * len(plan.rows) * len(plan.seeds), []
-    with tqdm(
-        total=total, unit=" images", bar_format=BAR + "{postfix}", disable=None, leave=False
-    ) as bar:
+    bar_options = {"unit": " images", "bar_format": BAR + "{postfix}", "smoothing": 0}
+    with tqdm(total=total, disable=None, leave=False, **bar_options) as bar:
         for row in plan.rows:
             for seed in plan.seeds:
                 began, end = time.perf_counter(), bar.n + plan.images_seen
