@@ -26,7 +26,7 @@ class _Fractions(click.ParamType):
         try:
             return value if isinstance(value, list) else [float(x) for x in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} is not of the form X,Y,...", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers like 0.1,1.0", param, ctx)
 
 
 @click.command("experiment")
@@ -92,7 +92,11 @@ def command(ctx, name, data_dir, device, threads, out, plan_file, resume, **flag
         again = f"{ctx.command_path} {name} --resume --out {quote(str(out))}"
         again += f" --data-dir {quote(str(data_dir))}" if data_dir else ""
         again += f" --device {device}" if device != "auto" else ""
-        saved = f"and saved; go on with: {again}" if (out / PLAN).exists() else "before the plan"
+        saved = (
+            f"and saved; go on with: {again}"
+            if (out / PLAN).exists()
+            else "before anything was planned"
+        )
         with suppress(OSError):  # Ctrl-C stops the reader of a pipe too
             click.echo(f"stopped {saved}", err=True)
         return 128 + getattr(stop, "signal", signal.SIGINT)
@@ -118,7 +122,11 @@ def _stored_plan(out, replayed, asked, name):
     plan = load_plan(out / PLAN)
     if replayed and replayed != plan:
         raise UserError(f"{out} holds another plan: choose another folder with --out")
-    refuse_other(plan.asked, {"experiment": name} | asked, out)
+    if plan.experiment != name:
+        raise UserError(
+            f"{out} holds a plan of {plan.experiment}, not of {name}: choose another --out"
+        )
+    refuse_other(plan.asked, asked, out)
     return plan
 
 

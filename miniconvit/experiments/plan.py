@@ -106,10 +106,14 @@ def load_plan(path):
         if len({(row.settings.steps, row.settings.batch_size) for row in rows}) != 1:
             raise ValueError("its rows differ in the number of images seen")
         return plan
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, UserError) as error:
+    except OSError as error:
         raise UserError(
-            f"{path} is no plan that can be read ({type(error).__name__}: {error}): give the "
-            "plan.json of an experiment"
+            f"{path} cannot be read ({error.strerror}): give the plan.json of an experiment"
+        ) from error
+    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, UserError) as error:
+        raise UserError(
+            f"{path} is damaged, or no plan of this program ({error!r}): give the plan.json of an "
+            "experiment"
         ) from error
 
 
