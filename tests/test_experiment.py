@@ -270,7 +270,7 @@ class Kill(BaseException):
 def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
     argv = command("escape", "x", "--subset", 1, budget=8, seeds=1)
     assert program(*[*argv[:-3], "whole", *argv[-2:]])[0] == 0
-    assert load_plan("whole/plan.json").steps == 16
+    assert load_plan("whole/plan.json").steps == 15
     steps, real = iter(range(1, 999)), training.augment
 
     def stop(*arguments):
