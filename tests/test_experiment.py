@@ -61,6 +61,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(running, "load_dataset", without_test)
     monkeypatch.setattr(running, "measure", fake_speed)
     monkeypatch.setattr("miniconvit.experiments.plan.LEAST_STEPS", 4)
+    monkeypatch.setattr("miniconvit.experiments.plan.VALIDATIONS", (3, 2))
     monkeypatch.setitem(VARIANTS, "convit_micro32", SMALL)
     monkeypatch.setitem(VARIANTS, "vit_micro32", replace(SMALL, local_up_to_layer=0))
     monkeypatch.chdir(tmp_path)
@@ -270,7 +271,7 @@ class Kill(BaseException):
 def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
     argv = command("escape", "x", "--subset", 1, budget=8, seeds=1)
     assert program(*[*argv[:-3], "whole", *argv[-2:]])[0] == 0
-    assert load_plan("whole/plan.json").steps == 15
+    assert 4 < load_plan("whole/plan.json").steps < 20  # one moment in each of two runs
     steps, real = iter(range(1, 999)), training.augment
 
     def stop(*arguments):
