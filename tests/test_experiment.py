@@ -316,6 +316,9 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(small, tmp_path, p
 
 def test_masks_are_applied_to_the_last_parameters(small, tmp_path, program):
     assert program(*command("masking", "x", "--subset", 1, seeds=1, budget=5))[0] == 0
+    for path in tmp_path.rglob("best.safetensors"):
+        path.unlink()
+    assert program("masking", "--resume", "--out", "x")[0] == 0
     run = json.loads((tmp_path / "x/table.json").read_text())["runs"][0]
     model, data = load_checkpoint(tmp_path / "x/convit/seed0/last.safetensors"), small_dataset()
     images = normalize(data.val.images, data.mean, data.std)
