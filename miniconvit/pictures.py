@@ -28,7 +28,9 @@ def draw_nonlocality(runs, note, path):
     runs: a list of (title, config, epochs, values), values (epochs, depth): means over the heads;
     note: what else to say of them.
     """
-    figure, axes = _figure(1, len(runs), height=3.2, width=WIDTH if len(runs) > 1 else 4.6)
+    width = WIDTH if len(runs) > 1 else 4.6
+    figure, axes = new_figure(1, len(runs), height=3.2, width=width, sharey=True)
+    farthest = max(max(uniform_nonlocality(run[1].grid), np.max(run[3])) for run in runs)
     for axis, (title, config, epochs, values) in zip(axes[0], runs, strict=True):
         for i, column in enumerate(np.transpose(values)):
             local = i < config.local_up_to_layer
@@ -41,7 +43,7 @@ def draw_nonlocality(runs, note, path):
         axis.axhline(uniform, color="0.55", linewidth=0.8, linestyle=":")
         axis.annotate("even attention", (0.0, uniform), (3, 2), ("axes fraction", "data"),
                       "offset points", va="bottom", fontsize=7, color="0.35")  # fmt: skip
-        axis.set(ylim=(0, 1.12 * max(uniform, np.max(values))))
+        axis.set(ylim=(0, 1.12 * farthest))
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("epoch", fontsize=8)
         _whole_numbers(axis)
@@ -49,7 +51,7 @@ def draw_nonlocality(runs, note, path):
                     bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
     axes[0][0].set_ylabel("nonlocality (patches)", fontsize=8)
     figure.supxlabel(note, fontsize=6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_gates(epochs, values, path):
@@ -61,7 +63,7 @@ def draw_gates(epochs, values, path):
     layers, heads = values.shape[1:]
     columns = min(layers, 5)
     rows = -(-layers // columns)
-    figure, axes = _figure(rows, columns, height=0.5 + 1.6 * rows, sharex=True, sharey=True)
+    figure, axes = new_figure(rows, columns, height=0.5 + 1.6 * rows, sharex=True, sharey=True)
     for i, axis in enumerate(axes.flat):
         if i >= layers:
             axis.set_visible(False)
@@ -80,7 +82,7 @@ def draw_gates(epochs, values, path):
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, title="head", loc="outside right center", fontsize=7,
                   title_fontsize=7, frameon=False)  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_maps(picture, layers, query, note, path):
@@ -91,7 +93,7 @@ def draw_maps(picture, layers, query, note, path):
     """
     heads = len(layers[0]["heads"])
     height = 0.9 + WIDTH / (heads + 2) * len(layers)
-    figure, axes = _figure(len(layers), heads + 1, height)
+    figure, axes = new_figure(len(layers), heads + 1, height)
     for row, layer in zip(axes, layers, strict=True):
         _draw_picture(row[0], picture, layer["maps"]["mixture"].shape[1:], query)
         row[0].set_ylabel(f"layer {layer['layer']}\n{layer['attention'].upper()}", fontsize=8)
@@ -103,7 +105,7 @@ def draw_maps(picture, layers, query, note, path):
         axis.set_title(f"head {h + 1}\n{axis.get_title()}".strip(), fontsize=7, pad=2)
     axes[0][0].set_title("image, query", fontsize=7, pad=2)
     _scale(figure, axes, shown, note)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_parts(picture, layer, query, path):
@@ -113,7 +115,7 @@ def draw_parts(picture, layer, query, path):
     """
     heads = layer["heads"]
     height = 0.9 + 3 * WIDTH / (len(heads) + 2)
-    figure, axes = _figure(3, len(heads) + 1, height)
+    figure, axes = new_figure(3, len(heads) + 1, height)
     for row, kind in zip(axes, ("content", "position", "mixture"), strict=True):
         _draw_picture(row[0], picture, layer["maps"][kind].shape[1:], query)
         row[0].set_ylabel(kind, fontsize=8)
@@ -126,17 +128,19 @@ def draw_parts(picture, layer, query, path):
         axis.set_title(f"head {h + 1}\ngate {heads[h]['gate']:.2f}", fontsize=7, pad=2)
     axes[0][0].set_title(f"layer {layer['layer']}", fontsize=8, pad=2)
     _scale(figure, axes, shown, "+ is the centre of the head's position attention")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(rows, columns, height, width=WIDTH, **options):
+def new_figure(rows, columns, height, width=WIDTH, **options):
+    """(figure, axes (rows, columns)), sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure, path):
+def save(figure, path):
+    """Writes the figure as a PNG file for print."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=300)
     write_file(path, content.getvalue())

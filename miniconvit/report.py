@@ -33,6 +33,10 @@ class Report:
                 self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def epoch(self, row):
+        """Prints a row of metrics.jsonl."""
+        self.lines(epoch_line(row))
+
     def step(self, images, epoch, loss, accuracy):
         """Moves the bar on by one step; loss and accuracy (0 to 1) are the epoch's so far."""
         self._bar.set_description_str(

@@ -103,6 +103,7 @@ LIMITS = {
     "patch_size": _SIZE,
     "local_up_to_layer": ("an integer of at least 0", is_count),
     "locality_strength": ("a finite number", is_number),
+    "passes": _COUNT,
     "epochs": _COUNT,
     "steps": _COUNT,
     "batch_size": _COUNT,
@@ -130,8 +131,9 @@ LIMITS = {
 class Settings:
     """Everything that decides the bits of a run. make_settings fills it from a recipe.
 
-    Either epochs or steps is None. clip_grad None: no clipping; ema None: no average. Raises
-    UserError where a value is out of range.
+    passes: over the training images in an epoch, at whose end is the validation. Either epochs or
+    steps is None. clip_grad None: no clipping; ema None: no average. Raises UserError where a value
+    is out of range.
     """
 
     data: str
@@ -161,6 +163,7 @@ class Settings:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float | None = None
+    passes: int = 1
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):

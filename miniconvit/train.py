@@ -94,12 +94,14 @@ def train(
     threads=None,
     device="cpu",
     quiet=False,
+    report=Report,
 ):
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
     that has begun downloads nothing, and its data lie where they lay unless data_dir says
-    otherwise. quiet: prints nothing. Raises UserError; Interrupted after SIGINT or SIGTERM, when
+    otherwise. quiet: prints nothing. report: shows how it goes, called with Report's arguments.
+    Raises UserError; Interrupted after SIGINT or SIGTERM, when
     the step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
     every 50 steps.
     """
@@ -125,7 +127,7 @@ def train(
             else:
                 folder.cut_metrics(0)
                 folder.write_config(_about(settings, config, data_dir, engine.threads, place))
-            return run.train(quiet, place)
+            return run.train(quiet, place, report)
     finally:
         folder.close()
 
@@ -191,7 +193,8 @@ class _Run:
         self.frozen = frozen  # names of parameters
         n = len(dataset.train.labels)
         self.batch_size = min(settings.batch_size, n)
-        self.steps_per_epoch = n // self.batch_size  # a remainder waits for the next epoch's order
+        self.steps_per_pass = n // self.batch_size  # a remainder waits for the next pass's order
+        self.steps_per_epoch = settings.passes * self.steps_per_pass
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.epochs = -(-self.total_steps // self.steps_per_epoch)
         self.images, self.val_images = dataset.train.images, dataset.val.images
@@ -304,11 +307,11 @@ class _Run:
         about |= {"classes": list(dataset.classes), "data": dataset.name}
         save_checkpoint(path, params, self.engine.config, **about, **training)
 
-    def train(self, quiet, place):
+    def train(self, quiet, place, report):
         """The whole run from where it stands. Returns a Result."""
         was_finished = self.epoch == self.epochs
         total, done = self.total_steps * self.batch_size, self.step * self.batch_size
-        self.report = Report(total, done, self.epochs, quiet)
+        self.report = report(total, done, self.epochs, quiet)
         try:
             self._introduce(place)
             with _signals(self.stop_requests), warnings.catch_warnings():
@@ -352,19 +355,25 @@ class _Run:
 
     def _train_epoch(self):
         """The steps of this epoch that are still to do, with a save now and then."""
-        s, epoch, n = self.settings, self.epoch, len(self.dataset.train.labels)
-        order = epoch_order(n, s.seed, epoch, s.repeats)
+        end = min((self.epoch + 1) * self.steps_per_epoch, self.total_steps)
+        self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
+        while self.step < end:
+            self._train_pass(end)
+
+    def _train_pass(self, end):
+        """The steps up to `end` of this pass over the images, which has an order of its own."""
+        s, number = self.settings, self.step // self.steps_per_pass
+        order = epoch_order(len(self.dataset.train.labels), s.seed, number, s.repeats)
         if not self.has_files:
             order = to_device(order, self.engine.xp)
-        end = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
-        first, size = epoch * self.steps_per_epoch, self.batch_size
-        batches = [order[(k - first) * size :][:size] for k in range(self.step, end)]
+        first, size = number * self.steps_per_pass, self.batch_size
+        steps = range(self.step, min(first + self.steps_per_pass, end))
+        batches = [order[(step - first) * size :][:size] for step in steps]
 
         def view(draws):
             indices, copies = divmod(draws, s.repeats)
-            return training_images(self.images, indices, s.seed, epoch, s.augment, copies)
+            return training_images(self.images, indices, s.seed, number, s.augment, copies)
 
-        self.epoch_began, self.trained_images, self.trained_seconds = time.perf_counter(), 0, 0.0
         workers = _decoders(self.images, self.engine, is_read_twice=s.mixup or s.cutmix)
         with closing(feed(view, batches, workers)) as fed:
             for draws in batches:
@@ -379,15 +388,16 @@ class _Run:
                     self.save()
 
     def _train_step(self, draws, pixels):
-        """One update from a batch: what the epoch has drawn for it, and a function (start, stop)
+        """One update from a batch: what the pass has drawn for it, and a function (start, stop)
         that gives a part of these images, augmented."""
         s, n, xp = self.settings, len(draws), self.engine.xp
+        number = self.step // self.steps_per_pass
         mix = draw_mix(s.mixup, s.cutmix, s.seed, self.step, self.images.shape[2:])
 
         def part(start, stop):
             indices, copies = divmod(to_device(draws[start:stop], xp), s.repeats)
             images = normalize(to_device(pixels(start, stop), xp), self.mean, self.std)
-            erase(images, indices, s.seed, self.epoch, s.augment, copies)
+            erase(images, indices, s.seed, number, s.augment, copies)
             return images, self.labels[indices]
 
         def load(start, stop):
@@ -455,7 +465,7 @@ class _Run:
         self.save()
         self.folder.log(epoch_line(row))
         try:
-            self.report.lines(epoch_line(row))
+            self.report.epoch(row)
         except BrokenPipeError:  # a Ctrl-C that stopped the reader too is answered first
             self._stop_if_asked()
             raise

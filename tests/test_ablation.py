@@ -273,11 +273,11 @@ def test_an_ablation_resumes_to_the_bit(tmp_path, small_data, monkeypatch, row):
     run(tmp_path / "whole", **TABLE_3[row])
     steps, train_step = [], training._Run._train_step
 
-    def stop_after_eight(self, indices):
+    def stop_after_eight(self, draws, pixels):
         if len(steps) == 8:
             raise KeyboardInterrupt
         steps.append(1)
-        train_step(self, indices)
+        train_step(self, draws, pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "_train_step", stop_after_eight)

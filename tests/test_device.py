@@ -366,10 +366,10 @@ def test_a_run_is_the_cpus_and_steps_neither_wait_nor_send(cupy, tmp_path, monke
     steps = []
     whole_step = training._Run._train_step
 
-    def strict_step(self, indices):
+    def strict_step(self, draws, pixels):
         before = fakecupy.STATE.allocations
         with fakecupy.forbid("wait", "upload", "float64"):
-            whole_step(self, indices)
+            whole_step(self, draws, pixels)
         steps.append(fakecupy.STATE.allocations - before)
 
     monkeypatch.setattr(training._Run, "_train_step", strict_step)
@@ -416,8 +416,8 @@ def stop_after(monkeypatch, step):
     """Ctrl-C in the given step of the next run."""
     once = training._Run._train_step
 
-    def stopping(self, indices):
-        once(self, indices)
+    def stopping(self, draws, pixels):
+        once(self, draws, pixels)
         if self.step == step:
             self.stop_requests.append(2)
 

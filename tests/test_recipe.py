@@ -133,8 +133,8 @@ def stop_after(patch, step):
     """Ctrl-C in the given step of the next run."""
     once = training._Run._train_step
 
-    def stopping(self, draws):
-        once(self, draws)
+    def stopping(self, draws, pixels):
+        once(self, draws, pixels)
         if self.step == step:
             self.stop_requests.append(2)
 
@@ -298,9 +298,9 @@ def test_a_device_sees_the_same_images_and_nobody_waits(cupy, preset):
 def test_a_run_on_a_device_is_the_cpus(cupy, tmp_path, monkeypatch):
     whole_step = training._Run._train_step
 
-    def strict_step(self, draws):
+    def strict_step(self, draws, pixels):
         with fakecupy.forbid("wait", "upload"):
-            whole_step(self, draws)
+            whole_step(self, draws, pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "_train_step", strict_step)

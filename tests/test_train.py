@@ -172,6 +172,33 @@ def test_steps_instead_of_epochs(tmp_path):
     assert [(row["epoch"], row["step"]) for row in result.rows] == [(1, 6), (2, 8)]
 
 
+def test_two_passes_are_an_epoch(tmp_path, monkeypatch):
+    """The same training as twice as many epochs of one pass, to the bit, validated half as often,
+    and resumed from the middle of the second pass."""
+    given = {"augment": "crop-flip", "drop_path": 0.3}
+    expected = run(tmp_path / "one", epochs=4, warmup_epochs=1.0, **given)
+    given |= {"epochs": 2, "warmup_epochs": 0.5, "passes": 2}
+    steps, real = iter(range(1, 99)), training.augment
+
+    def stop_after_step_9(*arguments):
+        if next(steps) == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "augment", stop_after_step_9)
+        with pytest.raises(Interrupted):
+            train(settings(**given), tmp_path / "two", quiet=True, threads=1)
+    found = run(tmp_path / "two", resume=True, **given)
+    assert [row["step"] for row in found.rows] == [12, 24]
+    for ours, pair in zip(found.rows, (expected.rows[:2], expected.rows[2:]), strict=True):
+        assert ours["val_loss"] == pair[1]["val_loss"]
+        assert ours["train_loss"] == pytest.approx(sum(row["train_loss"] for row in pair) / 2)
+    ends = [load_checkpoint(tmp_path / name / "last.safetensors").params for name in ("one", "two")]
+    for name, value in ends[0].items():
+        np.testing.assert_array_equal(ends[1][name], value, err_msg=name)
+
+
 def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
     result = run(tmp_path / "run", batch_size=1000, epochs=2)
     assert [row["step"] for row in result.rows] == [1, 2]
@@ -341,6 +368,7 @@ OTHER = {
     "mixup": 0.8,
     "cutmix": 1.0,
     "ema": 0.9,
+    "passes": 2,
 }
 
 

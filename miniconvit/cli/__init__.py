@@ -17,6 +17,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "experiment",
     "bench",
     "data",
     "tutorial",

@@ -61,7 +61,8 @@ from .options import SIZE, broken_option, data_dir_option, device_option, thread
     type=click.Choice(FREEZE),
     help="Do not train their gates, which then stand at 0, or all of their attention.",
 )
-@click.option("--epochs", type=int, help="Length of the run, in passes over the data.")
+@click.option("--passes", type=int, help="Passes over the data in an epoch.  [default: 1]")
+@click.option("--epochs", type=int, help="Length of the run; each ends with a validation.")
 @click.option("--steps", type=int, help="Length of the run in steps, instead of --epochs.")
 @click.option("--batch-size", type=int, help="Images in a step.")
 @click.option("--lr", type=float, help="Peak learning rate.")
