@@ -73,7 +73,7 @@ FATAL = {
     "calls C": ("import ctypes; ctypes.CDLL(None).getpid()", "PermissionError: not allowed"),
     "patches what the hook might call": (
         "import builtins, os\nos.fsdecode = os.path.realpath = lambda path: 'kit.py'\n"
-        "builtins.any = builtins.isinstance = lambda *a: True\nopen('/etc/passwd')",
+        "builtins.any = lambda values: True\nopen('/etc/passwd')",
         "PermissionError: not allowed while being graded: open /etc/passwd",
     ),
     "opens below the surface": (
