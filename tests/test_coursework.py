@@ -332,6 +332,12 @@ def test_hints_on_other_gradients_and_images():
     assert "should be exactly zero" in complain(RIGHT, RIGHT * 0, SIZE)
 
 
+def test_hints_stay_silent_on_what_is_nearly_right():
+    nearly = RIGHT * (1 + 5e-8)
+    assert "nearly right, " in complain(nearly, RIGHT, SIZE)
+    assert "1 times" not in complain(nearly, RIGHT, SIZE)
+
+
 def test_what_is_right():
     assert complain(RIGHT * (1 + 1e-9), RIGHT, SIZE) == ""
     assert "error 1.0e-06" in complain(RIGHT * (1 + 1e-6), RIGHT, SIZE)
@@ -416,6 +422,9 @@ def test_create_refuses(tmp_path):
         create(tmp_path / "full", tmp_path / "secret")
     with pytest.raises(UserError, match="4 characters, but needs 16"):
         create(tmp_path / "new", tmp_path / "short")
+    (tmp_path / "short").write_bytes(b"\xff" * 40)
+    with pytest.raises(UserError, match="is no UTF-8 text"):
+        create(tmp_path / "new", tmp_path / "short")
     with pytest.raises(UserError, match="unknown exercise conv"):
         create(tmp_path / "new", tmp_path / "secret", ["conv"])
     with pytest.raises(UserError, match="in the students' folder"):
@@ -431,6 +440,57 @@ def test_grade_refuses(kit, tmp_path):
         grade(tmp_path / "none", kit / "student", tmp_path / "out")
     with pytest.raises(UserError, match="holds neither coursework"):
         grade(tmp_path / "none", tmp_path, tmp_path / "out")
+
+
+def test_submissions_as_they_arrive(kit, tmp_path):
+    """What learning platforms and other systems make of them: none is lost, none ends the rest."""
+    chosen = exercises(["gelu"])
+    create(tmp_path / "kit", kit.parent / "secret", ["gelu"])
+    inbox = tmp_path / "inbox"
+    packed = pack(tmp_path / "kit" / "instructor" / "solution", assignment_of(chosen))
+    for name in ("Upper.ZIP", "=1+2, cmd.zip", os.fsdecode(b"M\xfcller.zip"), "moodle/essay.zip"):
+        (inbox / name).parent.mkdir(parents=True, exist_ok=True)
+        (inbox / name).write_bytes(packed.read_bytes())
+    with zipfile.ZipFile(inbox / "windows.zip", "w") as archive:
+        archive.writestr("kit\\gelu.py", solution(chosen[0]))
+    (inbox / "empty").mkdir()
+    (inbox / "link").symlink_to(tmp_path / "kit" / "instructor" / "solution")
+    graded = grade(inbox, tmp_path / "kit" / "instructor", tmp_path / "out", jobs=2)
+    assert {name for name, one in graded.items() if not one.score} == {"empty", "link"}
+    assert len(graded) == 7
+    assert "holds none of the files, such as gelu.py" in graded["empty"].remark
+    assert "it is a link" in graded["link"].remark
+    with (tmp_path / "out" / "grades.csv").open(encoding="utf-8") as file:
+        names = {row["student"] for row in csv.DictReader(file)}
+    assert names >= {"'=1+2, cmd", "M?ller", "Upper", "moodle"}
+    (inbox / "late.tar.gz").touch()
+    with pytest.raises(UserError, match=r"late\.tar\.gz is neither a folder nor a zip file"):
+        grade(inbox, tmp_path / "kit" / "instructor", tmp_path / "out")
+
+
+def assignment_of(chosen):
+    return Assignment(chosen, SECRET, VISIBLE, skeleton_hash(chosen))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("linear", "drows.sum(axis=0)", "dy.sum(axis=(0, 1))"),
+        ("layernorm", "True) + eps)", "True) + 1e-6)"),
+        ("layernorm", "True) + eps)", "True))"),
+        ("patch_embed", "as_pair(patch_size)", "patch_size"),
+        ("cross_entropy", "t = targets.", "t = (1.0 - label_smoothing) * targets."),
+        ("adamw", '("pos_embed", "cls_token")', '("pos_embed",)'),
+        ("gelu", "return x * cdf,", 'return (x * cdf).astype("f4").astype(x.dtype),'),
+    ],
+)
+@pytest.mark.parametrize("sizes", [VISIBLE, HIDDEN], ids=["visible", "hidden"])
+def test_half_of_the_docstring_is_not_enough(in_process, sizes, name, before, after):
+    """Bugs that show only with other arguments than most calls have, or in the last digits."""
+    (exercise,) = exercises([name])
+    right = solution(exercise)
+    assert right.count(before) == 1
+    assert not in_process(exercise, right.replace(before, after), sizes).is_full
 
 
 def test_notes_and_readme_name_every_exercise(kit):
@@ -459,6 +519,8 @@ def test_autograder_runs_from_its_own_wheel(kit, tmp_path):
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "venv" / "site")
+    (licensed,) = (tmp_path / "venv" / "site").glob("miniconvit-*.dist-info/licenses/LICENSE")
+    assert licensed.read_text() == (Path(__file__).parents[1] / "LICENSE").read_text()
     (tmp_path / "run_autograder").write_bytes((source / "run_autograder").read_bytes())
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir()

@@ -71,6 +71,47 @@ FATAL = {
         "PermissionError",
     ),
     "calls C": ("import ctypes; ctypes.CDLL(None).getpid()", "PermissionError: not allowed"),
+    "patches what the hook might call": (
+        "import builtins, os\nos.fsdecode = os.path.realpath = lambda path: 'kit.py'\n"
+        "builtins.any = lambda values: True\nopen('/etc/passwd')",
+        "PermissionError: not allowed while being graded: open /etc/passwd",
+    ),
+    "opens below the surface": (
+        "import os, posixpath\nposixpath._joinrealpath = lambda *a: (os.getcwd(), True)\n"
+        "os.open('/etc/passwd', os.O_RDONLY)",
+        "PermissionError: not allowed while being graded: open /etc/passwd",
+    ),
+    "climbs out of the folder": (
+        "open('../../etc/passwd')",
+        "PermissionError: not allowed while being graded: open ../../etc/passwd",
+    ),
+    "looks for the hook": ("import gc; gc.get_objects()", "not allowed while being graded: gc.get"),
+    "takes the hook out of a frame": (
+        "try: open('/etc/passwd')\nexcept PermissionError as error:\n"
+        "    trace = error.__traceback__\n    while trace.tb_next: trace = trace.tb_next\n"
+        "    for value in trace.tb_frame.f_locals.values():\n"
+        "        for cell in getattr(value, '__closure__', None) or ():\n"
+        "            if type(cell.cell_contents) is tuple: cell.cell_contents = ('',)\n"
+        "            if cell.cell_contents == os.sep: cell.cell_contents = ''\n"
+        "import os; open('/etc/passwd')",
+        "PermissionError: not allowed while being graded: open /etc/passwd",
+    ),
+    "a text that lies about itself": (
+        "class Name(str):\n    def partition(self, _): return ('math',)\n__import__(Name('torch'))",
+        "PermissionError: not allowed while being graded: import",
+    ),
+    "what NumPy has loaded": ("import _ctypes", "not allowed while being graded: import _ctypes"),
+    "a compiled module from elsewhere": (
+        "import sys; Loader = type(sys.modules['numpy._core._multiarray_umath'].__loader__)\n"
+        "from importlib.machinery import ModuleSpec\n"
+        "path = '/usr/lib/foo.so'\n"
+        "Loader('a.b', path).create_module(ModuleSpec('a.b', None, origin=path))",
+        "PermissionError: not allowed while being graded: import a.b",
+    ),
+    "a signal by descriptor": (
+        "import posix, _signal; _signal.pidfd_send_signal(posix.pidfd_open(1), 0)",
+        "AttributeError",
+    ),
     "no pair": ("return x", "gelu_forward must return the pair (output, cache)"),
     "no file": ("# nothing", "gelu: there is no gelu_forward"),
     "does not parse": ("# a syntax error\ndef gelu_forward(:", "SyntaxError"),
@@ -145,6 +186,13 @@ RUBBISH = {
     "a negative shape": "message({'array': ['<f8', [-1]]})",
     "a tree too deep": "struct.pack('<II', 90000, 90000) + b'[' * 90000",
     "a call of another function": "message('x')",
+    "no content": "raw(b'[\"return\"]')",
+    "a call without content": "raw(b'[\"call\"]')",
+    "a call of too much": 'raw(b\'["call", "x", [], {"dict": []}, 1]\')',
+    "an unknown message": "raw(b'[\"?\", 1]')",
+    "a dict of kinds": "raw(b'{\"return\": 1}')",
+    "a number that is no index": 'raw(b\'["return", {"kept": Infinity}]\')',
+    "a dtype that NumPy parses as code": "message({'array': ['(1,f8', [1]]})",
 }
 
 
@@ -155,7 +203,8 @@ def test_rubbish_in_the_pipe(name):
     text = (
         "# rubbish\nimport json, os, struct\n"
         "def message(value):\n"
-        "    header = json.dumps(['return', value]).encode()\n"
+        "    return raw(json.dumps(['return', value]).encode())\n"
+        "def raw(header):\n"
         "    return struct.pack('<II', len(header), len(header)) + header\n"
         "def gelu_forward(x):\n"
         "    for fd in range(3, 20):\n"
@@ -166,6 +215,25 @@ def test_rubbish_in_the_pipe(name):
     result = run(text, limits=Limits(seconds=2.0))
     assert result.score == 0
     assert result.text
+
+
+@POSIX
+def test_an_error_that_cannot_be_printed():
+    """Half a surrogate pair, and a text without end, as the student's side may send them."""
+    result = run("from runner import Failure; raise Failure(chr(0xD800) + 'x' * 100_000)")
+    assert result.text.encode()
+    assert len(result.text) < 500
+
+
+def test_an_integer_without_end():
+    (exercise,) = exercises(["cross_entropy"])
+    text = (
+        "# long\ndef cross_entropy_forward(*_): return 10**400, 0\n"
+        "def cross_entropy_backward(dy, cache): return 10**400\n"
+    )
+    result = run(text, exercise)
+    assert "cross_entropy, loss: is an integer beyond 64 bits" in result.text
+    assert result.score == 0
 
 
 def test_forged_answers_do_not_help():
@@ -233,6 +301,21 @@ def test_right_functions_are_asked_with_care(call, sentence):
     )
     result = run(text, MHSA)
     assert sentence in result.text
+
+
+def test_right_functions_do_not_fill_the_memory(monkeypatch):
+    """A column times a row; and small results, kept again and again."""
+    column = "np.ones((1, 1, 300, 1))"
+    start = (
+        "# memory\nimport numpy as np\nfrom kit import REFERENCE\n"
+        "def attention_forward(*_): return 0, 0\n"
+        "def mhsa_forward(x, params, heads, ops):\n    "
+    )
+    attend = f"ops.attention_forward({column}, {column}, {column}, ops)"
+    assert "has more than 65536 entries" in run(start + attend, MHSA).text
+    monkeypatch.setattr("miniconvit.coursework.sandbox.MOST_KEPT", 1 << 20)
+    attend = "while True: " + attend.replace("300", "20")
+    assert "other exercises were called too often" in run(start + attend, MHSA).text
 
 
 def test_softmax_cannot_be_had_from_attention():
@@ -304,7 +387,7 @@ def test_values_survive_the_wire():
     sent = []
     wire = Wire(None, sent.append, None, None)
     arrays = (np.arange(6.0).reshape(2, 3).T, np.float32(1.5), np.array([], dtype=np.int64))
-    wire._send("return", {"a": arrays, "b": None}, [True, 3, "x"])
+    wire._send("return", [{"a": arrays, "b": None}, [True, 3, "x"]])
     data = sent[0]
 
     def read(size):
@@ -312,7 +395,7 @@ def test_values_survive_the_wire():
         part, data = data[:size], data[size:]
         return part
 
-    kind, value, rest = Wire(read, None, None, None)._receive()
+    kind, (value, rest) = Wire(read, None, None, None)._receive()
     assert (kind, rest, value["b"]) == ("return", (True, 3, "x"), None)
     for got, expected in zip(value["a"], arrays, strict=True):
         assert got.dtype == expected.dtype

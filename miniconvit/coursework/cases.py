@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from ..config import ConViTConfig
+from ..config import ConViTConfig, as_pair
 from ..layers.ops import REFERENCE, part
 from ..model import param_shapes
 from ..optim import AdamW
@@ -103,17 +103,17 @@ def _draws(unit, rng, size):
 
 def _solve(unit, args, rng, size):
     """The Draw of these arguments; right answers are computed in float64."""
-    exact = _map_arrays(lambda a: a.astype(float) if a.dtype.kind == "f" else a, args)
+    exact = map_arrays(lambda a: a.astype(float) if a.dtype.kind == "f" else a, args)
     if not unit.gradients:
         return Draw(args, adamw_steps(AdamW, *exact))
     exact = tuple(REFERENCE if a is OPS else a for a in exact)
     y, kept = getattr(REFERENCE, unit.forward)(*exact)
-    dy = _map_arrays(lambda a: rng.standard_normal(a.shape).astype(size.dtype), y)
+    dy = map_arrays(lambda a: rng.standard_normal(a.shape).astype(size.dtype), y)
     if unit.outputs == ("loss",):
         dy = float(dy)
     backward = getattr(REFERENCE, unit.backward)
-    exact_dy = _map_arrays(lambda a: a.astype(float), dy)
-    first = _map_arrays(lambda a: _only_first(a, size.B), exact_dy)
+    exact_dy = map_arrays(lambda a: a.astype(float), dy)
+    first = map_arrays(lambda a: _only_first(a, size.B), exact_dy)
     return Draw(args, y, dy, backward(exact_dy, kept), backward(first, kept))
 
 
@@ -125,13 +125,14 @@ def _only_first(dy, images):
     return first
 
 
-def _map_arrays(function, value):
+def map_arrays(function, value):
+    """The value with every array in it, however nested, replaced by function(array)."""
     if isinstance(value, np.ndarray | np.generic):
         return function(value)
     if isinstance(value, tuple):
-        return tuple(_map_arrays(function, item) for item in value)
+        return tuple(map_arrays(function, item) for item in value)
     if isinstance(value, dict):
-        return {key: _map_arrays(function, item) for key, item in value.items()}
+        return {key: map_arrays(function, item) for key, item in value.items()}
     return value
 
 
@@ -150,12 +151,13 @@ def _params(normal, s, prefix, local, bias=True):
 
 def _linear(normal, s):
     x, weight, bias = normal(s.B, s.N, s.D), normal(s.M, s.D), normal(s.M)
-    return [(x, weight, bias), (x, weight)]
+    return [(x, weight, bias), (x, weight), (x[:, 0], weight, bias)]
 
 
 def _layernorm(normal, s):
     x = 1.7 * normal(s.B, s.N, s.D) + 0.4
-    return [(x.astype(s.dtype), normal(s.D), normal(s.D))]
+    args = x.astype(s.dtype), normal(s.D), normal(s.D)
+    return [args, (*args, 0.3)]
 
 
 def _softmax(normal, s):
@@ -167,13 +169,16 @@ def _cross_entropy(normal, s):
     labels = np.argsort(normal(s.B, s.C), axis=1)[:, 0]
     soft = normal(s.B, s.C) ** 2  # rows that do not sum to one
     logits = normal(s.B, s.C, scale=2.0)
-    return [(logits, labels), (logits + 1000, labels, 0.1), (logits, soft)]
+    return [(logits, labels), (logits + 1000, labels, 0.1), (logits, soft, 0.1)]
 
 
 def _patch_embed(normal, s):
-    (rows, cols), (ph, pw) = s.grid, s.patch
-    images = normal(s.B, s.channels, rows * ph, cols * pw)
-    return [(images, normal(s.D, s.channels, ph, pw), normal(s.D), s.patch)]
+    (rows, cols), sets = s.grid, []
+    for patch in (s.patch, s.patch[1]):
+        ph, pw = as_pair(patch)
+        images = normal(s.B, s.channels, rows * ph, cols * pw)
+        sets.append((images, normal(s.D, s.channels, ph, pw), normal(s.D), patch))
+    return sets
 
 
 def _attention(normal, s):
@@ -223,8 +228,9 @@ def _block(normal, s):
 
 
 def _adamw_steps(normal, s):
-    """Three steps on a matrix, a vector, and one of the tensors that are never decayed."""
-    shapes = {"weight": (s.M, s.D), "bias": (s.M,), "pos_embed": (1, s.N, s.D)}
+    """Three steps on a matrix, a vector, and the two tensors that are never decayed."""
+    shapes = {"weight": (s.M, s.D), "bias": (s.M,)}
+    shapes |= {"pos_embed": (1, s.N, s.D), "cls_token": (1, 1, s.D)}
 
     def tensors():
         return {name: normal(*shape) for name, shape in shapes.items()}

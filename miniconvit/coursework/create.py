@@ -7,6 +7,7 @@ import zipfile
 from base64 import urlsafe_b64encode
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import files as installed_files
 from pathlib import Path
 
 from .. import __version__
@@ -131,7 +132,12 @@ def create(out, secret_file, names=None):
 def _secret(path):
     if not path.exists():
         _write(path, secrets.token_hex(32) + "\n", mode=0o600)
-    secret = path.read_text(encoding="utf-8").strip()
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the secret in {path} is no UTF-8 text: delete the file and a good one is drawn"
+        ) from error
     if len(secret) < SHORTEST_SECRET:
         raise UserError(
             f"the secret in {path} has {len(secret)} characters, but needs {SHORTEST_SECRET}: "
@@ -203,8 +209,10 @@ def write_wheel(folder):
     }
     dependencies = "".join(f"Requires-Dist: {line}\n" for line in _dependencies())
     texts = {
-        "METADATA": f"Metadata-Version: 2.1\nName: miniconvit\nVersion: {__version__}\n"
+        "METADATA": f"Metadata-Version: 2.4\nName: miniconvit\nVersion: {__version__}\n"
+        "License-Expression: Apache-2.0\nLicense-File: LICENSE\n"
         f"Requires-Python: >=3.11\n{dependencies}",
+        "licenses/LICENSE": _license(),
         "WHEEL": "Wheel-Version: 1.0\nGenerator: miniconvit\nRoot-Is-Purelib: true\n"
         "Tag: py3-none-any\n",
         "entry_points.txt": "[console_scripts]\nminiconvit = miniconvit.cli:main\n",
@@ -221,6 +229,20 @@ def write_wheel(folder):
 
 def _digest(data):
     return "sha256=" + urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+
+
+def _license():
+    """The text of the license: of the checkout that this runs in, else as installed."""
+    if (PACKAGE.parent / "setup.cfg").is_file():
+        return (PACKAGE.parent / "LICENSE").read_text(encoding="utf-8")
+    try:
+        (path,) = (path for path in installed_files("miniconvit") or () if path.name == "LICENSE")
+    except (PackageNotFoundError, ValueError) as error:
+        raise UserError(
+            "the autograder needs miniconvit's LICENSE, which was not found: run this in a "
+            "checkout, or install miniconvit with pip"
+        ) from error
+    return path.read_text(encoding="utf-8")
 
 
 def _dependencies():

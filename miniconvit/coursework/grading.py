@@ -181,18 +181,26 @@ def _submissions(folder):
         raise UserError(f"{folder} is no folder: name the one that holds the submissions")
     found = {}
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".zip"):
-            student = path.name.removesuffix(".zip")
-            if student in found:
-                raise UserError(f"{student} has two submissions, {path} and {found[student]}")
-            found[student] = path
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir() and path.suffix.lower() != ".zip":
+            raise UserError(
+                f"{path} is neither a folder nor a zip file: put a student's files into a folder "
+                "of the student's name, and anything else elsewhere"
+            )
+        student = path.name if path.is_dir() else path.stem
+        if student in found:
+            raise UserError(f"{student} has two submissions, {path} and {found[student]}")
+        found[student] = path
     if not found:
         raise UserError(f"{folder} holds no submissions: it needs a folder or zip file for each")
     return found
 
 
-def _grade_safely(path, assignment, student):
+def _grade_safely(path, assignment, student=""):
     try:
+        if path.is_symlink():
+            raise UserError("it is a link, which may lead anywhere")
         return grade_submission(path, assignment, student)
     except Exception as error:  # one submission must not end the others' grading
         problem = f"could not be graded, please look at it by hand: {type(error).__name__}: {error}"
@@ -228,18 +236,20 @@ def write_results(graded, assignment, path):
 
 def _write_csv(graded, assignment, path):
     names = [exercise.name for exercise in assignment.exercises]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    # A name that is no UTF-8, as archives of other systems leave it, must not end it all.
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["student", "score", "max_score", *names, "remark"])
         for one in graded:
             scores = [result.score for result in one.results]
-            writer.writerow([one.student, one.score, one.max_score, *scores, one.remark])
+            student = "'" + one.student if one.student[0] in "=+-@\t\r" else one.student
+            writer.writerow([student, one.score, one.max_score, *scores, one.remark])
 
 
 def autograde(root):
     """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
     root = Path(root)
     assignment = load_assignment(root / "source")
-    graded = grade_submission(root / "submission", assignment)
+    graded = _grade_safely((root / "submission").resolve(), assignment)
     (root / "results").mkdir(exist_ok=True)
     write_results(graded, assignment, root / "results" / "results.json")

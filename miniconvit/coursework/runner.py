@@ -18,6 +18,7 @@ LARGEST = 1 << 17  # bytes of a message: the tests' arrays are far smaller
 FRAMEWORKS = (
     *("miniconvit", "torch", "jax", "tensorflow", "autograd", "cupy", "mlx", "keras", "tinygrad"),
     *("subprocess", "_posixsubprocess", "socket", "_socket", "multiprocessing", "ctypes", "cffi"),
+    "_ctypes",
 )
 WHITELIST = (
     *("numpy", "math", "kit", "functools", "itertools", "operator", "dataclasses", "typing"),
@@ -73,7 +74,7 @@ class Wire:
             if kind == "return":
                 return content[0]
             if kind == "error":
-                raise Failure(str(content[0]))
+                raise Failure(_plain(content[0], 400))
             self._answer(*content)
 
     def serve(self):
@@ -115,9 +116,11 @@ class Wire:
         content = self._read(size)
         try:
             tree, *values = json.loads(content[:header])
+            if len(values) != {"return": 1, "error": 1, "call": 3}[tree]:
+                raise ValueError(f"not a message: {tree} with {len(values)} values")
             self._bytes, self._at, self._is_call = content, header, tree == "call"
             return tree, *map(self._decode, values)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except Exception as error:  # these bytes are a student's: NumPy alone raises six kinds
             raise Broken from error
 
     def _encode(self, value, arrays):
@@ -154,7 +157,7 @@ class Wire:
             return {str(key): self._decode(value) for key, value in content}
         if kind == "kept":  # in a call a number of ours comes home, in an answer theirs arrives
             return self._kept[content] if self._is_call else Kept(int(content))
-        return self._ops if kind == "ops" else Other(str(content)[:80])
+        return self._ops if kind == "ops" else Other(_plain(content, 80))
 
     def _next_array(self, dtype, shape):
         if dtype.kind not in "fiub" or not all(type(n) is int and n >= 0 for n in shape):
@@ -162,6 +165,11 @@ class Wire:
         start, self._at = self._at, self._at + prod(shape) * dtype.itemsize
         array = np.frombuffer(self._bytes[start : self._at], dtype).reshape(shape)
         return array.astype(dtype.newbyteorder("="))
+
+
+def _plain(value, length):
+    """The beginning of what the other side says, as text that can be printed and saved."""
+    return str(value)[:length].encode(errors="replace").decode()
 
 
 class Watched:
@@ -183,7 +191,7 @@ class Watched:
 
         def watched(*args):
             for i, argument in enumerate(args[:1] if name.endswith("_backward") else args):
-                self._given += [(name, i, a, a.copy()) for a in _arrays(argument)]
+                self._given += [(name, i, a, a.copy()) for a in arrays_in(argument)]
             try:
                 return function(*args)
             except BaseException as error:  # SystemExit and its like too
@@ -208,12 +216,12 @@ def adamw_steps(AdamW, params, gradients, rates, settings):
     return {name: np.stack(values) for name, values in trace.items()}
 
 
-def _arrays(value):
-    """The arrays in an argument, whatever its nesting."""
+def arrays_in(value):
+    """The arrays in a value, whatever its nesting."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, tuple | list):
-        return [array for item in value for array in _arrays(item)]
+        return [array for item in value for array in arrays_in(item)]
     return [value] if isinstance(value, np.ndarray) else []
 
 
@@ -254,30 +262,50 @@ def _limit_resources(seconds, memory, output):
 def _guard(folder):
     """An audit hook, which cannot be taken off: no file but those beside us and NumPy's own, for
     reading only; no process, network, foreign library or framework."""
-    roots = tuple(os.path.realpath(root) for root in (folder, os.path.dirname(np.__file__)))
+    near = (folder, os.path.dirname(np.__file__))
+    near += tuple(map(os.path.realpath, near))
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     families = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "signal.", "resource.")
-    families += ("pty.", "fcntl.", "mmap.", "syslog.", "tempfile.", "glob.", "pathlib.")
-    realpath, separator = os.path.realpath, os.sep
+    families += ("pty.", "fcntl.", "mmap.", "syslog.", "tempfile.", "glob.", "pathlib.", "gc.get_")
+    families += ("cpython.PyInterpreterState_New",)  # another interpreter would have no hook
+    for name in FRAMEWORKS:
+        sys.modules.pop(name, None)  # NumPy loads ctypes; what is loaded raises no event
+    for module in (os, sys.modules[os.name]):
+        vars(module).pop("pidfd_open", None)  # signals by it raise no event either
 
-    def allowed(path):
-        if isinstance(path, int):
-            return False
-        path = realpath(os.fsdecode(path or "."))
-        return any(path == root or path.startswith(root + separator) for root in roots)
-
-    def hook(event, args):
+    # What it needs are its defaults: a global, a builtin or a module's function could be replaced
+    # by the student, and so could the methods of a subclass of str.
+    def hook(
+        event,
+        args,
+        writing=writing,
+        families=families,
+        frameworks=frozenset(FRAMEWORKS),
+        roots=tuple(path + os.sep for path in near),
+        separator=os.sep,
+        kind=type,
+        text=str,
+        begins=str.startswith,
+        partition=str.partition,
+        error=PermissionError,
+    ):
+        subject = args[0] if args else None
+        path = args[1] if event == "import" else subject  # of a compiled module
+        inside = kind(path) is text and ".." not in path
+        if inside and (begins(path, ("/", "\\")) or ":" in path):
+            inside = begins(path + separator, roots)
         if event == "open":
-            refused = not allowed(args[0]) or bool((args[2] or 0) & writing)
-        elif event in ("os.listdir", "os.scandir"):
-            refused = not allowed(args[0])
+            refused = not inside or (args[2] or 0) & writing
+        elif event == "os.listdir" or event == "os.scandir":
+            refused = not inside
         elif event == "import":
-            refused = args[0].partition(".")[0] in FRAMEWORKS
+            refused = kind(subject) is not text or partition(subject, ".")[0] in frameworks
+            refused = refused or not (path is None or inside)
         else:
-            refused = event.startswith(families)
+            refused = begins(event, families)
         if refused:
-            what = args[0] if args and isinstance(args[0], str) else ""
-            raise PermissionError(f"not allowed while being graded: {event} {what}".strip())
+            what = subject if kind(subject) is text else ""
+            raise error(f"not allowed while being graded: {event} {what}")
 
     sys.addaudithook(hook)
 

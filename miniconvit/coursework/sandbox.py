@@ -11,14 +11,21 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
+from math import prod
 from pathlib import Path
+
+import numpy as np
 
 from ..layers.ops import REFERENCE
 from . import runner
-from .runner import Broken, Failure, Wire
+from .cases import map_arrays
+from .runner import Broken, Failure, Wire, arrays_in
 from .skeleton import kit_source
 
-LARGEST_NUMBER = 64  # in a student's call of a right function: grids, heads, patch sizes
+LARGEST_NUMBER = 16  # in a student's call of a right function: grids, heads, patch sizes
+LARGEST_ARRAY = 1 << 16  # entries of whatever such a call computes
+MOST_KEPT = 1 << 28  # bytes of what all calls of one process keep for their backward passes
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,31 @@ LIMITS = Limits()
 FORGED = "the process wrote something into the pipe of the results"
 
 
+class Bounded(np.ndarray):
+    """An array in the hands of a right function, computing nothing of more than LARGEST_ARRAY
+    entries: a column times a row, sent by a student, could fill the grader's memory."""
+
+    __module__ = "numpy"  # by which backend.array_module knows it
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        shapes = [np.shape(value) for value in inputs]
+        cells = 1
+        if ufunc is np.matmul:
+            cells = prod(shapes[0][-2:-1]) * prod(shapes[1][-1:])
+            shapes = [shape[:-2] for shape in shapes]
+        axes = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
+        if cells * prod(map(max, axes)) > LARGEST_ARRAY:
+            raise Failure(f"what this computes has more than {LARGEST_ARRAY} entries")
+        if "out" in kwargs:
+            kwargs["out"] = tuple(_plain(array) for array in kwargs["out"])
+        result = getattr(ufunc, method)(*map(_plain, inputs), **kwargs)
+        return result.view(Bounded) if isinstance(result, np.ndarray) else result
+
+
+def _plain(value):
+    return value.view(np.ndarray) if isinstance(value, Bounded) else value
+
+
 class Sandbox:
     """One process with one file of a student in it, and a temporary folder around it.
 
@@ -43,7 +75,7 @@ class Sandbox:
 
     def __init__(self, text, name, allowed, limits=LIMITS):
         self._text, self._name, self._allowed, self._limits = text, name, allowed, limits
-        self.printed = ""
+        self.printed, self._kept = "", 0
 
     def __enter__(self):
         self._folder = Path(tempfile.mkdtemp(prefix="coursework-"))
@@ -95,7 +127,16 @@ class Sandbox:
     def _function(self, name):
         if name not in self._allowed:
             raise Failure(f"{name} may not be called here")
-        return getattr(REFERENCE, name)
+        return lambda *args, **kwargs: self._compute(getattr(REFERENCE, name), args, kwargs)
+
+    def _compute(self, function, args, kwargs):
+        """What a right function makes of a student's arguments, with bounds on its memory."""
+        args, kwargs = map_arrays(lambda a: a.view(Bounded), (args, kwargs))
+        result = function(*args, **kwargs)
+        self._kept += sum(array.nbytes for array in arrays_in(result))
+        if self._kept > MOST_KEPT:
+            raise Failure("the functions of other exercises were called too often")
+        return result
 
     def _read(self, size):
         data, pipe = b"", self._process.stdout.fileno()

@@ -4,8 +4,7 @@ import ast
 import hashlib
 import json
 import zipfile
-import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 from .. import __version__
 from ..errors import UserError
@@ -26,7 +25,8 @@ def read_submission(path, exercises, skeleton=""):
     """
     texts, problems, remark = {}, {}, ""
     try:
-        files = _files_of_zip(path) if Path(path).suffix == ".zip" else _files_of_folder(path)
+        path = Path(path)
+        files = _files_of_zip(_archive(path)) if _archive(path) else _files_of_folder(path)
         for exercise in exercises:
             try:
                 text = _read(files, exercise.file)
@@ -37,12 +37,24 @@ def read_submission(path, exercises, skeleton=""):
                 problems[exercise.name] = f"{exercise.file} {problem}"
             else:
                 texts[exercise.name] = text
+        if not any(exercise.file in files for exercise in exercises):
+            remark = f"the submission holds none of the files, such as {exercises[0].file}"
         if MANIFEST in files and skeleton and _edition(files) != skeleton:
             remark = "this submission was packed from another edition of the coursework"
     except UserError as error:
         remark = f"the submission {error}"
         problems = {exercise.name: remark for exercise in exercises}
     return texts, problems, remark
+
+
+def _archive(path):
+    """The zip file that a submission is, or that is all a folder holds, as Moodle puts it; or
+    None."""
+    if not path.is_dir():
+        return path
+    inside = [p for p in path.iterdir() if not p.name.startswith(".")]
+    alone = len(inside) == 1 and inside[0].is_file() and not inside[0].is_symlink()
+    return inside[0] if alone and inside[0].suffix.lower() == ".zip" else None
 
 
 def _files_of_folder(path):
@@ -65,7 +77,7 @@ def _files_of_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             names = [i.filename for i in archive.infolist() if not i.is_dir()]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # zipfile's kinds of errors are many, and differ by version
         raise UserError(f"is no readable zip file: {error}") from error
     names = [name for name in names if not name.startswith("__MACOSX")]
     names.sort(key=lambda name: (-name.count("/"), name))
@@ -77,7 +89,7 @@ def _files_of_zip(path):
 
         return read
 
-    return {PurePosixPath(name).name: reader(name) for name in names}
+    return {PureWindowsPath(name).name: reader(name) for name in names}  # takes / and \\
 
 
 def _read(files, name):
@@ -85,7 +97,7 @@ def _read(files, name):
         raise UserError("is missing")
     try:
         data = files[name]()
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # as above
         raise UserError(f"cannot be read: {error}") from error
     if len(data) > LARGEST:
         raise UserError(f"is longer than {LARGEST} bytes")
