@@ -61,7 +61,7 @@ def save_checkpoint(
     """
     moments = {kind: getattr(optimizer, kind) for kind in MOMENTS} if optimizer else {}
     tensors = to_cpu(_flat(params, moments))
-    problem = _problem(tensors, param_shapes(config), bool(moments)) or not_finite(tensors)
+    problem = find_problem(tensors, param_shapes(config), bool(moments)) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
     about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
@@ -81,7 +81,7 @@ def load_checkpoint(path):
         config = ConViTConfig.from_dict(about.pop("config"))
         shapes = param_shapes(config)
         has_moments = any(name.startswith("optimizer.") for name in tensors)
-        problem = _problem(tensors, shapes, has_moments) or not_finite(tensors)
+        problem = find_problem(tensors, shapes, has_moments) or not_finite(tensors)
         problem = problem or _problem_of_metadata(config, **about)
         if problem:
             raise UserError(problem)
@@ -159,8 +159,8 @@ def _unflat(tensors, shapes, has_moments):
     return params, {k: {name: tensors[_prefix(k) + name] for name in shapes} for k in MOMENTS}
 
 
-def _problem(tensors, shapes, has_moments):
-    """What is wrong with names, shapes or dtypes: the first finding, or None."""
+def find_problem(tensors, shapes, has_moments):
+    """What is wrong with names, shapes (a dict) or dtypes: the first finding, or None."""
     expected = _flat(shapes, dict.fromkeys(MOMENTS, shapes) if has_moments else {})
     dtype = next((tensors[name].dtype for name in expected if name in tensors), None)
     for name, shape in expected.items():
@@ -196,12 +196,15 @@ def _is_list(values, length, holds):
     return isinstance(values, list) and len(values) == length and all(map(holds, values))
 
 
-def _read(path):
-    """The tensors and the metadata, unchecked."""
+def read_safetensors(path):
+    """({name: array}, the text of our metadata entry or None) of any .safetensors file.
+
+    Raises UserError, naming the file, where it is missing or damaged.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"there is no checkpoint {path}: give the path of a .safetensors file"
@@ -210,6 +213,11 @@ def _read(path):
         raise UserError(
             f"{path} is damaged, or not a safetensors file: {error}; use another checkpoint"
         ) from error
+
+
+def _read(path):
+    """The tensors and the metadata, unchecked."""
+    tensors, text = read_safetensors(path)
     if text is None:
         raise UserError(
             f"{path} has no '{METADATA_KEY}' metadata, which tell the model's configuration: "

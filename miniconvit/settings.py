@@ -84,6 +84,7 @@ LIMITS = {
     "attention": _one_of(("gpsa", "psa")),
     "local_init": ("true or false", lambda x: isinstance(x, bool)),
     "freeze": _one_of(FREEZE),
+    "init_from": ("a path or a name", lambda x: isinstance(x, str) and x),
 }
 """Setting to what its value must be, in words and as a function."""
 
@@ -118,6 +119,7 @@ class Settings:
     attention: str = "gpsa"
     local_init: bool = True
     freeze: str | None = None
+    init_from: str | None = None
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
@@ -125,7 +127,7 @@ class Settings:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, (words, holds) in LIMITS.items():
             value = getattr(self, name)
-            if value is None and name in ("epochs", "steps", "clip_grad", "freeze"):
+            if value is None and name in ("epochs", "steps", "clip_grad", "freeze", "init_from"):
                 continue
             if not holds(value):
                 raise UserError(f"{flag(name)} must be {words}, not {value}")
@@ -207,6 +209,11 @@ def stored_data_dir(out):
     if not isinstance(found, str | None):
         raise UserError(f"the data_dir in {out}/config.json is no path but {found}: add --data-dir")
     return Path(found) if found else None
+
+
+def stored_init_sha256(out):
+    """The hash of the file that the run in the folder `out` began from, or None."""
+    return (RunFolder(out).config() or {}).get("init_sha256")
 
 
 def refuse_difference(stored, given, folder):

@@ -17,6 +17,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "export",
     "bench",
     "tutorial",
     "coursework",

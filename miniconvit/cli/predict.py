@@ -1,6 +1,7 @@
 """`miniconvit predict`."""
 
 from importlib.util import find_spec
+from math import floor
 from pathlib import Path
 
 import click
@@ -11,30 +12,42 @@ from ..device import resolve_device, to_cpu, to_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
-from .options import device_option, json_option, open_checkpoint, overflow_is_answered, print_json
+from ..weights import open_weights
+from .options import (
+    checkpoint_options,
+    device_option,
+    json_option,
+    overflow_is_answered,
+    print_json,
+)
+
+OFFICIAL_CROP = 0.875
 
 
 @click.command("predict")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
+@checkpoint_options
 @device_option
 @json_option
-def command(checkpoint, images, device, as_json):
+def command(checkpoint, images, variant, img_size, device, as_json):
     """The five most probable classes of each image file.
 
-    An image is cut to the model's aspect ratio around its centre, then resized.
+    An image is cut to the model's aspect ratio around its centre, then resized; for a checkpoint
+    that names no data set, as a published one, the middle 7/8 of that are taken.
     """
     if find_spec("PIL") is None:
         raise UserError("predict reads images with Pillow, which is missing: pip install Pillow")
     xp, place = resolve_device(device)
-    path, model = open_checkpoint(checkpoint)
+    path, model = open_weights(checkpoint, variant, img_size)
     config = model.config
     if model.mean is None or model.std is None:
         raise UserError(f"{path} does not say how its images are normalised: use another")
+    crop = 1.0 if model.data else OFFICIAL_CROP
     params, answers = to_device(model.params, xp), []
     dtype = next(iter(params.values())).dtype
     for file in images:
-        pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, height, width)
+        pixels = read_image(file, config.image, config.in_chans, crop)[None]  # (1, chans, ...)
         with overflow_is_answered():
             pixels = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
             logits, _ = convit_forward(pixels, params, config)
@@ -49,9 +62,10 @@ def command(checkpoint, images, device, as_json):
         click.echo(f"\ncomputed {place}")
 
 
-def read_image(file, size, channels):
+def read_image(file, size, channels, crop=1.0):
     """The picture in a file as uint8 (channels, height, width), size = (height, width).
 
+    crop is the share of the sides that is kept, around the centre, of what has size's aspect ratio.
     Turned as its EXIF orientation says; transparent parts become white; 16-bit grey keeps its
     upper 8 bits. Raises UserError, naming the file, where it is missing, no image or damaged.
     """
@@ -67,9 +81,26 @@ def read_image(file, size, channels):
         raise UserError(f"{file} is not an image that Pillow can read: use PNG or JPEG") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} cannot be read as an image: {error}; use another file") from error
-    fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    if crop == 1.0:
+        fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    else:
+        fitted = _resize_and_crop(image, size, crop)
     pixels = np.asarray(fitted).reshape(*size, channels)  # (height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _resize_and_crop(image, size, crop):
+    """The official evaluation: resized so that it covers size / crop, which for 224 pixels and 7/8
+    means a shorter side of 256, then cut to size around the centre."""
+    from PIL import Image
+
+    cover = [floor(side / crop) for side in size]  # height, width
+    scale = max(cover[0] / image.height, cover[1] / image.width)
+    width = max(cover[1], int(image.width * scale))
+    height = max(cover[0], int(image.height * scale))
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def _to_rgb(image):
@@ -88,7 +119,7 @@ def _top(probabilities, classes):
     order = np.argsort(-probabilities, kind="stable")[:5]
     return [
         {
-            "class": classes[index] if classes else str(index),
+            "class": classes[index] if classes else f"class {index}",
             "index": int(index),
             "probability": float(probabilities[index]),
         }
