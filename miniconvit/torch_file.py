@@ -95,13 +95,14 @@ def read_torch_file(path):
             f"{path} {reason}: of a PyTorch file only tensors in dicts are read, and nothing is "
             "executed; save the state dict alone, as torch.save(model.state_dict(), FILE) does"
         ) from None
-    except (
-        *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-        *(OverflowError, NotImplementedError, RuntimeError, zipfile.BadZipFile),
-    ) as error:
-        raise UserError(
-            f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; use another file"
-        ) from error
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, str(error)[:200]) from error
+    except (LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise _unreadable(path, "its pickle or its storages are damaged") from error
+
+
+def _unreadable(path, reason):
+    return UserError(f"{path} cannot be read as a PyTorch file: {reason}; use another file")
 
 
 def _read_archive(path):
@@ -116,6 +117,8 @@ def _read_archive(path):
         if entries[programs[0]].file_size > MOST_PICKLE_BYTES:
             raise Refused("describes its tensors in more bytes than any state dict needs")
         order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in entries else b"little"
+        if order not in ORDERS:
+            raise ValueError(f"its byte order is {order[:20]!r}")
         value = _run(BytesIO(archive.read(programs[0])))
         return _with_arrays(
             value, lambda storage: archive.read(f"{folder}data/{storage.key}"), ORDERS[order]

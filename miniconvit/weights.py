@@ -246,7 +246,7 @@ def _state_dict(path):
         raise UserError(f"{path} holds {wrong} where tensors of floats were expected")
     dtype = "float64" if all(value.dtype == "float64" for value in floats) else "float32"
     with np.errstate(over="ignore"):  # an infinity is answered later
-        return {name: np.array(value, dtype, order="C") for name, value in tensors.items()}
+        return {name: np.require(value, dtype, "CW") for name, value in tensors.items()}
 
 
 def _unwrapped(value, path):

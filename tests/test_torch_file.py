@@ -326,12 +326,12 @@ def test_plain_pickles_are_refused(tmp_path):
 def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path, name):
     path, rng = tmp_path / "a.pth", np.random.default_rng(12)
     whole = np.frombuffer((GOLDEN / name).read_bytes(), np.uint8)
-    for length in [*range(60), *rng.integers(60, len(whole), 60)]:
+    for length in [*range(0, 60, 3), *rng.integers(60, len(whole), 20)]:
         path.write_bytes(whole[:length].tobytes())
         with pytest.raises(UserError, match=r"a\.pth"):
             read_torch_file(path)
     refused = 0
-    for _ in range(400):
+    for _ in range(150):
         damaged = whole.copy()
         damaged[rng.integers(len(whole))] ^= np.uint8(1 << rng.integers(8))
         path.write_bytes(damaged.tobytes())
@@ -339,7 +339,7 @@ def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path, name):
             read_torch_file(path)
         except UserError:
             refused += 1
-    assert refused > 100
+    assert refused > 40
 
 
 def test_a_stream_is_read_to_its_stop_alone():

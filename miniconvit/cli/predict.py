@@ -1,7 +1,6 @@
 """`miniconvit predict`."""
 
 from importlib.util import find_spec
-from math import floor
 from pathlib import Path
 
 import click
@@ -21,8 +20,6 @@ from .options import (
     print_json,
 )
 
-OFFICIAL_CROP = 0.875
-
 
 @click.command("predict")
 @click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
@@ -33,8 +30,7 @@ OFFICIAL_CROP = 0.875
 def command(checkpoint, images, variant, img_size, device, as_json):
     """The five most probable classes of each image file.
 
-    An image is cut to the model's aspect ratio around its centre, then resized; for a checkpoint
-    that names no data set, as a published one, the middle 7/8 of that are taken.
+    An image is cut to the model's aspect ratio around its centre, then resized.
     """
     if find_spec("PIL") is None:
         raise UserError("predict reads images with Pillow, which is missing: pip install Pillow")
@@ -43,11 +39,10 @@ def command(checkpoint, images, variant, img_size, device, as_json):
     config = model.config
     if model.mean is None or model.std is None:
         raise UserError(f"{path} does not say how its images are normalised: use another")
-    crop = 1.0 if model.data else OFFICIAL_CROP
     params, answers = to_device(model.params, xp), []
     dtype = next(iter(params.values())).dtype
     for file in images:
-        pixels = read_image(file, config.image, config.in_chans, crop)[None]  # (1, chans, ...)
+        pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, height, width)
         with overflow_is_answered():
             pixels = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
             logits, _ = convit_forward(pixels, params, config)
@@ -62,10 +57,9 @@ def command(checkpoint, images, variant, img_size, device, as_json):
         click.echo(f"\ncomputed {place}")
 
 
-def read_image(file, size, channels, crop=1.0):
+def read_image(file, size, channels):
     """The picture in a file as uint8 (channels, height, width), size = (height, width).
 
-    crop is the share of the sides that is kept, around the centre, of what has size's aspect ratio.
     Turned as its EXIF orientation says; transparent parts become white; 16-bit grey keeps its
     upper 8 bits. Raises UserError, naming the file, where it is missing, no image or damaged.
     """
@@ -81,26 +75,9 @@ def read_image(file, size, channels, crop=1.0):
         raise UserError(f"{file} is not an image that Pillow can read: use PNG or JPEG") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} cannot be read as an image: {error}; use another file") from error
-    if crop == 1.0:
-        fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    else:
-        fitted = _resize_and_crop(image, size, crop)
+    fitted = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = np.asarray(fitted).reshape(*size, channels)  # (height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _resize_and_crop(image, size, crop):
-    """The official evaluation: resized so that it covers size / crop, which for 224 pixels and 7/8
-    means a shorter side of 256, then cut to size around the centre."""
-    from PIL import Image
-
-    cover = [floor(side / crop) for side in size]  # height, width
-    scale = max(cover[0] / image.height, cover[1] / image.width)
-    width = max(cover[1], int(image.width * scale))
-    height = max(cover[0], int(image.height * scale))
-    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size[1], top + size[0]))
 
 
 def _to_rgb(image):
