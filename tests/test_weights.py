@@ -702,13 +702,16 @@ def test_the_best_checkpoint_of_a_run_loads_into_timm_as_it_is(timm, tmp_path, m
 
 
 def test_interpolation_is_timm_s(timm):
+    """timm computes in float32, weights too: torch in float64 tells which of the two is exact."""
     import torch
     from timm.layers import resample_abs_pos_embed
 
-    pos_embed = np.random.default_rng(8).standard_normal((1, 196, 6)).astype(F)
+    pos_embed = torch.from_numpy(np.random.default_rng(8).standard_normal((1, 196, 6)))
+    image = pos_embed.reshape(1, 14, 14, 6).permute(0, 3, 1, 2)
     for grid in ((16, 16), (7, 7), (24, 10), (14, 14), (1, 30)):
-        theirs = resample_abs_pos_embed(
-            torch.from_numpy(pos_embed), grid, (14, 14), num_prefix_tokens=0
-        )
-        found = resample_pos_embed(pos_embed, (14, 14), grid)
-        np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=3e-6)
+        theirs = resample_abs_pos_embed(pos_embed, grid, (14, 14), num_prefix_tokens=0).numpy()
+        exact = torch.nn.functional.interpolate(image, grid, mode="bicubic", antialias=True)
+        exact = exact.permute(0, 2, 3, 1).reshape(1, -1, 6).numpy()
+        found = resample_pos_embed(pos_embed.numpy(), (14, 14), grid)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=2e-5)
