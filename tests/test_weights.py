@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fakecupy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -347,10 +348,10 @@ def one_still_step(tmp_path, monkeypatch, capsys):
     """What a run begins from: the parameters after a step that moves nothing, and its lines."""
     monkeypatch.setattr(training, "load_dataset", small_dataset)
 
-    def begin(**given):
+    def begin(device="cpu", **given):
         still = {"lr": 1e-30, "weight_decay": 0.0, "drop_path": 0.2}
         capsys.readouterr()
-        training.train(settings_of(**still, **given), tmp_path / "run", threads=1)
+        training.train(settings_of(**still, **given), tmp_path / "run", threads=1, device=device)
         params = load_checkpoint(tmp_path / "run" / "last.safetensors").params
         return params, capsys.readouterr().out
 
@@ -414,6 +415,20 @@ def test_frozen_gates_stand_where_the_file_has_them(tmp_path, one_still_step):
     found, _ = one_still_step(init_from=str(path), freeze="gates")
     for name in (name for name in params if name.endswith("gating_param")):
         np.testing.assert_array_equal(found[name], params[name])
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """The stand-in for CuPy, which refuses to mix the host's arrays with its own."""
+    yield fakecupy.install(monkeypatch)
+    fakecupy.reset()
+
+
+def test_the_parameters_are_put_on_the_device(tmp_path, one_still_step, cupy):
+    path, params = start_of(tmp_path)
+    found, _ = one_still_step(init_from=str(path), device="cuda")
+    for name, value in params.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-20, err_msg=name)
 
 
 @pytest.mark.parametrize(
