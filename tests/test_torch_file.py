@@ -217,16 +217,6 @@ ODD = {
     )
     + b"Q",
     "storage of a negative length": storage(count=-1),
-    "offset beyond": tensor(offset=1),
-    "size beyond": tensor(size=(3, 3)),
-    "stride beyond": tensor(stride=(4, 1)),
-    "negative offset": tensor(offset=-1),
-    "negative size": tensor(size=(-2, -3)),
-    "negative stride": tensor(offset=5, stride=(-3, -1)),
-    "strides of other axes": tensor(stride=(1,)),
-    "expanded": tensor(size=(2**40, 2**20), stride=(0, 0)),
-    "beyond 64 bits": tensor(size=(2**64, 1), stride=(1, 1)),
-    "65 axes": tensor(size=(1,) * 65, stride=(1,) * 65),
     "huge storage": tensor(size=(2**60,), stride=(1,), stored=storage(count=2**60)),
     "another storage's type": tensor(stored=storage("DoubleStorage")),
     "storage that is missing": tensor(stored=storage(key="1")),
@@ -236,8 +226,30 @@ ODD = {
 }
 
 
+BOUNDS = {
+    "offset beyond": (tensor(offset=1), "does not fit into its storage of 6"),
+    "size beyond": (tensor(size=(3, 3)), "does not fit"),
+    "stride beyond": (tensor(stride=(4, 1)), "does not fit"),
+    "negative offset": (tensor(offset=-1), "is no count"),
+    "negative size": (tensor(size=(-2, -3)), "is no count"),
+    "negative stride": (tensor(offset=5, stride=(-3, -1)), "is no count"),
+    "strides of other axes": (tensor(stride=(1,)), "2 axes has 1 strides"),
+    "expanded": (tensor(size=(2**40, 2**20), stride=(0, 0)), "does not fit"),
+    "beyond 64 bits": (tensor(size=(2**64, 1), stride=(1, 1)), "does not fit"),
+    "65 axes": (tensor(size=(1,) * 65, stride=(1,) * 65), "65 axes has"),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_reaches_out_of_its_storage_is_refused_before_it_is_built(tmp_path, name):
+    body, words = BOUNDS[name]
+    path = archive(tmp_path / "a.pth", program(tensor(), body), {"0": SIX.tobytes()})
+    with pytest.raises(UserError, match=rf"a\.pth .*{words}"):
+        read_torch_file(path)
+
+
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_not_known_or_out_of_bounds_is_a_sentence(tmp_path, name):
+def test_what_is_not_known_is_a_sentence(tmp_path, name):
     path = archive(tmp_path / "a.pth", program(tensor(), ODD[name]), {"0": SIX.tobytes()})
     tracemalloc.start()
     try:

@@ -336,6 +336,7 @@ OTHER = {
     "attention": "psa",
     "local_init": False,
     "freeze": "gates",
+    "init_from": "elsewhere",
 }
 
 

@@ -137,6 +137,11 @@ def test_what_shapes_do_not_tell_is_asked_for():
     assert recognise(shapes_alone(plain), img_size=20) == plain
 
 
+def test_a_far_number_of_a_block_makes_no_deep_model():
+    far = {"blocks.99999999999.norm1.weight": np.zeros(8)}
+    assert recognise(shapes_alone(CONFIG) | far).depth == CONFIG.depth + 1
+
+
 def test_the_mlp_s_width_survives_rounding():
     shapes = shapes_alone(CONFIG)
     for width in range(1, 200, 9):
