@@ -422,6 +422,16 @@ def test_frozen_gates_stand_where_the_file_has_them(tmp_path, one_still_step):
         np.testing.assert_array_equal(found[name], params[name])
 
 
+def test_a_file_in_float64_is_trained_in_float32(tmp_path, one_still_step):
+    _, params = start_of(tmp_path)
+    wide = {name: value.astype("float64") for name, value in params.items()}
+    save_checkpoint(tmp_path / "wide.safetensors", wide, CONFIG_8)
+    found, _ = one_still_step(init_from=str(tmp_path / "wide.safetensors"))
+    for name, value in params.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-20, err_msg=name)
+        assert found[name].dtype == "float32"
+
+
 @pytest.fixture
 def cupy(monkeypatch):
     """The stand-in for CuPy, which refuses to mix the host's arrays with its own."""
