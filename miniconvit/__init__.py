@@ -9,6 +9,7 @@ from .layers import cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward, init_params, param_shapes
 from .optim import AdamW, clip_grad_norm
 from .schedule import warmup_cosine
+from .weights import open_weights
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "init_params",
     "layers",
     "load_checkpoint",
+    "open_weights",
     "param_shapes",
     "save_checkpoint",
     "warmup_cosine",

@@ -67,7 +67,7 @@ def save_checkpoint(
     more = {prefix: getattr(optimizer, kind) for prefix, kind in MOMENTS.items() if optimizer}
     more |= {EMA: ema} if ema is not None else {}
     tensors = to_cpu(_flat(params, more))
-    problem = _problem(tensors, param_shapes(config), more) or not_finite(tensors)
+    problem = find_problem(tensors, param_shapes(config), more) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
     about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
@@ -88,7 +88,7 @@ def load_checkpoint(path):
         shapes = param_shapes(config)
         groups = [group for group in (MOMENTS, {EMA: "ema"}) if _any_begins(tensors, group)]
         more = {prefix: name for group in groups for prefix, name in group.items()}
-        problem = _problem(tensors, shapes, more) or not_finite(tensors)
+        problem = find_problem(tensors, shapes, more) or not_finite(tensors)
         problem = problem or _problem_of_metadata(config, **about)
         if problem:
             raise UserError(problem)
@@ -160,8 +160,11 @@ def _flat(params, more):
     return tensors
 
 
-def _problem(tensors, shapes, more):
-    """What is wrong with names, shapes or dtypes: the first finding, or None."""
+def find_problem(tensors, shapes, more=()):
+    """What is wrong with names, shapes (a dict) or dtypes: the first finding, or None.
+
+    more: prefixes under which all names and shapes are expected again.
+    """
     expected = _flat(shapes, dict.fromkeys(more, shapes))
     dtype = next((tensors[name].dtype for name in expected if name in tensors), None)
     for name, shape in expected.items():
@@ -197,12 +200,15 @@ def _is_list(values, length, holds):
     return isinstance(values, list) and len(values) == length and all(map(holds, values))
 
 
-def _read(path):
-    """The tensors and the metadata, unchecked."""
+def read_safetensors(path):
+    """({name: array}, the text of our metadata entry or None) of any .safetensors file.
+
+    Raises UserError, naming the file, where it is missing or damaged.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(
             f"there is no checkpoint {path}: give the path of a .safetensors file"
@@ -211,6 +217,11 @@ def _read(path):
         raise UserError(
             f"{path} is damaged, or not a safetensors file: {error}; use another checkpoint"
         ) from error
+
+
+def _read(path):
+    """The tensors and the metadata, unchecked."""
+    tensors, text = read_safetensors(path)
     if text is None:
         raise UserError(
             f"{path} has no '{METADATA_KEY}' metadata, which tell the model's configuration: "

@@ -123,6 +123,7 @@ LIMITS = {
     "local_init": ("true or false", lambda x: isinstance(x, bool)),
     "freeze": _one_of(FREEZE),
     "broken": _one_of(BROKEN),
+    "init_from": ("a path or a name", lambda x: isinstance(x, str) and x),
 }
 """Setting to what its value must be, in words and as a function."""
 
@@ -164,6 +165,7 @@ class Settings:
     cutmix: float = 0.0
     ema: float | None = None
     passes: int = 1
+    init_from: str | None = None
 
     def __post_init__(self):
         for name in ("img_size", "patch_size"):
@@ -171,7 +173,8 @@ class Settings:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, (words, holds) in LIMITS.items():
             value = getattr(self, name)
-            if value is None and name in ("epochs", "steps", "clip_grad", "freeze", "ema"):
+            optional = ("epochs", "steps", "clip_grad", "freeze", "ema", "init_from")
+            if value is None and name in optional:
                 continue
             if not holds(value):
                 raise UserError(f"{flag(name)} must be {words}, not {value}")
@@ -253,6 +256,11 @@ def stored_data_dir(out):
     if not isinstance(found, str | None):
         raise UserError(f"the data_dir in {out}/config.json is no path but {found}: add --data-dir")
     return Path(found) if found else None
+
+
+def stored_init_sha256(out):
+    """The hash of the file that the run in the folder `out` began from, or None."""
+    return (RunFolder(out).config() or {}).get("init_sha256")
 
 
 def refuse_difference(stored, given, folder):

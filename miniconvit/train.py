@@ -41,7 +41,14 @@ from .parallel import available_threads
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
-from .settings import Settings, refuse_difference, stored_data_dir, stored_settings
+from .settings import (
+    Settings,
+    refuse_difference,
+    stored_data_dir,
+    stored_init_sha256,
+    stored_settings,
+)
+from .weights import read_start
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many
@@ -125,8 +132,10 @@ def train(
             if resume and folder.last.exists():
                 run.load()
             else:
+                sha256 = run.begin(stored_init_sha256(out))
                 folder.cut_metrics(0)
-                folder.write_config(_about(settings, config, data_dir, engine.threads, place))
+                about = _about(settings, config, data_dir, engine.threads, place)
+                folder.write_config(about | ({"init_sha256": sha256} if sha256 else {}))
             return run.train(quiet, place, report)
     finally:
         folder.close()
@@ -221,6 +230,21 @@ class _Run:
         self.stop_requests = []
         self.saved_at = self.epoch_began = time.perf_counter()
         self.trained_images, self.trained_seconds = 0, 0.0  # of this epoch in this process
+        self.origin = ()  # lines that say where the parameters come from
+
+    def begin(self, sha256):
+        """Takes up the parameters that the settings begin from, whose file must have this sha256 if
+        one is given. Returns the file's sha256, None where a run begins from nothing."""
+        source = self.settings.init_from
+        if source is None:
+            return None
+        start = read_start(source, self.engine.config, self.dataset.classes, sha256)
+        for name, value in start.params.items():
+            self.params[name][...] = to_device(value, self.engine.xp)
+            if self.ema is not None:
+                self.ema[name][...] = self.params[name]
+        self.origin = (start.text,)
+        return start.sha256
 
     def load(self):
         """Takes up last.safetensors. Raises UserError where it is another run's, or damaged."""
@@ -341,6 +365,7 @@ class _Run:
             f"{self.total_steps:,} steps of {self.batch_size} images in {self.epochs} "
             f"epoch{'s' * (self.epochs > 1)}{f' on {threads} threads' * bool(threads)}, kept in "
             f"{self.folder.path}",
+            *self.origin,
             place,
         )
         if self.step:

@@ -369,6 +369,7 @@ OTHER = {
     "cutmix": 1.0,
     "ema": 0.9,
     "passes": 2,
+    "init_from": "elsewhere",
 }
 
 

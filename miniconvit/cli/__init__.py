@@ -18,6 +18,7 @@ COMMANDS = (
     "gradcheck",
     "inspect",
     "experiment",
+    "export",
     "bench",
     "data",
     "tutorial",

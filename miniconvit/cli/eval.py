@@ -13,12 +13,13 @@ from ..errors import UserError
 from ..report import table
 from ..settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
 from ..train import evaluate
+from ..weights import open_weights
 from .options import (
     broken_option,
+    checkpoint_options,
     data_dir_option,
     device_option,
     json_option,
-    open_checkpoint,
     overflow_is_answered,
     print_json,
     threads_option,
@@ -45,15 +46,27 @@ from .options import (
     metavar="BRANCH N",
     help="Do without the content or the position branch in the first N GPSA layers.",
 )
+@checkpoint_options
 @device_option
 @threads_option
 @json_option
 def command(
-    checkpoint, split, data, data_dir, broken, mask_pos_embed, mask, device, threads, as_json
+    checkpoint,
+    split,
+    data,
+    data_dir,
+    broken,
+    mask_pos_embed,
+    mask,
+    variant,
+    img_size,
+    device,
+    threads,
+    as_json,
 ):
     """Loss, top-1 and top-5 accuracy of a model on a data set."""
     xp, place = resolve_device(device)
-    path, model = open_checkpoint(checkpoint)
+    path, model = open_weights(checkpoint, variant, img_size)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")

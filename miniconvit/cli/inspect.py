@@ -9,8 +9,15 @@ from ..data.images import read_image
 from ..inspection import CLASS_TOKEN, inspect, run_history, write_inspection
 from ..report import table
 from ..settings import DEFAULT_RECIPE
+from ..weights import open_weights
 from .eval import check_fit, open_dataset
-from .options import broken_option, data_dir_option, json_option, open_checkpoint, print_json
+from .options import (
+    broken_option,
+    checkpoint_options,
+    data_dir_option,
+    json_option,
+    print_json,
+)
 
 
 class _Query(click.ParamType):
@@ -54,8 +61,11 @@ class _Query(click.ParamType):
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for inspect.json and pictures.  [default: RUN/inspect]",
 )
+@checkpoint_options
 @json_option
-def command(checkpoint, files, data, data_dir, broken, count, query, out, as_json):
+def command(
+    checkpoint, files, data, data_dir, broken, count, query, out, variant, img_size, as_json
+):
     """Gates, head centres, locality strengths, nonlocality and attention maps.
 
     The network runs as it is, on validation images or on the IMAGE files given; the maps are those
@@ -63,7 +73,7 @@ def command(checkpoint, files, data, data_dir, broken, count, query, out, as_jso
     sum one. With --json, maps are printed where there is a --query, and files are written where
     there is an --out.
     """
-    path, model = open_checkpoint(checkpoint)
+    path, model = open_weights(checkpoint, variant, img_size)
     dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)
     if files:
         size, channels = model.config.image, model.config.in_chans

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..checkpoint import load_checkpoint
+from ..config import VARIANTS
 from ..data.imagefolder import BROKEN
 from ..device import DEVICES
-from ..run_folder import RunFolder
 
 
 class _Size(click.ParamType):
@@ -52,6 +51,11 @@ device_option = click.option(
     show_default=True,
     help="auto: the GPU where CUDA works, else the CPU.",
 )
+img_size_option = click.option(
+    "--img-size",
+    type=SIZE,
+    help="Pixels, N or HEIGHTxWIDTH: the positional embedding is interpolated to fit.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object only.")
 
 
@@ -68,7 +72,13 @@ def overflow_is_answered():
         yield
 
 
-def open_checkpoint(path):
-    """(path, Checkpoint) of a checkpoint file, or of the best one in a run folder."""
-    path = RunFolder(path).checkpoint() if path.is_dir() else path
-    return path, load_checkpoint(path)
+def checkpoint_options(function):
+    """--model and --img-size, for the commands that take any checkpoint."""
+    model = click.option(
+        "--model",
+        "variant",
+        type=click.Choice(list(VARIANTS)),
+        metavar="NAME",
+        help="What the checkpoint is.  [default: what it says, or what its shapes tell]",
+    )
+    return model(img_size_option(function))

@@ -11,15 +11,23 @@ from ..device import resolve_device, to_cpu, to_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
-from .options import device_option, json_option, open_checkpoint, overflow_is_answered, print_json
+from ..weights import open_weights
+from .options import (
+    checkpoint_options,
+    device_option,
+    json_option,
+    overflow_is_answered,
+    print_json,
+)
 
 
 @click.command("predict")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
+@checkpoint_options
 @device_option
 @json_option
-def command(checkpoint, images, device, as_json):
+def command(checkpoint, images, variant, img_size, device, as_json):
     """The five most probable classes of each image file.
 
     An image's shorter side is resized to the model's, or to 8/7 of it for models of more than 32
@@ -27,7 +35,7 @@ def command(checkpoint, images, device, as_json):
     """
     require_pillow("predict")
     xp, place = resolve_device(device)
-    path, model = open_checkpoint(checkpoint)
+    path, model = open_weights(checkpoint, variant, img_size)
     config = model.config
     if model.mean is None or model.std is None:
         raise UserError(f"{path} does not say how its images are normalised: use another")
@@ -54,7 +62,7 @@ def _top(probabilities, classes):
     order = np.argsort(-probabilities, kind="stable")[:5]
     return [
         {
-            "class": classes[index] if classes else str(index),
+            "class": classes[index] if classes else f"class {index}",
             "index": int(index),
             "probability": float(probabilities[index]),
         }

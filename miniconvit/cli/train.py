@@ -59,7 +59,14 @@ from .options import SIZE, broken_option, data_dir_option, device_option, thread
 @click.option(
     "--freeze",
     type=click.Choice(FREEZE),
-    help="Do not train their gates, which then stand at 0, or all of their attention.",
+    help="Do not train their gates, which then stand at 0 (with --init-from: as there), or all of "
+    "their attention.",
+)
+@click.option(
+    "--init-from",
+    metavar="CHECKPOINT",
+    help="Begin from a run, a checkpoint, a .safetensors or .pth file of timm's or the official "
+    "names, or a published name such as convit_tiny.fb_in1k.",
 )
 @click.option("--passes", type=int, help="Passes over the data in an epoch.  [default: 1]")
 @click.option("--epochs", type=int, help="Length of the run; each ends with a validation.")

@@ -1,0 +1,32 @@
+"""`miniconvit export`."""
+
+from pathlib import Path
+
+import click
+
+from ..checkpoint import save_checkpoint
+from ..errors import UserError
+from ..report import table
+from ..weights import open_weights, timm_call
+from .options import checkpoint_options
+
+
+@click.command("export")
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@checkpoint_options
+def command(checkpoint, file, variant, img_size):
+    """Write a model's parameters as a .safetensors file that timm loads.
+
+    The checkpoint can be anything that eval takes, a .pth file too.
+    """
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} must end in .safetensors, by which timm knows the format")
+    if file.exists():
+        raise UserError(f"{file} exists: choose another name, or remove it first")
+    path, found = open_weights(checkpoint, variant, img_size)
+    call = timm_call(found.config)
+    about = {"mean": found.mean, "std": found.std, "classes": found.classes, "data": found.data}
+    save_checkpoint(file, found.params, found.config, **about)
+    click.echo(table([("from", path), ("tensors", len(found.params)), ("file", file)]))
+    click.echo(f'\nmodel = {call}\nmodel.load_state_dict(safetensors.torch.load_file("{file}"))')
