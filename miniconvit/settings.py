@@ -40,6 +40,15 @@ RECIPES = {
         "lr": 3e-3,
         "warmup_epochs": 1.0,
     },
+    "cifar10-hour": BASE
+    | {
+        "data": "cifar10",
+        "model": "convit_mini32",
+        "epochs": 24,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "warmup_epochs": 1.0,
+    },
     "imagefolder-small": BASE
     | {
         "data": "imagefolder",

@@ -43,7 +43,7 @@ def without_test(*_args, subset=1.0, **_kwargs):
     total = np.array([(labels == label).sum() for label in labels])
     kept = nth < np.round(subset * total)
     data.train = SimpleNamespace(images=data.train.images[kept], labels=labels[kept])
-    del data.test
+    data.test = None
     return data
 
 
@@ -55,7 +55,7 @@ def fake_speed(settings, *_args, **_where):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "load_dataset", lambda _name, _dir, _download, subset: (
+    monkeypatch.setattr(training, "load_dataset", lambda _name, _dir, _download, subset, *_: (
         without_test(subset=subset)
     ))  # fmt: skip
     monkeypatch.setattr(running, "load_dataset", without_test)
@@ -272,7 +272,7 @@ def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
     argv = command("escape", "x", "--subset", 1, budget=8, seeds=1)
     assert program(*[*argv[:-3], "whole", *argv[-2:]])[0] == 0
     assert 4 < load_plan("whole/plan.json").steps < 20  # one moment in each of two runs
-    steps, real = iter(range(1, 999)), training.augment
+    steps, real = iter(range(1, 999)), training.training_images
 
     def stop(*arguments):
         if next(steps) == moment:
@@ -282,7 +282,7 @@ def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "augment", stop)
+        patch.setattr(training, "training_images", stop)
         if how == "kill":
             with pytest.raises(Kill):
                 program(*argv)

@@ -607,7 +607,7 @@ def test_on_a_device_threads_decode_ahead_and_change_no_bit(cupy, folder, tmp_pa
     assert "decode" in names
     assert not decoders()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_decoders", lambda images, engine: 0)
+        patch.setattr(training, "_decoders", lambda *_, **__: 0)
         names.clear()
         run(folder, tmp_path / "plain", "cuda")
         assert "decode" not in names
@@ -623,6 +623,28 @@ def test_on_a_device_threads_decode_ahead_and_change_no_bit(cupy, folder, tmp_pa
     for found, true in zip(metrics(tmp_path / "ahead"), metrics(tmp_path / "cpu"), strict=True):
         assert found["train_loss"] == pytest.approx(true["train_loss"], rel=1e-4)
         assert found["val_loss"] == pytest.approx(true["val_loss"], rel=1e-4)
+
+
+def test_mixed_images_are_decoded_once(folder, tmp_path, monkeypatch):
+    """Decoding ahead, which mixing asks for, and decoding twice give the same bits."""
+    opened, true_open = [], imagefolder.open_image
+
+    def note(path):
+        opened.append(path)
+        return true_open(path)
+
+    monkeypatch.setattr(imagefolder, "open_image", note)
+    given = {"mixup": 0.8, "augment": "paper"}
+    run(folder, tmp_path / "once", **given)
+    once = len(opened)
+    opened.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_decoders", lambda *_, **__: 0)
+        run(folder, tmp_path / "twice", **given)
+    assert len(opened) > once + 20
+    same_run(tmp_path / "once", tmp_path / "twice")
+    run(folder, tmp_path / "plain", mixup=0.8)
+    assert metrics(tmp_path / "plain") != metrics(tmp_path / "once")
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])

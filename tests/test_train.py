@@ -178,7 +178,7 @@ def test_two_passes_are_an_epoch(tmp_path, monkeypatch):
     given = {"augment": "crop-flip", "drop_path": 0.3}
     expected = run(tmp_path / "one", epochs=4, warmup_epochs=1.0, **given)
     given |= {"epochs": 2, "warmup_epochs": 0.5, "passes": 2}
-    steps, real = iter(range(1, 99)), training.augment
+    steps, real = iter(range(1, 99)), training.training_images
 
     def stop_after_step_9(*arguments):
         if next(steps) == 9:
@@ -186,7 +186,7 @@ def test_two_passes_are_an_epoch(tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "augment", stop_after_step_9)
+        patch.setattr(training, "training_images", stop_after_step_9)
         with pytest.raises(Interrupted):
             train(settings(**given), tmp_path / "two", quiet=True, threads=1)
     found = run(tmp_path / "two", resume=True, **given)

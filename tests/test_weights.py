@@ -376,6 +376,14 @@ def test_a_training_begins_where_the_file_says(tmp_path, one_still_step):
     assert config["init_sha256"] == digest
 
 
+def test_the_average_begins_there_too(tmp_path, one_still_step):
+    path, params = start_of(tmp_path)
+    one_still_step(init_from=str(path), ema=0.5)
+    average = load_checkpoint(tmp_path / "run" / "last.safetensors").ema
+    for name, value in params.items():
+        np.testing.assert_allclose(average[name], value, atol=1e-7, err_msg=name)
+
+
 def test_the_head_begins_fresh_for_other_classes_and_pos_embed_is_interpolated(
     tmp_path, one_still_step
 ):

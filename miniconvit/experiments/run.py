@@ -58,11 +58,16 @@ def measure(settings, images, **where):
     }
 
 
+def _dataset(settings, where, subset=1.0):
+    """The data set of these settings, or a share of it."""
+    return load_dataset(settings.data, where["data_dir"], subset=subset, img_size=settings.img_size)
+
+
 def new_plan(asked, say, **where):
     """The Plan that fits what was asked for (see complete), measured on this machine."""
     rows = rows_of(asked)
     images = {
-        subset: len(load_dataset(asked["data"], where["data_dir"], subset=subset).train.labels)
+        subset: len(_dataset(rows[0].settings, where, subset).train.labels)
         for subset in {row.settings.subset for row in rows} | {1.0}
     }
     kinds = {speed_key(row.settings): row.settings for row in rows}
@@ -140,7 +145,7 @@ def _run(plan, row, seed, out, report, where):
         values |= _masked(folder, row, where)
     history = ()
     if plan.experiment == "escape":
-        dataset = load_dataset(settings.data, where["data_dir"])
+        dataset = _dataset(settings, where)
         history = run_history(folder.path, settings.model_config(dataset), dataset)
         values |= _escaped(history)
     return Outcome(row.name, seed, values, history=tuple(history))
@@ -157,7 +162,7 @@ def mask_name(mask):
 def _masked(folder, row, where):
     """{mask_name: top-1 on the validation split} of the last parameters."""
     model = load_checkpoint(folder.last)
-    dataset = load_dataset(row.settings.data, where["data_dir"])
+    dataset = _dataset(row.settings, where)
     xp, _ = resolve_device(where["device"])
     found = {}
     with make_engine(model.config, xp, where["threads"]) as engine:
