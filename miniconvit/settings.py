@@ -44,7 +44,7 @@ RECIPES = {
     | {
         "data": "cifar10",
         "model": "convit_mini32",
-        "epochs": 24,
+        "epochs": 22,
         "batch_size": 32,
         "lr": 1e-3,
         "warmup_epochs": 1.0,
