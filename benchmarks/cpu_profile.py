@@ -1,0 +1,128 @@
+"""Where the time of a training step goes on a CPU: each part of a block beside its matrix products.
+
+    python benchmarks/cpu_profile.py [--model convit_tiny32] [--images 16]
+
+One thread. A part's floor is the time that its matrix products alone would take at the rate of the
+widest of them, fc1's, measured in the same rounds; what lies above it is element-wise passes and
+products too small for that rate. Other programs slow both down alike: read the shares.
+"""
+
+import time
+from statistics import median
+
+import click
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from miniconvit.config import VARIANTS
+from miniconvit.kernels import CPU, tokenwise
+from miniconvit.parallel import keep_freed_memory
+
+ROUNDS = 25
+
+
+def drawn(rng, *shape):
+    return (0.05 * rng.standard_normal(shape)).astype("float32")
+
+
+def params_of(config, rng):
+    """{part: parameters of one block}, random."""
+    D, H, M = config.embed_dim, config.num_heads, config.hidden_dim
+    proj = {"proj.weight": (D, D), "proj.bias": (D,)}
+    shapes = {
+        "gpsa": {"gating_param": (H,), "qk.weight": (2 * D, D), "v.weight": (D, D)}
+        | proj
+        | {"pos_proj.weight": (H, 3), "pos_proj.bias": (H,)},
+        "mhsa": {"qkv.weight": (3 * D, D)} | proj,
+        "mlp": {"fc1.weight": (M, D), "fc1.bias": (M,), "fc2.weight": (D, M), "fc2.bias": (D,)},
+        "norm": {"weight": (D,), "bias": (D,)},
+    }
+    return {
+        part: {name: drawn(rng, *shape) for name, shape in entries.items()}
+        for part, entries in shapes.items()
+    }
+
+
+def calls_of(config, images, rng):
+    """{name: function} of every part, forward before backward."""
+    D, N = config.embed_dim, config.num_patches
+    x, dy = (
+        tokenwise.tokens_first(drawn(rng, D, images * N), (images, N)) * scale for scale in (20, 1)
+    )
+    params, caches = params_of(config, rng), {}
+    weight, columns = params["mlp"]["fc1.weight"], drawn(rng, D, images * N)
+    wide = np.empty((len(weight), images * N), "float32")
+    hidden = drawn(rng, *wide.shape)
+    arguments = {
+        "norm": (params["norm"]["weight"], params["norm"]["bias"]),
+        "mlp": (params["mlp"], CPU),
+        "gpsa": (params["gpsa"], config.num_heads, config.grid, CPU),
+        "mhsa": (params["mhsa"], config.num_heads, CPU),
+    }
+    calls = {"fc1 alone": lambda: np.matmul(weight, columns, out=wide)}
+    calls["GELU alone, in MLP forward"] = lambda: tokenwise._gelu(hidden.copy(), wide)
+    calls["residual addition"] = lambda: x + dy
+    for part, name in (("norm", "layernorm"), ("mlp",) * 2, ("gpsa",) * 2, ("mhsa",) * 2):
+
+        def forward(part=part, name=name):
+            _, caches[part] = getattr(CPU, f"{name}_forward")(x, *arguments[part])
+
+        def backward(part=part, name=name):
+            getattr(CPU, f"{name}_backward")(dy, caches[part])
+
+        calls |= {f"{name} forward": forward, f"{name} backward": backward}
+    return calls
+
+
+def flops_of(config):
+    """{name: floating-point operations of the matrix products, per token}."""
+    D, M, N = config.embed_dim, config.hidden_dim, config.num_patches
+    linears, maps = 8 * D * D, 2 * N * D  # four D x D; one product with an N x N map
+    return {
+        "fc1 alone": 2 * D * M,
+        "mlp forward": 4 * D * M,
+        "mlp backward": 8 * D * M,
+        "gpsa forward": linears + 3 * maps,
+        "gpsa backward": 2 * linears + 6 * maps,
+        "mhsa forward": linears + 2 * maps,
+        "mhsa backward": 2 * linears + 4 * maps,
+    }
+
+
+@click.command()
+@click.option("--model", default="convit_tiny32", show_default=True, type=click.Choice(VARIANTS))
+@click.option("--images", default=16, show_default=True, help="In a piece of the batch.")
+def main(model, images):
+    """Prints the table."""
+    config = VARIANTS[model]
+    keep_freed_memory()
+    calls = calls_of(config, images, np.random.default_rng(0))
+    seconds = {name: [] for name in calls}
+    with threadpool_limits(1):
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                began = time.thread_time()
+                call()
+                seconds[name].append(time.thread_time() - began)
+    took = {name: median(values) / images for name, values in seconds.items()}
+    flops = {name: number * config.num_patches for name, number in flops_of(config).items()}
+    rate = flops["fc1 alone"] / took["fc1 alone"]
+    gpsa = min(config.local_up_to_layer, config.depth)
+    times = {"gpsa": gpsa, "mhsa": config.depth - gpsa, "mlp": config.depth}
+    times |= {"layernorm": 2 * config.depth, "residual": 4 * config.depth}
+    print(f"{model}, pieces of {images} images, fc1 at {rate / 1e9:.0f} GFLOP/s\n")
+    print("| part | times | ms an image | its products alone | above them |")
+    print("| --- " * 5 + "|")
+    totals = np.zeros(2)
+    for name, value in took.items():
+        count, floor = times.get(name.split()[0], 0), flops.get(name, 0) / rate
+        if count:
+            totals += count * np.array([value, floor])
+        row = [1e3 * value, 1e3 * floor, 1e3 * (value - floor)]
+        print(f"| {name} | {count or ''} | {' | '.join(f'{cell:.3f}' for cell in row)} |")
+    whole, floor = 1e3 * totals
+    print(f"| all blocks | | {whole:.1f} | {floor:.1f} | {whole - floor:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
