@@ -56,7 +56,7 @@ def open_weights(source, model=None, img_size=None):
     """
     path = _locate(source)
     if _is_ours(path):
-        found = load_checkpoint(path)
+        found = _load_ours(path)
     else:
         found = _open_bare(path, VARIANTS[model].num_heads if model else None, img_size)
     if model and (field := _difference(found.config, VARIANTS[model])):
@@ -72,7 +72,7 @@ def at_resolution(checkpoint, img_size):
         return replace(checkpoint, config=config)
     pos_embed = resample_pos_embed(checkpoint.params["pos_embed"], old.grid, config.grid)
     params = checkpoint.params | {"pos_embed": pos_embed}
-    return replace(checkpoint, params=params, config=config, moments=None)
+    return replace(checkpoint, params=params, config=config)
 
 
 def resample_pos_embed(pos_embed, old_grid, new_grid):
@@ -121,7 +121,7 @@ def read_start(source, config, classes, sha256=None):
             "another run with another --out"
         )
     ours = _is_ours(path)
-    found = load_checkpoint(path) if ours else _open_bare(path, config.num_heads, config.img_size)
+    found = _load_ours(path) if ours else _open_bare(path, config.num_heads, config.img_size)
     if field := _difference(found.config, config):
         name = variant_name(found.config)
         advice = f"add --model {name}" if name else "choose the --model that it was made with"
@@ -209,6 +209,13 @@ def _is_ours(path):
             return METADATA_KEY in (file.metadata() or {})
     except (SafetensorError, OSError, TypeError, ValueError):
         return False
+
+
+def _load_ours(path):
+    """The Checkpoint, without what only training needs; its parameters are the moving average where
+    there is one, as in best.safetensors."""
+    found = load_checkpoint(path)
+    return replace(found, params=found.ema or found.params, ema=None, moments=None)
 
 
 def _open_bare(path, num_heads=None, img_size=None):
@@ -312,19 +319,19 @@ def _shape(tensors, name, axes):
 
 
 def _image(tensors, patch, img_size):
-    """(height, width) in pixels that the positional embedding covers: img_size where that has as
-    many patches, else a square of patches."""
+    """(height, width) in pixels that the positional embedding covers: a square of patches, or
+    img_size where they are no square and it has as many."""
     if "pos_embed" not in tensors:
         if img_size is None:
             raise UserError("without pos_embed no shape tells the size of images; add --img-size")
         return img_size
     count = _shape(tensors, "pos_embed", 3)[1]
-    if img_size is not None:
-        asked = ConViTConfig(img_size, tuple(patch))
-        if asked.num_patches == count:
-            return asked.image
     side = isqrt(count)
     if side * side != count:
+        if img_size is not None:
+            asked = ConViTConfig(img_size, tuple(patch))
+            if asked.num_patches == count:
+                return asked.image
         raise UserError(
             f"its pos_embed has {count} patches, which are no square; add --img-size HEIGHTxWIDTH"
         )

@@ -170,6 +170,18 @@ def test_orientation_by_exif(tmp_path):
         np.testing.assert_array_equal(found, shown, err_msg=str(tag))
 
 
+def test_an_orientation_that_cannot_be_read_is_none(tmp_path):
+    """Rubbish in the place of a JPEG's EXIF data, whose pixels are good."""
+    plain, broken = tmp_path / "plain.jpg", tmp_path / "broken.jpg"
+    Image.fromarray(noise(24, 24)).save(plain, dpi=(72, 72))
+    content, rubbish = plain.read_bytes(), b"Exif\0\0" + b"rubbish" * 3
+    app1 = b"\xff\xe1" + (len(rubbish) + 2).to_bytes(2, "big") + rubbish
+    broken.write_bytes(content[:2] + app1 + content[2:])
+    with Image.open(broken) as image, pytest.raises(SyntaxError):
+        image.getexif()
+    np.testing.assert_array_equal(read_image(broken, (24, 24)), read_image(plain, (24, 24)))
+
+
 def test_every_kind_of_image(tmp_path):
     pixels = noise(24, 24, 3)
     grey = pixels[:, :, 0]

@@ -131,6 +131,8 @@ def test_what_shapes_do_not_tell_is_asked_for():
     with pytest.raises(UserError, match=r"15 patches, which are no square; add --img-size"):
         recognise(shapes_alone(wide))
     assert recognise(shapes_alone(wide), img_size=(12, 20)) == wide
+    square = replace(CONFIG, img_size=16)  # as many patches as in 8 x 32 pixels
+    assert recognise(shapes_alone(square), img_size=(8, 32)) == square
     plain = replace(CONFIG, use_pos_embed=False, img_size=20)
     with pytest.raises(UserError, match=r"without pos_embed .* add --img-size"):
         recognise(shapes_alone(plain))
@@ -382,6 +384,22 @@ def test_the_average_begins_there_too(tmp_path, one_still_step):
     average = load_checkpoint(tmp_path / "run" / "last.safetensors").ema
     for name, value in params.items():
         np.testing.assert_allclose(average[name], value, atol=1e-7, err_msg=name)
+
+
+def test_a_checkpoint_with_an_average_is_opened_as_its_average(tmp_path, one_still_step):
+    """As best.safetensors of the same run, at another resolution too."""
+    one_still_step(ema=0.5, mixup=0.5)
+    last, best = (tmp_path / "run" / f"{name}.safetensors" for name in ("last", "best"))
+    stored = load_checkpoint(last)
+    stored.params["head.bias"][...] += 1.0
+    optimizer = SimpleNamespace(**stored.moments)
+    more = {"mean": stored.mean, "std": stored.std, "classes": stored.classes}
+    save_checkpoint(last, stored.params, stored.config, ema=stored.ema, optimizer=optimizer, **more)
+    for img_size in (None, 16):
+        (_, found), (_, expected) = (open_weights(path, None, img_size) for path in (last, best))
+        assert (found.ema, found.moments) == (None, None)
+        for name, value in expected.params.items():
+            np.testing.assert_array_equal(found.params[name], value, err_msg=name)
 
 
 def test_the_head_begins_fresh_for_other_classes_and_pos_embed_is_interpolated(

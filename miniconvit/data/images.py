@@ -44,7 +44,11 @@ def open_image(file, channels=3):
 
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
+            opened.load()
+            try:
+                image = ImageOps.exif_transpose(opened)
+            except Exception:  # the pixels are good, only what is said of them is not
+                image = opened
             return _to_rgb(image).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise UserError(f"there is no image {file}: give the path of an image file") from None
