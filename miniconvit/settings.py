@@ -233,7 +233,10 @@ def make_settings(recipe=None, **given):
     if "steps" in given and "epochs" not in given:
         values["epochs"] = None
     _known("data", values["data"], DEFAULT_RECIPE)
-    values.setdefault("augment", SOURCES[values["data"]].AUGMENTATION)
+    suits = SOURCES[values["data"]].AUGMENTATION
+    if suits == "none" and "augment" not in given:  # whatever the recipe says: it changes classes
+        values["augment"] = "none"
+    values.setdefault("augment", suits)
     variant = _known("model", values["model"], VARIANTS)
     for name in ("img_size", "patch_size", "local_up_to_layer", "locality_strength"):
         values.setdefault(name, getattr(variant, name))

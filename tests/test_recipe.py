@@ -317,3 +317,9 @@ def test_a_run_on_a_device_is_the_cpus(cupy, tmp_path, monkeypatch):
             assert np.linalg.norm(found[key] - value) < 1e-3 * np.linalg.norm(value), key
     for row, expected in zip(on_device.rows, on_cpu.rows, strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+
+
+def test_a_recipe_leaves_images_alone_whose_class_a_flip_would_change():
+    assert make_settings("paper32", data="shapes").augment == "none"
+    assert make_settings("paper32").augment == "paper"
+    assert make_settings("paper32", data="shapes", augment="light").augment == "light"
