@@ -340,7 +340,7 @@ def table_of(folder):
 
 
 def test_tables_are_what_the_runs_say(small, tmp_path, program):
-    argv = command("sample-efficiency", "x", "--fractions", "1,0.7", budget=8)
+    argv = command("sample-efficiency", "x", "--fractions", "1,0.7", budget=10)
     status, out, err = program(*argv)
     assert (status, err) == (0, "")
     plan, folder = load_plan("x/plan.json"), tmp_path / "x"
@@ -606,6 +606,18 @@ def test_measuring_takes_medians_of_short_epochs(small, monkeypatch):
     assert [s.epochs for s in seen] == [2, 5]
     seconds = 5 * seen[1].subset * 10000 / 100.0
     assert seconds >= 5
+
+
+def test_measuring_really_trains(small, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "load_dataset", lambda *_: without_test())
+    monkeypatch.setattr(running, "TIMED_SECONDS", 0.1)
+    monkeypatch.setitem(VARIANTS, "convit_micro32", SMALL)
+    row = rows_of(complete("escape", {"data": "shapes"}))[0]
+    settings = replace(row.settings, batch_size=16)
+    found = running.measure(settings, 100, data_dir=None, threads=1, device="cpu")
+    assert set(found) == {"images_per_second", "validation_seconds", "start_seconds"}
+    assert all(value > 0 for value in found.values())
 
 
 def test_the_row_of_which_everything_is_trained_is_timed(small, monkeypatch):
