@@ -281,8 +281,8 @@ def test_the_gap_at_the_smallest_fraction_is_compared_with_that_at_the_largest(t
     text = write_tables(plan, outcomes, tmp_path)[1]
     spread = hypot(*[statistics.stdev([0, 0.5])] * 4)
     assert (
-        "gap ConViT - ViT is +7.0 points at 10 % and +2.0 points at 100 %: a change of +5.0 points, "
-        f"beyond the spread of {spread:.1f}; paper +11.6 and +1.5."
+        "gap ConViT - ViT is +7.0 points at 10 % and +2.0 points at 100 %: a change of +5.0 "
+        f"points, beyond the spread of {spread:.1f}; paper +11.6 and +1.5."
     ) in text
 
 
