@@ -650,7 +650,7 @@ MISTAKES = {
         ["ablation", "--data", "shapes", "--subset", "1", "--budget", "1"],
         "do not fit",
     ),
-    "a small share": (["ablation", "--data", "shapes"], "10 images, fewer than a batch of 64"),
+    "a small share": (["ablation", "--data", "shapes"], "are 9 images, fewer than a batch of 64"),
     "steps and minutes": (["escape", "--steps", "9", "--budget", "9"], "give one of them"),
     "no steps": (["escape", "--steps", "0"], "--steps must be an integer of at least 1"),
 }
