@@ -135,8 +135,12 @@ def decode_positions(params, config):
 
 
 def reading_images(dataset):
-    """The first validation images, normalised: those of the readings in metrics.jsonl."""
-    return normalize(dataset.val.images[:READING_IMAGES], dataset.mean, dataset.std)
+    """Validation images from its beginning to its end, whatever their order, normalised: those of
+    the readings in metrics.jsonl."""
+    n = len(dataset.val.images)
+    count = min(READING_IMAGES, n)
+    which = np.arange(count) * n // count
+    return normalize(dataset.val.images[which], dataset.mean, dataset.std)
 
 
 def readings(images, params, config):

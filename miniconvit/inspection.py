@@ -105,10 +105,10 @@ def write_inspection(inspection, out):
     epochs = [epoch for epoch, _ in history]
     if history:
         values = [np.mean(reading["nonlocality"], axis=1) for _, reading in history]
-        draw(pictures.draw_nonlocality, "nonlocality.png", [("", config, epochs, values)], note)
+        draw(pictures.draw_nonlocality, "nonlocality.png", [("", config, epochs, [values])], note)
         if history[0][1]["gates"]:
             gates = [reading["gates"] for _, reading in history]
-            draw(pictures.draw_gates, "gates.png", epochs, gates)
+            draw(pictures.draw_gates, "gates.png", epochs, [gates])
     if inspection.picture is not None:
         layers, picture = inspection.layers, inspection.picture
         draw(pictures.draw_maps, "maps.png", picture, layers, query, note)

@@ -22,30 +22,35 @@ def require_matplotlib():
         raise UserError("pictures need matplotlib, which is missing: pip install matplotlib")
 
 
-def draw_nonlocality(runs, note, path):
+def draw_nonlocality(runs, note, path, xlabel="epoch"):
     """Figure 5: how far each layer looks, over the epochs, one panel a run.
 
-    runs: a list of (title, config, epochs, values), values (epochs, depth): means over the heads;
-    note: what else to say of them.
+    runs: a list of (title, config, epochs, values), values (seeds, epochs, depth): means over the
+    heads, drawn as mean and, of several seeds, a band of ± their sample standard deviation; note:
+    what else to say of them.
     """
     width = WIDTH if len(runs) > 1 else 4.6
     figure, axes = new_figure(1, len(runs), height=3.2, width=width, sharey=True)
     farthest = max(max(uniform_nonlocality(run[1].grid), np.max(run[3])) for run in runs)
     for axis, (title, config, epochs, values) in zip(axes[0], runs, strict=True):
-        for i, column in enumerate(np.transpose(values)):
-            local = i < config.local_up_to_layer
+        for i, columns in enumerate(np.moveaxis(np.asarray(values), -1, 0)):
+            column, local = columns.mean(axis=0), i < config.local_up_to_layer
             axis.plot(
                 epochs, column, "-" if local else "--", color=_shade(i, config.depth),
                 linewidth=1.3, label=f"{i + 1} {config.attention.upper() if local else 'MHSA'}",
-                marker=("o" if local else "s") if len(epochs) <= 20 else "", markersize=2.5,
+                marker=("o" if local else "s") if len(epochs) <= 21 else "", markersize=2.5,
             )  # fmt: skip
+            if len(columns) > 1:
+                spread = columns.std(axis=0, ddof=1)
+                axis.fill_between(epochs, column - spread, column + spread, linewidth=0, alpha=0.2,
+                                  color=_shade(i, config.depth))  # fmt: skip
         uniform = uniform_nonlocality(config.grid)
         axis.axhline(uniform, color="0.55", linewidth=0.8, linestyle=":")
         axis.annotate("even attention", (0.0, uniform), (3, 2), ("axes fraction", "data"),
                       "offset points", va="bottom", fontsize=7, color="0.35")  # fmt: skip
         axis.set(ylim=(0, 1.12 * farthest))
         axis.set_title(title, fontsize=8)
-        axis.set_xlabel("epoch", fontsize=8)
+        axis.set_xlabel(xlabel, fontsize=8)
         _whole_numbers(axis)
         axis.legend(title="layer", fontsize=7, title_fontsize=7, loc="center left",
                     bbox_to_anchor=(1.0, 0.5), frameon=False)  # fmt: skip
@@ -54,13 +59,13 @@ def draw_nonlocality(runs, note, path):
     save(figure, path)
 
 
-def draw_gates(epochs, values, path):
+def draw_gates(epochs, values, path, xlabel="epoch", note=""):
     """Figure 6: the share of position in each GPSA layer over the epochs, head by head.
 
-    values (epochs, GPSA layers, H).
+    values (seeds, epochs, GPSA layers, H); note: what to say of the seeds.
     """
     values = np.asarray(values)
-    layers, heads = values.shape[1:]
+    seeds, _, layers, heads = values.shape
     columns = min(layers, 5)
     rows = -(-layers // columns)
     figure, axes = new_figure(rows, columns, height=0.5 + 1.6 * rows, sharex=True, sharey=True)
@@ -69,19 +74,21 @@ def draw_gates(epochs, values, path):
             axis.set_visible(False)
             continue
         for h in range(heads):
-            axis.plot(epochs, values[:, i, h], color=_shade(h, heads), linewidth=1.0,
-                      label=f"{h + 1}")  # fmt: skip
-        axis.plot(epochs, values[:, i].mean(axis=1), "k--", linewidth=1.6, label="mean")
+            lines = axis.plot(epochs, values[:, :, i, h].T, color=_shade(h, heads),
+                              linewidth=1.0 if seeds == 1 else 0.7)  # fmt: skip
+            lines[0].set_label(f"{h + 1}")
+        axis.plot(epochs, values[:, :, i].mean(axis=(0, 2)), "k--", linewidth=1.6, label="mean")
         axis.set(ylim=(0, 1))
         axis.set_title(f"layer {i + 1}", fontsize=8)
         _whole_numbers(axis)
-        axis.set_xlabel("epoch" if i + columns >= layers else "", fontsize=8)
+        axis.set_xlabel(xlabel if i + columns >= layers else "", fontsize=8)
         axis.tick_params(labelbottom=i + columns >= layers)
     for row in axes:
         row[0].set_ylabel("gate (share of position)", fontsize=8)
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, title="head", loc="outside right center", fontsize=7,
                   title_fontsize=7, frameon=False)  # fmt: skip
+    figure.supxlabel(note, fontsize=6)
     save(figure, path)
 
 

@@ -1,5 +1,6 @@
 """`miniconvit experiment`."""
 
+import os
 import signal
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -7,24 +8,29 @@ from shlex import quote
 
 import click
 
+from ..checkpoint import write_file
 from ..data.dataset import SOURCES
 from ..errors import UserError
 from ..experiments.figures import draw
 from ..experiments.plan import EXPERIMENTS, PLAN, complete, load_plan, refuse_other
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
+from ..pictures import require_matplotlib
 from ..settings import flag
 from ..train import Interrupted
 from .options import data_dir_option, device_option, threads_option
+
+DATA_DIR = "data_dir.txt"  # beside the plan, which may be replayed where the data lie elsewhere
+BEFORE_PLAN = {DATA_DIR, DATA_DIR + ".partial", PLAN + ".partial"}  # what a kill leaves behind
 
 
 class _Fractions(click.ParamType):
     name = "fractions"
 
     def convert(self, value, param, ctx):
-        """'0.1,1.0' as [0.1, 1.0]."""
+        """'1.0,0.1' as [0.1, 1.0]."""
         try:
-            return value if isinstance(value, list) else [float(x) for x in value.split(",")]
+            return sorted({float(x) for x in value.split(",")})
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers like 0.1,1.0", param, ctx)
 
@@ -35,6 +41,7 @@ class _Fractions(click.ParamType):
 @data_dir_option
 @click.option("--model", metavar="NAME", help="A ConViT.  [default: the data set's recipe's]")
 @click.option("--budget", type=float, metavar="MINUTES", help="For all runs.  [default: 60]")
+@click.option("--steps", type=int, help="Of each run, in place of fitting them into --budget.")
 @click.option("--seeds", type=int, help="Runs of each row.  [default: 3]")
 @click.option(
     "--fractions",
@@ -45,7 +52,7 @@ class _Fractions(click.ParamType):
 @click.option(
     "--subset",
     type=float,
-    help="The others: train on this share of each class.  [default: 0.1; escape: 1.0]",
+    help="The others: train on this share of each class.  [default: 0.1; masking, escape: 1.0]",
 )
 @device_option
 @threads_option
@@ -56,9 +63,8 @@ class _Fractions(click.ParamType):
     type=click.Path(path_type=Path),
     help="Replay this plan.json, measuring nothing; it stands for the options above --device.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the plan in --out.")
 @click.pass_context
-def command(ctx, name, data_dir, device, threads, out, plan_file, resume, **flags):
+def command(ctx, name, data_dir, device, threads, out, plan_file, **flags):
     """One of the paper's experiments, at a size that fits into --budget.
 
     \b
@@ -68,9 +74,10 @@ def command(ctx, name, data_dir, device, threads, out, plan_file, resume, **flag
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
 
-    A few steps are timed, the runs planned to fit, then trained one by one; the same command goes
-    on where it was stopped. Every run sees the same number of images. Writes plan.json, table.md,
-    table.csv, table.json and a picture, and keeps every run's folder.
+    A few seconds are timed, the runs planned to fit, then trained one by one, and every run sees
+    the same number of images. The same command, or its NAME and --out alone, goes on where it was
+    stopped. Writes plan.json and, after every run, table.md, table.csv and a picture; keeps every
+    run's folder.
     """
     given = {option: value for option, value in flags.items() if value is not None}
     replayed = load_plan(plan_file) if plan_file else None
@@ -78,31 +85,27 @@ def command(ctx, name, data_dir, device, threads, out, plan_file, resume, **flag
         _refuse_flags(replayed, name, given)
     asked = replayed.asked if replayed else complete(name, given)
     out = out or Path("runs", f"{name}-{asked['data']}-{asked['model']}")
-    where = {"data_dir": data_dir, "threads": threads, "device": device}
+    where = {"data_dir": _kept_data_dir(out, data_dir), "threads": threads, "device": device}
     try:
         with _sigterm_too():
-            plan = _stored_plan(out, replayed, given if resume else asked, name)
+            plan = _stored_plan(out, replayed, given, name)
             if plan is None:
                 plan = replayed or new_plan(asked, click.echo, **where)
-                out.mkdir(parents=True, exist_ok=True)
-                plan.save(out / PLAN)
+                _keep(plan, out, where["data_dir"])
             click.echo(_announcement(plan, out))
-            outcomes = run_plan(plan, out, click.echo, **where)
+            has_pictures = _can_draw()
+
+            def show(outcomes):
+                entries, text = write_tables(plan, outcomes, out)
+                names = draw(plan, outcomes, entries, out) if has_pictures else []
+                return text, ["table.md", "table.csv", *names]
+
+            outcomes = run_plan(plan, out, click.echo, show, **where)
     except KeyboardInterrupt as stop:
-        again = f"{ctx.command_path} {name} --resume --out {quote(str(out))}"
-        again += f" --data-dir {quote(str(data_dir))}" if data_dir else ""
-        again += f" --device {device}" if device != "auto" else ""
-        saved = (
-            f"and saved; go on with: {again}"
-            if (out / PLAN).exists()
-            else "before anything was planned"
-        )
-        with suppress(OSError):  # Ctrl-C stops the reader of a pipe too
-            click.echo(f"stopped {saved}", err=True)
+        _say_stopped(f"{ctx.command_path} {name}", out, device)
         return 128 + getattr(stop, "signal", signal.SIGINT)
-    entries, text = write_tables(plan, outcomes, out)
-    click.echo(f"\n{text}\nin {out}: table.md, table.csv, table.json")
-    click.echo(f"in {out}: {', '.join(draw(plan, outcomes, entries, out))}")
+    text, names = show(outcomes)
+    click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
     return 0
 
 
@@ -113,21 +116,56 @@ def _refuse_flags(plan, name, given):
         raise UserError(f"this is a plan of {plan.experiment}: give that name, not {name}")
 
 
-def _stored_plan(out, replayed, asked, name):
+def _kept_data_dir(out, given):
+    """Where the data lie: as given, or as it was when the plan in the folder out was made."""
+    kept = out / DATA_DIR
+    if given is None and (out / PLAN).exists() and kept.exists():
+        return Path(kept.read_text().rstrip("\n"))
+    return given
+
+
+def _stored_plan(out, replayed, given, name):
     """The Plan that was begun in the folder out, or None. Raises UserError where it is another."""
     if not (out / PLAN).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or set(os.listdir(out)) - BEFORE_PLAN):
             raise UserError(f"{out} is not empty and holds no plan: choose a new folder with --out")
         return None
     plan = load_plan(out / PLAN)
     if replayed and replayed != plan:
         raise UserError(f"{out} holds another plan: choose another folder with --out")
-    if plan.experiment != name:
-        raise UserError(
-            f"{out} holds a plan of {plan.experiment}, not of {name}: choose another --out"
-        )
-    refuse_other(plan.asked, asked, out)
+    refuse_other(plan, name, given, out)
     return plan
+
+
+def _keep(plan, out, data_dir):
+    """Makes the folder out that of the plan, which is written last: it says that all is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / DATA_DIR).unlink(missing_ok=True)
+    if data_dir is not None:
+        write_file(out / DATA_DIR, f"{data_dir.expanduser().absolute()}\n".encode())
+    plan.save(out / PLAN)
+
+
+def _can_draw():
+    """Whether there will be pictures; says so where there will not."""
+    try:
+        require_matplotlib()
+    except UserError as error:
+        click.echo(f"no picture will be drawn: {error}", err=True)
+        return False
+    return True
+
+
+def _say_stopped(command_line, out, device):
+    again = f"{command_line} --out {quote(str(out))}"
+    again += f" --device {device}" if device != "auto" else ""
+    saved = (
+        f"and saved; go on with: {again}"
+        if (out / PLAN).exists()
+        else "before anything was planned"
+    )
+    with suppress(OSError):  # Ctrl-C stops the reader of a pipe too
+        click.echo(f"stopped {saved}", err=True)
 
 
 @contextmanager
@@ -146,12 +184,12 @@ def _sigterm_too():
 
 def _announcement(plan, out):
     """What is going to happen, before it does."""
-    runs = len(plan.rows) * len(plan.seeds)
+    budget = f" of {plan.asked['budget']:g}" if "budget" in plan.asked else ""
     lines = [
-        f"planned: {runs} runs of {plan.steps:,} steps, {plan.images_seen:,} images each, in "
-        f"{plan.minutes:.3g} of {plan.asked['budget']:g} minutes; kept in {out}",
-        f"measured {plan.place}",
-        "",
+        f"planned: {len(plan.runs)} runs of {plan.steps:,} steps, {plan.images_seen:,} images "
+        f"each, in about {plan.minutes:.3g}{budget} minutes as measured {plan.measured_on}; kept "
+        f"in {out}",
+        plan.recipe,
         f"{'row':<38}{'runs':>5}{'images':>9}{'passes':>9}{'images/s':>10}{'minutes':>9}",
     ]
     for row in plan.rows:

@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
 PLAN = "plan.json"
-SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 0.1, "escape": 1.0}
+SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0}
 EXPERIMENTS = ("sample-efficiency", *SUBSETS)
 FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
+FIRST = (0.1, 1.0)  # of the fractions, to be trained before the others
 ABLATION = {
     "a": ("ConViT", {}),
     "b": ("gates frozen", {"freeze": "gates"}),
@@ -35,7 +36,8 @@ MASKED_SHARES = {3: 0.3, 5: 0.5, 10: 1.0}  # table 6: 3, 5 and 10 of 10 GPSA lay
 WARM_UP = 0.1  # of the steps
 SAFETY = 0.9  # of the budget is planned: other programs run too
 LEAST_STEPS = 200  # fewer show nothing
-VALIDATIONS = (20, 10, 5, 2, 1)  # of a run, at most; the first whose time is a tenth of the budget
+VALIDATIONS = 10  # of a run, at most
+READINGS = 20  # in their place where an experiment draws what changes over training
 
 
 @dataclass(frozen=True)
@@ -43,39 +45,59 @@ class Row:
     """One row of a table: runs that differ in the seed alone.
 
     name: its folder; masks: what else to evaluate at the end, each ["pos_embed"], or ["content", n]
-    or ["position", n] for the first n GPSA layers; images: how many it trains on; speed: what
-    measure has found.
+    or ["position", n] for the first n GPSA layers; validations: at most; images: how many it trains
+    on; speed: what measure has found.
     """
 
     name: str
     label: str
     settings: Settings
     masks: list
+    validations: int
     images: int = 0
     speed: dict | None = None
 
     @property
+    def fixed_seconds(self):
+        """Of one run, whatever its length; the masks need the data and the model once more."""
+        starts, evaluations = 1 + bool(self.masks), self.validations + len(self.masks)
+        speed = self.speed
+        return starts * speed["start_seconds"] + evaluations * speed["validation_seconds"]
+
+    @property
+    def step_seconds(self):
+        return self.settings.batch_size / self.speed["images_per_second"]
+
+    @property
     def seconds(self):
         """Expected of one run."""
-        s, speed = self.settings, self.speed
-        epoch = s.passes * (self.images // s.batch_size)
-        validations = ceil(s.steps / epoch) + len(self.masks)
-        training = s.steps * s.batch_size / speed["images_per_second"]
-        return speed["start_seconds"] + training + validations * speed["validation_seconds"]
+        return self.fixed_seconds + self.settings.steps * self.step_seconds
+
+    @property
+    def steps_per_pass(self):
+        return self.images // self.settings.batch_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """asked: the options it was made from, with "experiment"; place: where it was measured."""
+    """asked: the options it was made from, with "experiment"; measured_on: the device."""
 
     asked: dict
-    place: str
-    seeds: list
+    measured_on: str
     rows: list
 
     @property
     def experiment(self):
         return self.asked["experiment"]
+
+    @property
+    def seeds(self):
+        return range(self.asked["seeds"])
+
+    @property
+    def runs(self):
+        """(row, seed) in the order of training: a plan that is stopped has whole tables first."""
+        return [(row, seed) for seed in self.seeds for row in self.rows]
 
     @property
     def steps(self):
@@ -91,6 +113,15 @@ class Plan:
         """Expected of all runs."""
         return len(self.seeds) * sum(row.seconds for row in self.rows) / 60
 
+    @property
+    def recipe(self):
+        """What all rows have in common, in words."""
+        s = self.rows[0].settings
+        return (
+            f"recipe {s.recipe}: batches of {s.batch_size}, peak learning rate {s.lr:g}, "
+            f"augmentation {s.augment}, weight decay {s.weight_decay:g}"
+        )
+
     def save(self, path):
         about = {"minutes": round(self.minutes, 2), "images_seen": self.images_seen}
         write_file(path, json.dumps(asdict(self) | about, indent=2).encode() + b"\n")
@@ -101,20 +132,37 @@ def load_plan(path):
     try:
         values = json.loads(Path(path).read_text())
         rows = [Row(**row | {"settings": Settings(**row["settings"])}) for row in values["rows"]]
-        plan = Plan(values["asked"], values["place"], values["seeds"], rows)
-        plan.asked["experiment"], plan.minutes
-        if len({(row.settings.steps, row.settings.batch_size) for row in rows}) != 1:
-            raise ValueError("its rows differ in the number of images seen")
+        plan = Plan(values["asked"], values["measured_on"], rows)
+        _check(plan)
         return plan
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give the plan.json of an experiment"
         ) from error
-    except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, UserError) as error:
+    except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, UserError) as error:
         raise UserError(
             f"{path} is damaged, or no plan of this program ({error!r}): give the plan.json of an "
             "experiment"
         ) from error
+
+
+def _check(plan):
+    """Raises where a plan is not what make_plan could have made; the values of settings are free,
+    but for what the rows have in common."""
+    given = {key: value for key, value in plan.asked.items() if key != "experiment"}
+    if plan.experiment not in EXPERIMENTS or complete(plan.experiment, given) != plan.asked:
+        raise ValueError("its options are not all those of an experiment")
+    parts = [
+        [(row.name, row.label, row.masks, row.settings.model, row.settings.subset) for row in rows]
+        for rows in (plan.rows, rows_of(plan.asked))
+    ]
+    if parts[0] != parts[1]:
+        raise ValueError("its rows are not those of its options")
+    if len({(row.settings.steps, row.settings.batch_size) for row in plan.rows}) != 1:
+        raise ValueError("its rows differ in the number of images seen")
+    for row in plan.rows:
+        if not (is_count(row.images, row.settings.batch_size) and is_number(row.seconds)):
+            raise ValueError(f"row {row.name} has no number of images or no speed")
 
 
 def complete(experiment, given):
@@ -122,10 +170,13 @@ def complete(experiment, given):
 
     Raises UserError where an option is not this experiment's or out of range.
     """
-    own = "fractions" if experiment == "sample-efficiency" else "subset"
-    other = {"fractions": "subset", "subset": "fractions"}[own]
+    own, other = "subset", "fractions"
+    if experiment == "sample-efficiency":
+        own, other = other, own
     if other in given:
         raise UserError(f"{experiment} takes --{own}, not --{other}")
+    if "steps" in given and "budget" in given:
+        raise UserError("--steps says how long each run is, --budget asks for it: give one of them")
     data = given.get("data", "cifar10")
     if data not in DEFAULT_RECIPE:
         raise UserError(f"unknown data {data!r}: choose one of {', '.join(DEFAULT_RECIPE)}")
@@ -133,72 +184,90 @@ def complete(experiment, given):
         "experiment": experiment,
         "data": data,
         "model": RECIPES[DEFAULT_RECIPE[data]]["model"],
-        "budget": 60.0,
+        **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
         own: list(FRACTIONS) if own == "fractions" else SUBSETS[experiment],
     } | given
-    fractions = asked[own] if own == "fractions" else [asked[own]]
-    if not fractions or not all(is_number(f) and 0 < f <= 1 for f in fractions):
-        raise UserError(f"--{own} must be above 0 and at most 1, not {asked[own]}")
-    if own == "fractions":
-        asked[own] = sorted(set(fractions))
-    if not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
-        raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
-    if not (is_number(asked["budget"]) and asked["budget"] > 0):
-        raise UserError(f"--budget must be a positive number of minutes, not {asked['budget']}")
-    if not is_count(asked["seeds"], 1):
-        raise UserError(f"--seeds must be an integer of at least 1, not {asked['seeds']}")
+    _check_options(asked, own)
     return asked
 
 
-def refuse_other(asked, given, folder):
-    """Raises UserError, naming the first of the options `given` that the plan in `folder` was not
-    made with."""
+def _check_options(asked, own):
+    """Raises UserError where an option is out of range; own: "fractions" or "subset"."""
+    fractions = asked[own] if own == "fractions" else [asked[own]]
+    if not fractions or not all(is_number(f) and 0 < f <= 1 for f in fractions):
+        raise UserError(f"--{own} must be above 0 and at most 1, not {asked[own]}")
+    if len({_percent(fraction) for fraction in fractions}) < len(fractions):
+        raise UserError(f"--{own} must differ in their first six digits: {asked[own]}")
+    if not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
+        raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
+    budget = asked.get("budget", 1.0)
+    if not (is_number(budget) and budget > 0):
+        raise UserError(f"--budget must be a positive number of minutes, not {budget}")
+    for name in ("seeds", "steps"):
+        if not is_count(asked.get(name, 1), 1):
+            raise UserError(f"--{name} must be an integer of at least 1, not {asked[name]}")
+
+
+def refuse_other(plan, experiment, given, folder):
+    """Raises UserError where the plan in `folder` is of another experiment or was made with other
+    options than those `given`."""
+    asked, other = plan.asked, []
+    if experiment != plan.experiment:
+        other.append(f"{plan.experiment}, not {experiment}")
     for name, value in given.items():
-        if asked.get(name) != value:
-            raise UserError(
-                f"the plan in {folder} was made with {flag(name)} {asked.get(name)}, not {value}: "
-                "go on with --resume and without that flag, or choose another --out"
-            )
+        if name not in asked:
+            other.append(f"made without {flag(name)}")
+        elif asked[name] != value:
+            other.append(f"{flag(name)} {asked[name]}, not {value}")
+    if other:
+        raise UserError(
+            f"{folder} holds another plan ({'; '.join(other)}): choose another --out, or go on "
+            "with that one by giving its own options or none"
+        )
 
 
 def rows_of(asked):
     """The rows of an experiment, their lengths still open. Raises UserError for a model on which it
     cannot be done."""
-    name, model = asked["experiment"], VARIANTS[asked["model"]]
-    if name == "sample-efficiency":
-        rows = []
-        for fraction in asked["fractions"]:
-            for kind in ("convit", "vit"):
-                percent = f"{100 * fraction:g}"
-                label = f"{KINDS[kind]}, {percent} %"
-                rows.append(_row(asked, f"{kind}-{percent}pct", label, kind, fraction))
-        return rows
-    if name == "ablation":
+    experiment = asked["experiment"]
+    if experiment == "sample-efficiency":
+        fractions = sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
+        return [
+            _row(asked, f"{kind}-{_percent(f)}pct", f"{KINDS[kind]}, {_percent(f)} %", kind, f)
+            for f in fractions
+            for kind in KINDS
+        ]
+    if experiment == "ablation":
         return [
             _row(asked, key, f"{key} ({label})", "vit" if key == "e" else "convit", **changes)
             for key, (label, changes) in ABLATION.items()
         ]
-    if name == "locality":
-        rows = []
-        for layers in sorted({_share(share, model.depth) for share in GPSA_SHARES}):
-            for strength in STRENGTHS if layers else [model.locality_strength]:
-                changes = {"local_up_to_layer": layers, "locality_strength": strength}
-                label = f"{layers} GPSA layer{'s' * (layers != 1)}"
-                folder = f"layers{layers}"
-                if layers:
-                    label += f", strength {strength:g}"
-                    folder += f"-strength{strength:g}"
-                rows.append(_row(asked, folder, label, **changes))
-        return rows
+    if experiment == "locality":
+        return _locality_rows(asked)
     masks = {"convit": [], "vit": []}
-    if name == "masking":
-        depths = sorted(set(masked_layers(model).values()))
-        masks["vit"] = [["pos_embed"]]
-        masks["convit"] = [["pos_embed"]] + [
-            [branch, n] for branch in ("content", "position") for n in depths
-        ]
+    if experiment == "masking":
+        depths = sorted(set(masked_layers(VARIANTS[asked["model"]]).values()))
+        branches = [[branch, n] for branch in ("content", "position") for n in depths]
+        masks = {"convit": [["pos_embed"], *branches], "vit": [["pos_embed"]]}
     return [_row(asked, kind, KINDS[kind], kind, masks=masks[kind]) for kind in KINDS]
+
+
+def _locality_rows(asked):
+    model, rows = VARIANTS[asked["model"]], []
+    for layers in sorted({_share(share, model.depth) for share in GPSA_SHARES}):
+        for strength in STRENGTHS if layers else [model.locality_strength]:
+            changes = {"local_up_to_layer": layers, "locality_strength": strength}
+            label, folder = f"{layers} GPSA layer{'s' * (layers != 1)}", f"layers{layers}"
+            if layers:
+                label += f", strength {strength:g}"
+                folder += f"-strength{strength:g}"
+            rows.append(_row(asked, folder, label, **changes))
+    return rows
+
+
+def _percent(fraction):
+    return f"{100 * fraction:g}"
 
 
 def masked_layers(model):
@@ -213,6 +282,7 @@ def _share(share, whole):
 
 def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
     settings = make_settings(
+        _recipe(asked["data"], asked["model"]),
         data=asked["data"],
         model=asked["model"].replace("convit", kind),
         subset=asked["subset"] if fraction is None else fraction,
@@ -220,7 +290,14 @@ def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
         seed=0,
         **changes,
     )
-    return Row(name, label, settings, list(masks))
+    validations = READINGS if asked["experiment"] == "escape" else VALIDATIONS
+    return Row(name, label, settings, list(masks), validations)
+
+
+def _recipe(data, model):
+    """The one recipe for this model on this data, or else the data's."""
+    own = [name for name, r in RECIPES.items() if (r["data"], r["model"]) == (data, model)]
+    return own[0] if len(own) == 1 else DEFAULT_RECIPE[data]
 
 
 def speed_key(settings):
@@ -228,51 +305,47 @@ def speed_key(settings):
     return settings.model, settings.local_up_to_layer, settings.attention
 
 
-def make_plan(asked, rows, images, speeds, place):
-    """The Plan whose runs fit into asked["budget"] minutes.
+def make_plan(asked, rows, images, speeds, measured_on):
+    """The Plan of asked["steps"], or of as many as fit into asked["budget"] minutes.
 
     rows: of rows_of; images: {subset: training images}; speeds: {speed_key: what measure found}.
-    Raises UserError, with the minutes that it would take, where no sensible number of steps fits.
+    Raises UserError where a subset is smaller than a batch and, with the minutes that it would
+    take, where no sensible number of steps fits.
     """
-    seeds = list(range(asked["seeds"]))
-    size = min([rows[0].settings.batch_size, *(images[row.settings.subset] for row in rows)])
-    rows = [
-        replace(
-            row,
-            settings=replace(row.settings, batch_size=size),
-            images=images[row.settings.subset],
-            speed=speeds[speed_key(row.settings)],
+    size = rows[0].settings.batch_size
+    subset, fewest = min(images.items(), key=lambda pair: pair[1])
+    if fewest < size:
+        raise UserError(
+            f"{_percent(subset)} % of {asked['data']} are {fewest} images, fewer than a batch of "
+            f"{size}: take a larger share"
         )
+    rows = [
+        replace(row, images=images[row.settings.subset], speed=speeds[speed_key(row.settings)])
         for row in rows
     ]
-    budget, per_step = 60 * SAFETY * asked["budget"], 0.0
-    for row in rows:
-        per_step += len(seeds) * size / row.speed["images_per_second"]
-
-    def fixed(validations):
-        """Seconds that do not depend on the number of steps: all of them, those of validation."""
-        start = sum(row.speed["start_seconds"] for row in rows)
-        masks = sum(len(row.masks) * row.speed["validation_seconds"] for row in rows)
-        validation = validations * sum(row.speed["validation_seconds"] for row in rows)
-        return len(seeds) * (start + masks + validation), len(seeds) * validation
-
-    choices = VALIDATIONS[:2] if asked["experiment"] == "escape" else VALIDATIONS
-    validations = next((v for v in choices if fixed(v)[1] <= budget / 10), choices[-1])
-    steps = int((budget - fixed(validations)[0]) / per_step)
-    if steps < LEAST_STEPS:
-        minutes = (fixed(choices[-1])[0] + LEAST_STEPS * per_step) / SAFETY / 60
-        raise UserError(
-            f"{len(rows) * len(seeds)} runs do not fit into --budget {asked['budget']:g}: with "
-            f"{LEAST_STEPS} steps each, which is the least, they take {ceil(10 * minutes) / 10:g} "
-            "minutes here; give at least that, or fewer --seeds"
-        )
-    return Plan(asked, place, seeds, [_scheduled(row, steps, validations) for row in rows])
+    steps = asked["steps"] if "steps" in asked else _steps(asked, rows)
+    return Plan(asked, measured_on, [_scheduled(row, steps) for row in rows])
 
 
-def _scheduled(row, steps, validations):
-    """The row with its length: at most so many epochs, and the warm-up in these."""
-    per_pass = row.images // row.settings.batch_size
-    passes = ceil(steps / (validations * per_pass))
-    warmup = WARM_UP * steps / (passes * per_pass)
+def _steps(asked, rows):
+    """How many steps fit into the budget."""
+    fixed = asked["seeds"] * sum(row.fixed_seconds for row in rows)
+    per_step = asked["seeds"] * sum(row.step_seconds for row in rows)
+    steps = int((60 * SAFETY * asked["budget"] - fixed) / per_step)
+    if steps >= LEAST_STEPS:
+        return steps
+    # A tenth more: the speed is measured again when the command is.
+    minutes = ceil(1.1 * (fixed + LEAST_STEPS * per_step) / SAFETY / 60)
+    raise UserError(
+        f"{len(rows) * asked['seeds']} runs do not fit into --budget {asked['budget']:g}: with "
+        f"{LEAST_STEPS} steps each, which is the least, they take about {minutes} minutes here; "
+        "give at least that, or fewer --seeds"
+    )
+
+
+def _scheduled(row, steps):
+    """The row with its length: at most so many epochs as validations, and the warm-up in these."""
+    passes = ceil(steps / (row.validations * row.steps_per_pass))
+    warmup = WARM_UP * steps / (passes * row.steps_per_pass)
     settings = replace(row.settings, steps=steps, passes=passes, warmup_epochs=warmup)
     return replace(row, settings=settings)

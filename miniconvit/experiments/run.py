@@ -3,8 +3,9 @@
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
@@ -14,48 +15,61 @@ from ..checkpoint import load_checkpoint, write_file
 from ..data import load_dataset
 from ..device import resolve_device, to_device
 from ..device_engine import make_engine
-from ..errors import UserError
 from ..inspection import run_history
 from ..report import BAR, duration
 from ..run_folder import RunFolder
 from ..train import Diverged, evaluate, train
 from .plan import make_plan, rows_of, speed_key
 
-TIMED_STEPS = 10  # and as many before them, which are not counted
-WHEN = "at first", "at the end"  # of training, the experiment `escape` looks
+FIRST_STEPS = 10  # of an epoch of a run that is only timed, the first time
+TIMED_EPOCHS = 5
+TIMED_SECONDS = 6.0  # of their steps: the speed of a busy machine changes from second to second
+WHEN = "before training", "at the end"  # the experiment `escape` looks
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to. values: {quantity: number}, None where it diverged (the reason);
-    history: run_history's list, for the experiment that looks at it."""
+    """What one run came to. values: {quantity: number, None where it is not finite}, None where it
+    diverged (the reason); trained_on: the device; was_finished: nothing was left to do; history:
+    run_history's list, for the experiment that looks at it."""
 
     row: str
     seed: int
     values: dict | None
+    trained_on: str = ""
     diverged: str | None = None
+    was_finished: bool = False
     history: tuple = ()
 
 
 def measure(settings, images, **where):
-    """How fast such a run is: images_per_second and validation_seconds, from the second of two
-    short epochs, and start_seconds, what else a run takes.
+    """How fast such a run is: images_per_second and validation_seconds, medians over short epochs,
+    and start_seconds, what else a run takes.
 
     images: how many the data set has to train on; where: train's data_dir, threads and device.
     """
-    subset = min(1.0, TIMED_STEPS * settings.batch_size / images)
-    short = replace(settings, subset=subset, steps=None, epochs=2, passes=1)
+    _, warm, _ = _time(settings, images, FIRST_STEPS, 2, where)
+    share = TIMED_SECONDS / TIMED_EPOCHS
+    steps = max(FIRST_STEPS, ceil(share * warm[-1]["images_per_second"] / settings.batch_size))
+    rest, rows, size = _time(settings, images, steps, TIMED_EPOCHS, where)
+    validations = [row["seconds"] - size / row["images_per_second"] for row in rows]
+    return {
+        "images_per_second": median(row["images_per_second"] for row in rows),
+        "validation_seconds": median(validations),
+        "start_seconds": rest,
+    }
+
+
+def _time(settings, images, steps, epochs, where):
+    """Trains so many epochs of about so many steps: (seconds beside the epochs, with loading and
+    saving; the epochs' rows; images in each)."""
+    subset = min(1.0, (steps + 0.5) * settings.batch_size / images)  # classes are rounded
+    short = replace(settings, subset=subset, steps=None, epochs=epochs, passes=1)
     began = time.perf_counter()
     with TemporaryDirectory() as folder:
-        first, row = train(short, Path(folder) / "run", quiet=True, **where).rows
-    seconds = time.perf_counter() - began
-    size = min(settings.batch_size, images)
-    training = (row["step"] - first["step"]) * size / row["images_per_second"]
-    return {
-        "images_per_second": row["images_per_second"],
-        "validation_seconds": row["seconds"] - training,
-        "start_seconds": seconds - first["seconds"] - row["seconds"],
-    }
+        rows = train(short, Path(folder) / "run", quiet=True, **where).rows
+    rest = time.perf_counter() - began - sum(row["seconds"] for row in rows)
+    return rest, rows, rows[0]["step"] * settings.batch_size
 
 
 def _dataset(settings, where, subset=1.0):
@@ -65,13 +79,14 @@ def _dataset(settings, where, subset=1.0):
 
 def new_plan(asked, say, **where):
     """The Plan that fits what was asked for (see complete), measured on this machine."""
-    rows = rows_of(asked)
+    rows, kinds = rows_of(asked), {}
     images = {
         subset: len(_dataset(rows[0].settings, where, subset).train.labels)
         for subset in {row.settings.subset for row in rows} | {1.0}
     }
-    kinds = {speed_key(row.settings): row.settings for row in rows}
-    say(f"timing {2 * TIMED_STEPS} steps of {len(kinds)} models")
+    for row in rows:  # the first of a kind is the one of which everything is trained
+        kinds.setdefault(speed_key(row.settings), row.settings)
+    say(f"timing a few seconds of {len(kinds)} models")
     speeds = {key: measure(settings, images[1.0], **where) for key, settings in kinds.items()}
     return make_plan(asked, rows, images, speeds, resolve_device(where["device"])[1])
 
@@ -79,76 +94,76 @@ def new_plan(asked, say, **where):
 class _Part:
     """A run's part of the bar over the whole plan: what train calls its report."""
 
-    def __init__(self, bar, label, total, done, epochs, quiet):
-        self.bar, self.label, self.best = bar, label, 0.0
+    def __init__(self, bar, _total, done, *_):
+        self.bar = bar
         if not bar.disable:
             bar.initial += done  # what was trained before says nothing about the speed
-            bar.n = bar.last_print_n = bar.n + done
-        self._show()
-
-    def _show(self):
-        best = f"best val {100 * self.best:.1f} %" if self.best else ""
-        self.bar.set_description_str(self.label, refresh=False)
-        self.bar.set_postfix_str(best, refresh=True)
+            bar.n += done
 
     def lines(self, *texts):
         """A run of many says nothing of its own."""
 
-    def epoch(self, row):
-        self.best = max(self.best, row["val_top1"])
-        self._show()
+    epoch = lines
 
-    def step(self, images, epoch, loss, accuracy):
+    def step(self, images, *_):
         self.bar.update(images)
 
     def close(self):
         """The bar goes on as it is."""
 
 
-def run_plan(plan, out, say, **where):
+def run_plan(plan, out, say, show, **where):
     """Trains, or goes on with, every run of the plan in out/ROW/seedN. Returns their Outcomes.
 
-    say(text) prints a line; where: train's data_dir, threads and device. A run that diverges is an
-    outcome; what train raises otherwise ends it, and calling again goes on.
+    say(text) prints a line; show(outcomes) is called after every run that was trained now, but for
+    the last; where: train's data_dir, threads and device. A run that diverges is an outcome; what
+    train raises otherwise ends it, and calling again goes on.
     """
-    total, outcomes = plan.images_seen * len(plan.rows) * len(plan.seeds), []
-    bar_options = {"unit": " images", "bar_format": BAR + "{postfix}", "smoothing": 0}
-    with tqdm(total=total, disable=None, leave=False, **bar_options) as bar:
-        for row in plan.rows:
-            for seed in plan.seeds:
-                began, end = time.perf_counter(), bar.n + plan.images_seen
-                label = f"{row.label}, seed {seed}"
-                report = partial(_Part, bar, label)
-                outcome = _run(plan, row, seed, Path(out), report, where)
-                outcomes.append(outcome)
-                bar.update(end - bar.n)
-                result = outcome.diverged or f"{100 * outcome.values['top1']:.1f} %"
-                with bar.external_write_mode():
-                    say(f"{label}: {result} ({duration(time.perf_counter() - began)})")
+    runs, outcomes = plan.runs, []
+    bar_options = {"unit": " images", "bar_format": BAR, "leave": False, "smoothing": 0}
+    with tqdm(total=plan.images_seen * len(runs), disable=None, **bar_options) as bar:
+        for row, seed in runs:
+            began, end = time.perf_counter(), bar.n + plan.images_seen
+            label = f"{row.label}, seed {seed}"
+            bar.set_description_str(label)
+            outcome = _run(plan, row, seed, out, partial(_Part, bar), where)
+            outcomes.append(outcome)
+            bar.update(end - bar.n)
+            result = outcome.diverged or f"{100 * outcome.values['top1']:.1f} %"
+            with bar.external_write_mode():
+                say(f"{label}: {result} ({duration(time.perf_counter() - began)})")
+            if not outcome.was_finished and len(outcomes) < len(runs):
+                show(outcomes)
     return outcomes
 
 
 def _run(plan, row, seed, out, report, where):
     """One run, from wherever it stands, and what is read off it."""
-    folder = RunFolder(out / row.name / f"seed{seed}")
+    folder = RunFolder(Path(out) / row.name / f"seed{seed}")
     mark = folder.path / "diverged.txt"
-    if mark.exists():
-        return Outcome(row.name, seed, None, mark.read_text().strip())
     settings = replace(row.settings, seed=seed)
+    was_finished = mark.exists()
     try:
+        if was_finished:
+            raise Diverged(mark.read_text().strip())
         result = train(settings, folder.path, resume=True, quiet=True, report=report, **where)
-    except Diverged as reason:
+    except Diverged as error:
+        reason = str(error).partition(";")[0]  # what follows is advice for a single run
         write_file(mark, f"{reason}\n".encode())
-        return Outcome(row.name, seed, None, str(reason))
-    values = {"top1": result.rows[-1]["val_top1"]}
+        return Outcome(row.name, seed, None, _trained_on(folder), reason, was_finished)
+    values, history = {"top1": result.rows[-1]["val_top1"]}, ()
     if row.masks:
         values |= _masked(folder, row, where)
-    history = ()
     if plan.experiment == "escape":
         dataset = _dataset(settings, where)
-        history = run_history(folder.path, settings.model_config(dataset), dataset)
+        history = tuple(run_history(folder.path, settings.model_config(dataset), dataset))
         values |= _escaped(history)
-    return Outcome(row.name, seed, values, history=tuple(history))
+    about = {"trained_on": _trained_on(folder), "was_finished": result.was_finished}
+    return Outcome(row.name, seed, values, history=history, **about)
+
+
+def _trained_on(folder):
+    return str((folder.config() or {}).get("place", "unknown"))
 
 
 def mask_name(mask):
@@ -174,15 +189,13 @@ def _masked(folder, row, where):
             )
             masked = to_device(masked, xp)
             _, top1, _ = evaluate(engine, dataset.val, dataset.mean, dataset.std, masked)
-            if top1 != top1:
-                raise UserError(f"{folder.last} gives no finite answers with {mask_name(mask)}")
-            found[mask_name(mask)] = top1
+            found[mask_name(mask)] = top1 if top1 == top1 else None
     return found
 
 
 def _escaped(history):
-    """What has become of each layer: {"nonlocality of layer 1 at first": mean over heads}, and so
-    on for the gates, the other layers and the end."""
+    """What has become of each layer: {"nonlocality of layer 1 before training": mean over heads},
+    and so on for the gates, the other layers and the end."""
     found = {}
     for quantity, key in (("nonlocality", "nonlocality"), ("gate", "gates")):
         for i in range(len(history[0][1][key])):

@@ -2,9 +2,10 @@
 
 import csv
 import io
-import json
 from math import hypot
 from statistics import mean, stdev
+
+from scipy.special import stdtr
 
 from ..checkpoint import write_file
 from ..config import VARIANTS
@@ -13,6 +14,7 @@ from .run import WHEN, mask_name
 
 DIGITS = {"%": 1, "patches": 2, "": 3}
 """Unit to decimals."""
+SCALE = {"%": 100, "patches": 1, "": 1}
 
 TABLE_2 = {
     0.05: (47.8, 34.8),
@@ -39,44 +41,44 @@ TABLE_6 = {3: (62.3, 63.5), 5: (35.0, 53.1), 10: (1.3, 46.8)}
 
 NOTES = {
     "sample-efficiency": "Paper: its table 2, ConViT-S and DeiT-S on ImageNet.",
-    "ablation": "Paper: its table 3, ConViT-S+ on {} of ImageNet. Gates frozen stand at 0: content "
-    "and position have equal shares.",
-    "locality": "Paper: the values of its figure 8a cannot be read off; they lie between 77 and 81 "
-    "(first 100 classes of ImageNet) and increase with both the strength and the number of layers.",
+    "ablation": "Paper: its table 3, ConViT-S+ on ImageNet{}. Gates frozen stand at 0: content and "
+    "position have equal shares.",
+    "locality": "Paper: its figure 8a, first 100 classes of ImageNet, whose colour scale runs from "
+    "77 to 81: accuracy increases with both the strength and the number of layers.",
     "masking": "Paper: its tables 5 and 6, ConViT-Ti and DeiT-Ti on ImageNet; 3, 5 and 10 of its "
     "10 GPSA layers are compared with the same share of ours.",
-    "escape": "Paper: its figures 5 and 6, which have no numbers to read. ConViT's nonlocality "
-    "grows from its local start in all GPSA layers and ends below DeiT's; the mean of the gates "
-    "falls in every layer, the upper layers' to about 0. Nonlocality in patches, mean over heads; "
-    "for MHSA without the class token's row and column, rows rescaled to sum one.",
+    "escape": "Paper: its figures 5 and 6, which have no numbers to read. Nonlocality grows from "
+    "its local start in all GPSA layers and ends below DeiT's; the mean of the gates falls in "
+    "every layer, in layers 6 to 10 to about 0, while some heads of the first five keep high "
+    "gates. Nonlocality in patches, mean over heads; for MHSA without the class token's row and "
+    "column, rows rescaled to sum one.",
 }
 
 
 def entries_of(plan, outcomes):
     """The lines of the table: dicts of row, label, quantity, unit, mean, spread (sample standard
-    deviation; None for one seed), seeds (how many), diverged (how many), images, images_seen and
-    paper (a number or None). Accuracies are in %."""
+    deviation; None for one seed), seeds (how many), diverged (how many), images, passes, paper (a
+    number or None) and values (of each seed, None where it has none). Accuracies are in %."""
     entries = []
     for row in plan.rows:
-        runs = [outcome for outcome in outcomes if outcome.row == row.name]
-        good = [outcome.values for outcome in runs if outcome.values is not None]
-        quantities = list(good[0]) if good else ["top1", *map(mask_name, row.masks)]
-        for quantity in quantities:
+        runs = {outcome.seed: outcome for outcome in outcomes if outcome.row == row.name}
+        good = [run.values for run in runs.values() if run.values is not None]
+        for quantity in good[0] if good else ["top1", *map(mask_name, row.masks)]:
             unit = _unit(quantity)
-            scale = 100 if unit == "%" else 1
-            values = [scale * run[quantity] for run in good]
+            found = [run[quantity] for run in good if run[quantity] is not None]
             entries.append({
                 "row": row.name,
                 "label": row.label,
                 "quantity": quantity,
                 "unit": unit,
-                "mean": mean(values) if values else None,
-                "spread": stdev(values) if len(values) > 1 else None,
-                "seeds": len(values),
-                "diverged": len(runs) - len(values),
+                "mean": SCALE[unit] * mean(found) if found else None,
+                "spread": SCALE[unit] * stdev(found) if len(found) > 1 else None,
+                "seeds": len(found),
+                "diverged": len(runs) - len(found),
                 "images": row.images,
-                "images_seen": plan.images_seen,
+                "passes": plan.images_seen / row.images,
                 "paper": _paper(plan, row, quantity),
+                "values": [_value(runs.get(seed), quantity, SCALE[unit]) for seed in plan.seeds],
             })  # fmt: skip
     return entries
 
@@ -85,96 +87,134 @@ def _unit(quantity):
     return "patches" if "nonlocality" in quantity else "" if "gate" in quantity else "%"
 
 
-def _is_full(plan):
-    return plan.asked["subset"] > 0.3
+def _value(outcome, quantity, scale):
+    value = (outcome.values or {}).get(quantity) if outcome else None
+    return None if value is None else scale * value
 
 
 def _paper(plan, row, quantity):
     """The paper's number for this entry, or None."""
-    name, fraction = row.name, row.settings.subset
+    fraction = row.settings.subset
     if plan.experiment == "sample-efficiency":
-        return TABLE_2.get(fraction, (None, None))[name.startswith("vit")]
+        return TABLE_2.get(fraction, (None, None))[row.name.startswith("vit")]
     if plan.experiment == "ablation":
-        return TABLE_3[name][0 if _is_full(plan) else 1]
-    if plan.experiment == "masking":
-        if quantity == "top1":
-            return TABLE_5[name][0]
-        if quantity == mask_name(["pos_embed"]):
-            return TABLE_5[name][1]
-        for depth, pair in TABLE_6.items():
-            n = masked_layers(VARIANTS[plan.asked["model"]])[depth]
-            for branch, number in zip(("content", "position"), pair, strict=True):
-                if quantity == mask_name([branch, n]):
-                    return number
-    return None
+        return dict(zip((1.0, 0.1), TABLE_3[row.name], strict=True)).get(fraction)
+    if plan.experiment != "masking" or fraction < 1:
+        return None
+    layers = masked_layers(VARIANTS[plan.asked["model"]])
+    numbers = dict(zip(("top1", mask_name(["pos_embed"])), TABLE_5[row.name], strict=True))
+    for depth, pair in reversed(TABLE_6.items()):  # of two that are one here, the first counts
+        names = (mask_name([branch, layers[depth]]) for branch in ("content", "position"))
+        numbers |= zip(names, pair, strict=True)
+    return numbers[quantity]
 
 
 def _pairs(plan):
     """What is compared: ((row, quantity), (row, quantity)) of names."""
     names = [row.name for row in plan.rows]
+    if plan.experiment == "masking":
+        return [
+            ((row.name, mask_name(mask)), (row.name, "top1"))
+            for row in plan.rows
+            for mask in row.masks
+        ]
+    if plan.experiment == "escape":
+        return [(("convit", "top1"), ("vit", "top1")), *_escape_pairs(plan)]
     if plan.experiment == "sample-efficiency":
-        pairs = zip(names[::2], names[1::2], strict=True)
+        pairs = list(zip(names[::2], names[1::2], strict=True))
     elif plan.experiment == "ablation":
         pairs = [("a", other) for other in "bcdefg"] + [(other, "e") for other in "dfg"]
-    elif plan.experiment == "locality":
+    else:
         strongest = [row for row in plan.rows if row.settings.locality_strength == STRENGTHS[-1]]
         pairs = [(row.name, names[0]) for row in strongest if row.name != names[0]]
         deepest = names[-len(STRENGTHS) :]
         pairs += [(deepest[-1], weaker) for weaker in deepest[:-1]]
-    else:
-        pairs = [] if plan.experiment == "masking" else [names]
-    pairs = [((first, "top1"), (second, "top1")) for first, second in pairs]
-    if plan.experiment == "masking":
-        for row in plan.rows:
-            pairs += [((row.name, mask_name(mask)), (row.name, "top1")) for mask in row.masks]
-    if plan.experiment == "escape":
-        for i in range(1, plan.rows[0].settings.local_up_to_layer + 1):
-            first, end = (f"nonlocality of layer {i} {when}" for when in WHEN)
-            pairs += [(("convit", end), ("convit", first)), (("convit", end), ("vit", end))]
-            first, end = (f"gate of layer {i} {when}" for when in WHEN)
-            pairs.append((("convit", end), ("convit", first)))
+    return [((first, "top1"), (second, "top1")) for first, second in pairs]
+
+
+def _escape_pairs(plan):
+    pairs = []
+    for i in range(1, plan.rows[0].settings.local_up_to_layer + 1):
+        first, end = (f"nonlocality of layer {i} {when}" for when in WHEN)
+        pairs += [(("convit", end), ("convit", first)), (("convit", end), ("vit", end))]
+        first, end = (f"gate of layer {i} {when}" for when in WHEN)
+        pairs.append((("convit", end), ("convit", first)))
     return pairs
 
 
 def compare(first, second):
-    """What the difference of two entries is worth: a dict with the sentence.
+    """A sentence: the difference of two entries, and whether it is beyond the spread.
 
-    It is within the spread if it is not greater than the standard deviation of a difference of two
-    runs, sqrt(s1^2 + s2^2).
+    The spread of two rows is the standard deviation of a difference of two runs, sqrt(s1^2 +
+    s2^2); of one row before and after, that of the differences of each run.
     """
-    names = f"{_name(first)} against {_name(second)}"
-    found = {"first": _name(first), "second": _name(second), "difference": None, "spread": None}
-    found |= {"within_spread": None, "paper": None}
-    missing = [_name(entry) for entry in (first, second) if entry["mean"] is None]
-    if missing:
-        text = f"{names}: no comparison, as every run of {' and '.join(missing)} diverged"
-        return found | {"sentence": text}
-    unit, digits = first["unit"], DIGITS[first["unit"]]
-    difference = first["mean"] - second["mean"]
-    shown = round(difference, digits) + 0.0  # no minus before a zero
-    points = {"%": " points", "": ""}.get(unit, f" {unit}")
-    text = f"{names}: {shown:+.{digits}f}{points} ({_number(first)} against {_number(second)})"
-    found["difference"] = difference
-    if first["spread"] is None or second["spread"] is None:
-        text += ", a single run has no spread to compare it with"
-    else:
-        spread = hypot(first["spread"], second["spread"])
-        within = abs(difference) <= spread
-        found |= {"spread": spread, "within_spread": within}
-        text += f", {'within' if within else 'beyond'} the spread of {spread:.{digits}f}"
+    names = f"{name(first)} against {name(second)}"
+    for entry in (first, second):
+        if entry["mean"] is None:
+            why = "diverged" if entry["diverged"] else "is still to come"
+            return f"{names}: no comparison, as every run of {name(entry)} {why}"
+    text = f"{names}: {_difference(first['mean'] - second['mean'], first['unit'])}"
+    text += f" ({number(first)} against {number(second)})"
+    text += _verdict(first["mean"] - second["mean"], _spread(first, second), first, second)
     if first["paper"] is not None and second["paper"] is not None:
-        found["paper"] = round(first["paper"] - second["paper"], 1)
-        text += f"; paper {found['paper']:+.1f}"
-    return found | {"sentence": text}
+        text += f"; paper {first['paper'] - second['paper']:+.1f}"
+    return text
 
 
-def _name(entry):
+def _difference(value, unit):
+    points = {"%": " points", "": ""}.get(unit, f" {unit}")
+    return f"{round(value, DIGITS[unit]) + 0.0:+.{DIGITS[unit]}f}{points}"  # no minus before a zero
+
+
+def _spread(first, second):
+    """The standard deviation that a difference is compared with, None where there is none."""
+    if first["row"] == second["row"]:
+        pairs = zip(first["values"], second["values"], strict=True)
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        return stdev(differences) if len(differences) > 1 else None
+    spreads = first["spread"], second["spread"]
+    return None if None in spreads else hypot(*spreads)
+
+
+def _verdict(difference, spread, *entries):
+    if any(entry["diverged"] for entry in entries):
+        return ", without a verdict, as some of their runs diverged"
+    if spread is None:
+        return ", a single run has no spread to compare it with"
+    within = "within" if abs(difference) <= spread else "beyond"
+    return f", {within} the spread of {spread:.{DIGITS[entries[0]['unit']]}f}"
+
+
+def _gaps(plan, entries):
+    """The gap of ConViT over ViT at the smallest and at the largest fraction: [a sentence], or []
+    where there is nothing to compare."""
+    if plan.experiment != "sample-efficiency" or len(plan.asked["fractions"]) < 2:
+        return []
+    ordered = sorted(entries, key=lambda entry: entry["images"])  # ConViT, ViT; ConViT, ViT; ...
+    four = c1, v1, c2, v2 = ordered[:2] + ordered[-2:]
+    if any(entry["mean"] is None for entry in four):
+        return []
+    small, large = c1["mean"] - v1["mean"], c2["mean"] - v2["mean"]
+    names = [f"{entry['label'].partition(', ')[2]}" for entry in (c1, c2)]
+    spreads = _spread(c1, v1), _spread(c2, v2)
+    spread = None if None in spreads else hypot(*spreads)
+    text = f"The gap ConViT - ViT is {_difference(small, '%')} at {names[0]} and "
+    text += f"{_difference(large, '%')} at {names[1]}: a change of "
+    text += f"{_difference(small - large, '%')}{_verdict(small - large, spread, *four)}"
+    if all(entry["paper"] is not None for entry in four):
+        papers = c1["paper"] - v1["paper"], c2["paper"] - v2["paper"]
+        text += "; paper {:+.1f} and {:+.1f}".format(*papers)
+    return [text]
+
+
+def name(entry):
+    """What a line of the table is called."""
     quantity = entry["quantity"]
     return entry["label"] if quantity == "top1" else f"{entry['label']}, {quantity}"
 
 
-def _number(entry):
-    """The mean with its spread, and what has diverged."""
+def number(entry):
+    """The mean of an entry with its spread, and what has diverged."""
     digits, lost = DIGITS[entry["unit"]], entry["diverged"]
     if entry["mean"] is None:
         return "diverged" if lost else "no run"
@@ -185,61 +225,61 @@ def _number(entry):
 
 
 def write_tables(plan, outcomes, out):
-    """Writes table.md, table.csv and table.json into the folder out.
-
-    Returns (entries, the text of table.md).
-    """
+    """Writes table.md and table.csv into the folder out: (entries, the text of table.md)."""
     entries = entries_of(plan, outcomes)
     by_name = {(entry["row"], entry["quantity"]): entry for entry in entries}
-    comparisons = [
+    sentences = [
         compare(by_name[first], by_name[second])
         for first, second in _pairs(plan)
         if first in by_name and second in by_name
     ]
-    text = _markdown(plan, entries, comparisons)
+    text = _markdown(plan, outcomes, entries, sentences + _gaps(plan, entries))
     write_file(out / "table.md", text.encode())
     lines = io.StringIO()
     writer = csv.DictWriter(lines, entries[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(entries)
+    for entry in entries:
+        values = ";".join("" if value is None else str(value) for value in entry["values"])
+        writer.writerow(entry | {"values": values})
     write_file(out / "table.csv", lines.getvalue().encode())
-    values = {"asked": plan.asked, "place": plan.place, "steps": plan.steps, "note": _note(plan)}
-    values |= {"spread": "sample standard deviation", "entries": entries}
-    values |= {"comparisons": comparisons, "runs": [
-        {"row": o.row, "seed": o.seed, "values": o.values, "diverged": o.diverged}
-        for o in outcomes
-    ]}  # fmt: skip
-    write_file(out / "table.json", json.dumps(values, indent=2).encode() + b"\n")
     return entries, text
 
 
-def _note(plan):
-    if plan.experiment == "ablation":
-        return NOTES["ablation"].format("all" if _is_full(plan) else "10 %")
-    return NOTES[plan.experiment]
-
-
-def _markdown(plan, entries, comparisons):
-    seeds = len(plan.seeds)
+def _markdown(plan, outcomes, entries, sentences):
     subset = plan.asked.get("subset", 1.0)
     data = plan.asked["data"] + f", {100 * subset:g} % of each class" * (subset < 1)
+    devices = sorted({outcome.trained_on for outcome in outcomes})
     lines = [
         f"# {plan.experiment}: {plan.asked['model']} on {data}",
         "",
-        f"{seeds} seed{'s' * (seeds > 1)}, {plan.steps:,} steps and {plan.images_seen:,} images "
-        "seen in every run. Accuracies: top-1 in %, on the validation split, after the last step; "
-        "the test set is not read. ± is the sample standard deviation over the seeds.",
+        f"{len(outcomes)} of {len(plan.runs)} runs, each of {plan.steps:,} steps and "
+        f"{plan.images_seen:,} images seen, trained {'; '.join(devices)}; {plan.recipe}. "
+        "Accuracies: top-1 in %, on the validation split, after the last step; the test set is not "
+        f"read. {_about_spread(plan)}",
         "",
-        "| row | ours | seeds | training images | images seen | paper |",
+        "| row | ours | seeds | training images | passes over the data | paper |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for entry in entries:
         unit = f" ({entry['unit']})" if entry["unit"] == "patches" else ""
         paper = "" if entry["paper"] is None else f"{entry['paper']:.1f}"
         lines.append(
-            f"| {_name(entry)}{unit} | {_number(entry)} | {entry['seeds']} | {entry['images']:,} "
-            f"| {entry['images_seen']:,} | {paper} |"
+            f"| {name(entry)}{unit} | {number(entry)} | {entry['seeds']} | {entry['images']:,} "
+            f"| {entry['passes']:.1f} | {paper} |"
         )
-    lines += ["", _note(plan), ""]
-    lines += [f"- {comparison['sentence']}." for comparison in comparisons]
+    note = NOTES[plan.experiment].format(", 10 % of each class" * (subset == 0.1))
+    lines += ["", note, "", *(f"- {sentence}." for sentence in sentences)]
     return "\n".join(lines) + "\n"
+
+
+def _about_spread(plan):
+    """What ± is, and how often it misleads: Student's t of equal rows passes sqrt(n)."""
+    n = len(plan.seeds)
+    if n == 1:
+        return "One seed: no spread."
+    between, within = (200 * float(stdtr(df, -(n**0.5))) for df in (2 * n - 2, n - 1))
+    return (
+        f"± is the sample standard deviation over {n} seeds, without the choice of the subset and "
+        "of the validation images; a difference is called beyond the spread where there is none "
+        f"in {between:.0f} % of comparisons of two rows, {within:.0f} % within a row."
+    )
