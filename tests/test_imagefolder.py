@@ -737,3 +737,15 @@ def test_a_model_learns_from_real_images(tmp_path):
     first, last = result.rows[0], result.rows[-1]
     assert abs(first["train_loss"] - log(4)) < 0.1
     assert last["train_loss"] < first["train_loss"] - 0.02
+
+
+def test_short_memory_is_no_damaged_exif(tmp_path, monkeypatch):
+    """An image that is left unturned because memory was short would be another one on a resume."""
+    file = save(tmp_path / "a.png", noise(7, 5))
+
+    def short(image):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", short)
+    with pytest.raises(MemoryError):
+        views.open_image(file)

@@ -47,6 +47,8 @@ def open_image(file, channels=3):
             opened.load()
             try:
                 image = ImageOps.exif_transpose(opened)
+            except MemoryError:
+                raise
             except Exception:  # the pixels are good, only what is said of them is not
                 image = opened
             return _to_rgb(image).convert("L" if channels == 1 else "RGB")
