@@ -399,7 +399,7 @@ class _Run:
             indices, copies = divmod(draws, s.repeats)
             return training_images(self.images, indices, s.seed, number, s.augment, copies)
 
-        workers = _decoders(self.images, self.engine, is_read_twice=s.mixup or s.cutmix)
+        workers = _decoders(self.images, self.engine, is_read_twice=s.mixup + s.cutmix > 0)
         with closing(feed(view, batches, workers)) as fed:
             for draws in batches:
                 began = time.perf_counter()

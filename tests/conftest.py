@@ -2,4 +2,29 @@
 
 import os
 
+import fakecupy
+import pytest
+
+from miniconvit import cli
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, whose bits are compared
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """The stand-in for CuPy, which refuses to mix the host's arrays with its own."""
+    yield fakecupy.install(monkeypatch)
+    fakecupy.reset()
+
+
+@pytest.fixture
+def program(capsys):
+    """Calls the command line: (exit status, standard output, standard error)."""
+
+    def call(*argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(word) for word in argv])
+        return end.value.code, *capsys.readouterr()
+
+    return call

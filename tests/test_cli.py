@@ -32,19 +32,6 @@ def small_data(monkeypatch):
     monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
 
 
-@pytest.fixture
-def program(capsys):
-    """Calls the command line: (exit status, standard output, standard error)."""
-
-    def call(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder and what training printed."""

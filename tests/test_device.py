@@ -37,12 +37,6 @@ CONFIG = mc.ConViTConfig(
 )
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    yield fakecupy.install(monkeypatch)
-    fakecupy.reset()
-
-
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
     monkeypatch.setattr(training, "load_dataset", small_dataset)

@@ -11,13 +11,12 @@ from contextlib import closing
 from math import log
 from pathlib import Path
 
-import fakecupy
 import numpy as np
 import pytest
 
 import miniconvit.data.images as views
 import miniconvit.train as training
-from miniconvit import UserError, cli, convit_forward
+from miniconvit import UserError, convit_forward
 from miniconvit.checkpoint import load_checkpoint
 from miniconvit.data import ImageFiles, feed, imagefolder, load_dataset, training_images
 from miniconvit.data.feed import AHEAD
@@ -65,17 +64,6 @@ def folder(tmp_path):
 
 def load(root, size=16, **options):
     return load_dataset("imagefolder", root, img_size=size, **options)
-
-
-@pytest.fixture
-def command(capsys):
-    def call(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
 
 
 def assert_sentence(answer, *words):
@@ -569,12 +557,6 @@ def same_run(a, b):
     assert metrics(a) == metrics(b)
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    yield fakecupy.install(monkeypatch)
-    fakecupy.reset()
-
-
 def stop_after(monkeypatch, steps):
     """A signal in the last step of so many."""
     left = [steps]
@@ -660,40 +642,40 @@ def test_mixed_images_are_decoded_once(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_a_file_that_breaks_a_run_is_named(cupy, folder, tmp_path, command, place):
+def test_a_file_that_breaks_a_run_is_named(cupy, folder, tmp_path, program, place):
     victim = folder / "train" / "c" / "03.png"
     damage_inside(victim)
     flags = ["--data", "imagefolder", "--data-dir", folder, "--img-size", 16, "--device", place]
     flags += ["--model", "convit_micro32", "--epochs", 1, "--batch-size", 11, "--quiet"]
-    answer = command("train", *flags, "--out", tmp_path / "run")
+    answer = program("train", *flags, "--out", tmp_path / "run")
     assert_sentence(answer, f"{victim} cannot be read as an image")
     assert not decoders()
     (folder / "val" / "A" / "99.png").write_bytes(b"")
-    answer = command("train", *flags, "--broken", "skip", "--out", tmp_path / "skipped")
+    answer = program("train", *flags, "--broken", "skip", "--out", tmp_path / "skipped")
     assert answer[0] == 0 and str(victim) in answer[2]
-    assert command("eval", tmp_path / "skipped")[0] == 0  # as the run did
-    assert_sentence(command("eval", tmp_path / "skipped", "--broken", "refuse"), "99.png (empty)")
+    assert program("eval", tmp_path / "skipped")[0] == 0  # as the run did
+    assert_sentence(program("eval", tmp_path / "skipped", "--broken", "refuse"), "99.png (empty)")
     assert "--split test" not in answer[1]
     settings = json.loads((tmp_path / "skipped" / "config.json").read_text())["settings"]
     assert settings["broken"] == "skip"
     assert_sentence(
-        command("train", "--resume", "--out", tmp_path / "skipped", "--broken", "refuse"),
+        program("train", "--resume", "--out", tmp_path / "skipped", "--broken", "refuse"),
         "began with --broken skip and cannot go on with --broken refuse",
     )
 
 
-def test_eval_predict_and_inspect_see_what_training_saw(folder, tmp_path, command):
+def test_eval_predict_and_inspect_see_what_training_saw(folder, tmp_path, program):
     out = tmp_path / "run"
     run(folder, out)
     best = max(metrics(out), key=lambda row: row["val_top1"])
-    status, text, _ = command("eval", out, "--json")
+    status, text, _ = program("eval", out, "--json")
     found = json.loads(text)
     assert (status, found["images"]) == (0, 12)
     assert (found["loss"], found["top1"]) == (best["val_loss"], best["val_top1"])
-    assert_sentence(command("eval", out, "--split", "test"), "no split test here", "add a folder")
+    assert_sentence(program("eval", out, "--split", "test"), "no split test here", "add a folder")
     val = load(folder).val
     files = val.images.paths[::5]
-    status, text, _ = command("predict", out, *files, "--json")
+    status, text, _ = program("predict", out, *files, "--json")
     answers = json.loads(text)["images"]
     model = load_checkpoint(out / "best.safetensors")
     right = [
@@ -707,12 +689,12 @@ def test_eval_predict_and_inspect_see_what_training_saw(folder, tmp_path, comman
     np.testing.assert_allclose(
         [answer["top"][0]["probability"] for answer in answers], p.max(axis=1), rtol=1e-4
     )
-    status, text, err = command("inspect", out, "--json", "--images", 5)
+    status, text, err = program("inspect", out, "--json", "--images", 5)
     assert (status, json.loads(text)["images"]) == (0, 5), err
     (folder / "test").mkdir()
     for name in "ABc":
         save(folder / "test" / name / "0.png", noise(20, 20))
-    status, text, _ = command("eval", out, "--split", "test", "--json")
+    status, text, _ = program("eval", out, "--split", "test", "--json")
     assert json.loads(text)["images"] == 3
 
 

@@ -288,19 +288,6 @@ def test_the_history_begins_with_the_initial_parameters(run):
 # The command.
 
 
-@pytest.fixture
-def program(capsys):
-    """Calls the command line: (exit status, standard output, standard error)."""
-
-    def call(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
-
-
 def test_json_and_the_files(run, tmp_path, program):
     pytest.importorskip("matplotlib")
     status, out, err = program("inspect", run, "--json", "--query", "1,0", "--out", tmp_path / "x")

@@ -274,12 +274,6 @@ def test_the_papers_recipe_is_that_of_the_paper():
 # ---------------------------------------------------------------- on a device
 
 
-@pytest.fixture
-def cupy(monkeypatch):
-    yield fakecupy.install(monkeypatch)
-    fakecupy.reset()
-
-
 @pytest.mark.parametrize("preset", ["light", "paper"])
 def test_a_device_sees_the_same_images_and_nobody_waits(cupy, preset):
     images = np.random.default_rng(1).integers(0, 256, (70, 3, 9, 14), dtype=np.uint8)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import fakecupy
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,9 +18,10 @@ from test_torch_file import GOLDEN, archive, golden, legacy
 import miniconvit as mc
 import miniconvit.cli.eval as eval_command
 import miniconvit.train as training
-from miniconvit import UserError, cli
+from miniconvit import UserError
 from miniconvit.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
+from miniconvit.inspection import run_history
 from miniconvit.model import param_shapes
 from miniconvit.settings import Settings, make_settings
 from miniconvit.weights import (
@@ -53,18 +53,11 @@ def bare(tmp_path):
 
 
 @pytest.fixture
-def program(capsys, monkeypatch):
-    """Calls the command line: (exit status, standard output, standard error)."""
+def program(program, monkeypatch):
+    """The command line on the small data set."""
     monkeypatch.setattr(training, "load_dataset", small_dataset)
     monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
-
-    def call(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(word) for word in argv])
-        return end.value.code, *capsys.readouterr()
-
-    return call
+    return program
 
 
 def assert_same(found, expected):
@@ -378,6 +371,15 @@ def test_a_training_begins_where_the_file_says(tmp_path, one_still_step):
     assert config["init_sha256"] == digest
 
 
+def test_a_history_does_not_claim_another_beginning(tmp_path, one_still_step):
+    """A run that took its parameters from elsewhere has no reading from before its first epoch."""
+    path, _ = start_of(tmp_path)
+    one_still_step(init_from=str(path))
+    config = load_checkpoint(tmp_path / "run" / "last.safetensors").config
+    history = run_history(tmp_path / "run", config, small_dataset())
+    assert [epoch for epoch, _ in history] == [1]
+
+
 def test_the_average_begins_there_too(tmp_path, one_still_step):
     path, params = start_of(tmp_path)
     one_still_step(init_from=str(path), ema=0.5)
@@ -456,13 +458,6 @@ def test_a_file_in_float64_is_trained_in_float32(tmp_path, one_still_step):
     for name, value in params.items():
         np.testing.assert_allclose(found[name], value, atol=1e-20, err_msg=name)
         assert found[name].dtype == "float32"
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    """The stand-in for CuPy, which refuses to mix the host's arrays with its own."""
-    yield fakecupy.install(monkeypatch)
-    fakecupy.reset()
 
 
 def test_the_parameters_are_put_on_the_device(tmp_path, one_still_step, cupy):

@@ -94,7 +94,7 @@ def read(folders, download, img_size=224, broken="refuse"):
     missing, a class is empty or the splits' classes differ.
     """
     require_pillow("imagefolder")
-    warnings.filterwarnings("ignore", module="PIL")  # of metadata, file by file
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata
     root = next(filter(None, folders[:2]), None)
     if root is None or not (root / "train").is_dir():
         found = f"there is no folder train in {root}" if root else "--data-dir is missing"
