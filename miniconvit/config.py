@@ -58,7 +58,7 @@ class ConViTConfig:
         if any(side % patch for side, patch in zip(self.image, self.patch, strict=True)):
             raise UserError(
                 f"an image of {self.image[0]}x{self.image[1]} pixels cannot be cut into patches of "
-                f"{self.patch[0]}x{self.patch[1]}: choose a patch size that divides both sides"
+                f"{self.patch[0]}x{self.patch[1]}: choose sides that are multiples of the patch's"
             )
         if self.embed_dim % self.num_heads:
             raise UserError(

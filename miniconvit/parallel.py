@@ -93,7 +93,8 @@ def cut(n, rows_per_image):
 
 
 def train_piece(config, ops, load, start, stop, n, params, label_smoothing, seed, step):
-    """Mean loss, number of right answers, and gradients of this piece's share in a batch of n.
+    """Mean loss, number of right answers, and gradients of this piece's share in a batch of n; of
+    targets that are mixed, the class with the largest share is the right one.
 
     load(start, stop) -> that piece's images and targets; its place in the batch decides the drop
     path. The two numbers are scalar arrays.

@@ -1,13 +1,12 @@
 """A contact sheet of a data set: what the training sees of its images."""
 
 import io
-from importlib.util import find_spec
 
 import numpy as np
 
 from .checkpoint import write_file
 from .data import PRESETS, draw_mix, erase, mix_images, normalize, training_images
-from .errors import UserError
+from .data.images import require_pillow
 
 ROWS, COPIES = 8, 7
 CELL = 96  # pixels on the sheet, at least, for an image's width
@@ -21,8 +20,7 @@ def draw_preview(dataset, preset, path, seed=0):
 
     dataset: a Dataset; preset: a name of PRESETS. Raises UserError where Pillow is missing.
     """
-    if find_spec("PIL") is None:
-        raise UserError("a preview is drawn with Pillow, which is missing: pip install Pillow")
+    require_pillow("a contact sheet")
     places = _places(dataset.train.labels)
     images = dataset.train.images[places]
     names = [dataset.classes[label] for label in dataset.train.labels[places]]
@@ -71,11 +69,11 @@ def _mixed(dataset, seen, names, seed, alphas):
 
 
 def _sheet(note, columns):
-    """A picture of named columns of (uint8 images (n, channels, H, W), captions)."""
+    """A picture of named columns of (uint8 images (n, 3, H, W), captions)."""
     from PIL import Image, ImageDraw, ImageFont
 
     images, _ = columns["original"]
-    rows, channels, height, width = images.shape
+    rows, _, height, width = images.shape
     scale = max(1, CELL // width)
     wide, tall = width * scale + GAP, height * scale + GAP + LINE
     head = 2 * LINE + GAP
@@ -87,8 +85,6 @@ def _sheet(note, columns):
         pen.text((x, GAP // 2 + LINE), title, "black", font)
         for row, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
             y = head + row * tall
-            if channels == 1:
-                pixels = pixels.repeat(3, axis=0)
             picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             size = (width * scale, height * scale)
             sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))

@@ -270,9 +270,9 @@ def stored_data_dir(out):
     return Path(found) if found else None
 
 
-def stored_init_sha256(out):
-    """The hash of the file that the run in the folder `out` began from, or None."""
-    return (RunFolder(out).config() or {}).get("init_sha256")
+def stored_sha256(out, name):
+    """What the config.json of the run in the folder `out` has under this name, or None."""
+    return (RunFolder(out).config() or {}).get(name)
 
 
 def refuse_difference(stored, given, folder):

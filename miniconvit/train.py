@@ -20,12 +20,14 @@ from .analysis import reading_images, readings
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
 from .config import is_count, is_number
 from .data import (
+    BrokenImage,
     ImageFiles,
     Split,
     draw_mix,
     epoch_order,
     erase,
     feed,
+    fingerprint,
     load_dataset,
     mix_images,
     mix_targets,
@@ -45,8 +47,8 @@ from .settings import (
     Settings,
     refuse_difference,
     stored_data_dir,
-    stored_init_sha256,
     stored_settings,
+    stored_sha256,
 )
 from .weights import read_start
 
@@ -106,11 +108,11 @@ def train(
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
-    that has begun downloads nothing, and its data lie where they lay unless data_dir says
-    otherwise. quiet: prints nothing. report: shows how it goes, called with Report's arguments.
-    Raises UserError; Interrupted after SIGINT or SIGTERM, when
-    the step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
-    every 50 steps.
+    that has begun downloads no data, and these lie where they lay unless data_dir says otherwise.
+    quiet: prints nothing. report: shows how it goes, called with Report's arguments. Raises
+    UserError, after saving where an image file cannot be decoded; Interrupted after SIGINT or
+    SIGTERM, when the step is done and saved; Diverged where the loss is not finite, which on a GPU
+    is looked for every 50 steps.
     """
     folder = RunFolder(out)
     folder.check(resume)
@@ -123,6 +125,12 @@ def train(
     xp, place = resolve_device(device)
     s = settings
     dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
+    fingerprints = {"data_sha256": fingerprint(dataset)}
+    if stored_sha256(out, "data_sha256") not in (None, fingerprints["data_sha256"]):
+        raise UserError(
+            f"the image files are not those with which the run in {out} began: put back what was "
+            "added, removed or renamed, or begin another run with another --out"
+        )
     config = settings.model_config(dataset)
     frozen = frozen_names(config, settings.freeze)
     folder.open(resume)
@@ -132,10 +140,10 @@ def train(
             if resume and folder.last.exists():
                 run.load()
             else:
-                sha256 = run.begin(stored_init_sha256(out))
+                fingerprints["init_sha256"] = run.begin(stored_sha256(out, "init_sha256"))
                 folder.cut_metrics(0)
                 about = _about(settings, config, data_dir, engine.threads, place)
-                folder.write_config(about | ({"init_sha256": sha256} if sha256 else {}))
+                folder.write_config(about | {k: v for k, v in fingerprints.items() if v})
             return run.train(quiet, place, report)
     finally:
         folder.close()
@@ -400,7 +408,7 @@ class _Run:
             return training_images(self.images, indices, s.seed, number, s.augment, copies)
 
         workers = _decoders(self.images, self.engine, is_read_twice=s.mixup + s.cutmix > 0)
-        with closing(feed(view, batches, workers)) as fed:
+        with self._saving(), closing(feed(view, batches, workers)) as fed:
             for draws in batches:
                 began = time.perf_counter()
                 self._train_step(draws, next(fed))
@@ -475,9 +483,10 @@ class _Run:
         """Validates and saves. The order makes a kill harmless at any moment: until the last file
         is in place, a resume trains this epoch's end again and writes the same files."""
         val = Split(self.val_images, self.dataset.val.labels)
-        val_loss, val_top1, _ = evaluate(
-            self.engine, val, self.mean, self.std, self.shown, self._stop_if_asked
-        )
+        with self._saving():
+            val_loss, val_top1, _ = evaluate(
+                self.engine, val, self.mean, self.std, self.shown, self._stop_if_asked
+            )
         if not isfinite(val_loss):
             raise self._diverged(f"the validation loss is {val_loss:g}")
         self.epoch += 1
@@ -510,6 +519,18 @@ class _Run:
             "images_per_second": speed,
             "seconds": time.perf_counter() - self.epoch_began,
         }
+
+    @contextmanager
+    def _saving(self):
+        """While it lasts, an image file that cannot be decoded costs nothing but a --resume."""
+        try:
+            yield
+        except BrokenImage as reason:
+            self.save()
+            raise UserError(
+                f"{reason}; the run is saved after step {self.step}: with a whole file under this "
+                "name it goes on by --resume"
+            ) from reason
 
     def _stop_if_asked(self):
         if self.stop_requests:

@@ -24,6 +24,7 @@ from .checkpoint import (
     read_safetensors,
 )
 from .config import VARIANTS, ConViTConfig
+from .data.imagefolder import MEAN, STD
 from .errors import UserError
 from .model import param_shapes
 from .run_folder import RunFolder
@@ -31,7 +32,6 @@ from .torch_file import read_torch_file
 
 PUBLISHED = {"convit_tiny.fb_in1k": 23, "convit_small.fb_in1k": 111, "convit_base.fb_in1k": 346}
 """Name on the hub to size in MB."""
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Under one of these a training script keeps the state dict; averages go first, as in timm."""
@@ -123,8 +123,12 @@ def read_start(source, config, classes, sha256=None):
     ours = _is_ours(path)
     found = _load_ours(path) if ours else _open_bare(path, config.num_heads, config.img_size)
     if field := _difference(found.config, config):
-        name = variant_name(found.config)
+        name, flag = variant_name(found.config), "--" + field.replace("_", "-")
         advice = f"add --model {name}" if name else "choose the --model that it was made with"
+        if not name and field in ("patch_size", "local_up_to_layer", "attention"):
+            value = getattr(found.config, field)
+            value = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            advice = f"add {flag} {value}"
         raise UserError(
             f"--init-from {source} does not fit: {_told(found.config, config, field)}; {advice}"
         )
@@ -230,9 +234,8 @@ def _open_bare(path, num_heads=None, img_size=None):
         raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
     params = {name: tensors[name] for name in param_shapes(config)}
     is_rgb = config.in_chans == 3
-    return Checkpoint(
-        params, config, mean=IMAGENET_MEAN * is_rgb or None, std=IMAGENET_STD * is_rgb or None
-    )
+    mean, std = (list(numbers) if is_rgb else None for numbers in (MEAN, STD))  # ImageNet's
+    return Checkpoint(params, config, mean=mean, std=std)
 
 
 def _state_dict(path):

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from contextlib import closing
 from math import log
 from pathlib import Path
@@ -457,6 +458,21 @@ def test_what_only_decoding_shows_is_skipped_too_and_else_named_when_it_happens(
     assert f"{victim} (" in capsys.readouterr().err
 
 
+def test_skipping_tries_all_that_reading_does(folder, monkeypatch):
+    """A file whose pixels load and cannot be turned into RGB is left out, and not met later."""
+    to_rgb, victim = views._to_rgb, Image.open(folder / "train" / "B" / "07.png")
+
+    def fail(image):
+        if image.size == victim.size:
+            raise ValueError("no such mode")
+        return to_rgb(image)
+
+    monkeypatch.setattr(views, "_to_rgb", fail)
+    data = load(folder, broken="skip")
+    assert victim.filename not in data.train.images.paths
+    data.train.images[:], data.val.images[:]
+
+
 def test_a_jpeg_without_its_last_bytes_is_judged_by_decoding_it(folder):
     """A file with something behind its end is whole, though the mark is not where it is sought."""
     path = folder / "train" / "A" / "trailing.jpg"
@@ -662,6 +678,101 @@ def test_a_file_that_breaks_a_run_is_named(cupy, folder, tmp_path, program, plac
         program("train", "--resume", "--out", tmp_path / "skipped", "--broken", "refuse"),
         "began with --broken skip and cannot go on with --broken refuse",
     )
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("victim", ["train/c/03.png", "val/c/02.png"])
+def test_a_run_that_a_file_has_ended_goes_on_to_the_bit_when_it_is_repaired(
+    cupy, folder, tmp_path, victim, place
+):
+    run(folder, tmp_path / "whole", place)
+    path = folder / victim
+    content = path.read_bytes()
+    damage_inside(path)
+    with pytest.raises(UserError) as caught:
+        run(folder, tmp_path / "parts", place)
+    text = str(caught.value)
+    saved = load_checkpoint(tmp_path / "parts" / "last.safetensors").state
+    assert f"{path} cannot be read as an image" in text and "\n" not in text
+    assert f"saved after step {saved['step']}: " in text and "--resume" in text
+    assert saved["epoch"] == 0 and (saved["step"] == 4 or victim.startswith("train"))
+    with pytest.raises(UserError, match="cannot be read"):
+        run(folder, tmp_path / "parts", place, resume=True)
+    path.write_bytes(content)
+    run(folder, tmp_path / "parts", place, resume=True)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_goes_on_with_the_files_it_began_with_and_no_others(folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(training.Interrupted):
+            run(folder, out)
+
+    def refused():
+        with pytest.raises(UserError, match="not those with which the run in"):
+            run(folder, out, resume=True)
+
+    train, val = folder / "train", folder / "val"
+    save(train / "A" / "055.png", noise(20, 20))
+    refused()
+    (train / "A" / "055.png").unlink()
+    (train / "A" / "03.png").rename(train / "A" / "99.png")
+    refused()
+    (train / "A" / "99.png").rename(train / "B" / "99.png")
+    refused()
+    (train / "B" / "99.png").rename(train / "A" / "03.png")
+    (val / "c" / "03.png").unlink()
+    refused()
+    save(val / "c" / "03.png", noise(23, 28))  # another picture under the same name
+    folder.rename(tmp_path / "moved")
+    run(tmp_path / "moved", out, resume=True)
+
+
+def test_a_test_folder_without_classes_is_not_used(folder, capsys):
+    save(folder / "test" / "1.png", noise(20, 20))
+    assert load(folder).test is None
+    assert f"{folder / 'test'} holds no class folders" in capsys.readouterr().err
+
+
+def test_validation_images_alone_are_enough_to_evaluate(folder, tmp_path, program):
+    run(folder, tmp_path / "run")
+    true = program("eval", tmp_path / "run", "--json")
+    (folder / "train").rename(tmp_path / "elsewhere")
+    found = program("eval", tmp_path / "run", "--json")
+    assert found[0] == 0 and json.loads(found[1]) == json.loads(true[1])
+    assert_sentence(program("eval", tmp_path / "run", "--split", "train"), "no split train here")
+    assert_sentence(
+        program("train", "--data", "imagefolder", "--data-dir", folder), "no folder train in"
+    )
+    with pytest.raises(UserError, match="no folder train in"):
+        load(folder)
+    (folder / "val").rename(tmp_path / "there")
+    assert_sentence(program("eval", tmp_path / "run"), "no folder train or val in")
+
+
+def test_inspect_draws_the_course_of_a_run_as_it_was_trained_and_no_other(
+    folder, tmp_path, program
+):
+    pytest.importorskip("matplotlib")
+    run(folder, tmp_path / "run")
+    for flags, has_course in (([], True), (["--img-size", 20], False)):
+        out = tmp_path / f"out{len(flags)}"
+        assert program("inspect", tmp_path / "run", *flags, "--out", out)[0] == 0
+        assert (out / "nonlocality.png").exists() == has_course
+        assert (out / "maps.png").exists()
+
+
+def test_reading_changes_no_filter_of_warnings(folder):
+    before = list(warnings.filters)
+    load(folder).val.images[:]
+    assert list(warnings.filters) == before
+
+
+def test_the_data_command_shows_images_at_the_size_of_the_default_model(folder, program):
+    status, text, _ = program("data", "imagefolder", "--data-dir", folder)
+    assert status == 0 and "64x64 pixels" in text and "a random part of the image" in text
 
 
 def test_eval_predict_and_inspect_see_what_training_saw(folder, tmp_path, program):

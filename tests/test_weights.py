@@ -21,11 +21,11 @@ import miniconvit.train as training
 from miniconvit import UserError
 from miniconvit.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
+from miniconvit.data.imagefolder import MEAN
 from miniconvit.inspection import run_history
 from miniconvit.model import param_shapes
 from miniconvit.settings import Settings, make_settings
 from miniconvit.weights import (
-    IMAGENET_MEAN,
     at_resolution,
     open_weights,
     read_start,
@@ -471,7 +471,7 @@ def test_the_parameters_are_put_on_the_device(tmp_path, one_still_step, cupy):
     ("flags", "words"),
     [
         (["--model", "convit_mini32"], "its embed_dim is 48 where 72 .*add --model convit_micro32"),
-        (["--patch-size", "2"], "its patch_size is 4 where 2 was expected"),
+        (["--patch-size", "2"], "its patch_size is 4 where 2 was expected; add --model convit_m"),
         (["--local-up-to-layer", "1"], "its local_up_to_layer is 3 where 1"),
         (["--attention", "psa"], "its attention is gpsa where psa"),
     ],
@@ -488,6 +488,29 @@ def test_another_architecture_is_refused_before_anything_is_written(
     status, _, err = program("train", *RUN, "--init-from", "nothing", "--out", tmp_path / "r")
     assert (status, err.count("\n")) == (2, 1)
     assert "there is no checkpoint nothing" in err
+
+
+def test_a_variant_with_other_patches_is_told_by_its_flag(tmp_path):
+    config = replace(VARIANTS["convit_micro32"], img_size=(8, 12), patch_size=(2, 4))
+    save_checkpoint(tmp_path / "x.safetensors", mc.init_params(config), config)
+    with pytest.raises(UserError, match=r"its patch_size is .*; add --patch-size 2x4$"):
+        read_start(tmp_path / "x.safetensors", replace(config, patch_size=4), ("a",) * 10)
+    config = replace(VARIANTS["convit_micro32"], local_up_to_layer=1)
+    save_checkpoint(tmp_path / "y.safetensors", mc.init_params(config), config)
+    with pytest.raises(UserError, match=r"; add --local-up-to-layer 1$"):
+        read_start(tmp_path / "y.safetensors", VARIANTS["convit_micro32"], ("a",) * 10)
+
+
+def test_the_start_is_kept_as_a_path_that_every_folder_finds(tmp_path, program, monkeypatch):
+    path, _ = start_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert program("train", *RUN, "--init-from", path.name, "--out", "run")[0] == 0
+    assert json.loads(Path("run/config.json").read_text())["settings"]["init_from"] == str(path)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    start = ["--init-from", "../" + path.name]
+    assert program("train", *RUN, *start, "--resume", "--out", "../run")[0] == 0
+    assert program("train", "--resume", "--out", "../run")[0] == 0
 
 
 def test_resume_needs_the_file_until_the_first_checkpoint_and_no_longer(tmp_path, monkeypatch):
@@ -535,7 +558,7 @@ def test_settings_of_before_begin_from_nothing():
 
 
 def test_eval_takes_any_file(tmp_path, bare, program):
-    path, params = start_of(tmp_path, mean=IMAGENET_MEAN, std=[0.229, 0.224, 0.225])
+    path, params = start_of(tmp_path, mean=list(MEAN), std=[0.229, 0.224, 0.225])
     save_file(params, tmp_path / "bare.safetensors")
     flags = ["--data", "shapes", "--device", "cpu", "--json"]
     status, out, _ = program("eval", path, *flags)
@@ -583,7 +606,7 @@ def test_export_writes_what_timm_loads_and_what_we_read_again(tmp_path, program)
     assert timm_call(CONFIG) in text
     assert f'load_state_dict(safetensors.torch.load_file("{out}"))' in text
     found = load_checkpoint(out)
-    assert (found.config, found.mean) == (CONFIG, IMAGENET_MEAN)
+    assert (found.config, found.mean) == (CONFIG, list(MEAN))
     before = out.read_bytes()
     for argv, words in (
         (["export", GOLDEN / "torch_model.pth", out], "exists"),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -56,6 +57,7 @@ def main(argv=None):
 
 def _run(argv):
     """The exit status of the command line argv."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
     launcher = Path(sys.argv[0]).name == "cli.py"
     name = "python cli.py" if launcher else "miniconvit"
     try:

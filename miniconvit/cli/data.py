@@ -8,14 +8,20 @@ from ..data import PRESETS, load_dataset
 from ..data.dataset import SOURCES
 from ..preview import draw_preview
 from ..report import table
+from ..settings import make_settings
 from .options import SIZE, broken_option, data_dir_option
+
+IMG_SIZE = make_settings(data="imagefolder").img_size
+"""What `train` uses without further flags."""
 
 
 @click.command("data")
 @click.argument("name", type=click.Choice(list(SOURCES)))
 @data_dir_option
 @broken_option
-@click.option("--img-size", type=SIZE, default=224, show_default=True, help="Of image files.")
+@click.option(
+    "--img-size", type=SIZE, default=IMG_SIZE, show_default=True, help="Pixels, of image files."
+)
 @click.option("--no-download", is_flag=True, help="Never fetch a data set.")
 @click.option("--preview", type=click.Path(path_type=Path), help="Draw a contact sheet, a PNG.")
 @click.option(

@@ -105,7 +105,8 @@ def open_dataset(checkpoint, model, name, data_dir, download, broken):
         data_dir = data_dir or stored_data_dir(checkpoint)
         broken = broken or (stored.broken if stored else None)
     size = model.config.img_size
-    return load_dataset(name, data_dir, download, img_size=size, broken=broken or "refuse")
+    options = {"img_size": size, "broken": broken or "refuse", "to_train": False}
+    return load_dataset(name, data_dir, download, **options)
 
 
 def check_fit(path, model, dataset):

@@ -70,8 +70,9 @@ def command(
 
     The network runs as it is, on validation images or on the IMAGE files given; the maps are those
     of the first one. For MHSA the class token's row and column are dropped and the rows rescaled to
-    sum one. With --json, maps are printed where there is a --query, and files are written where
-    there is an --out.
+    sum one. The course over the epochs is drawn for a run without --data and --img-size. With
+    --json, maps are printed where there is a --query, and files are written where there is an
+    --out.
     """
     path, model = open_weights(checkpoint, variant, img_size)
     dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)
@@ -80,7 +81,8 @@ def command(
         pixels = np.stack([read_image(file, size, channels) for file in files])
     else:
         pixels = None if dataset is None else dataset.val.images[:count]
-    has_history = checkpoint.is_dir() and dataset is not None
+    as_trained = data is None and img_size is None
+    has_history = checkpoint.is_dir() and dataset is not None and as_trained
     history = run_history(checkpoint, model.config, dataset) if has_history else ()
     inspection = inspect(model, pixels, query, history)
     if as_json:

@@ -42,7 +42,7 @@ broken_option = click.option(
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1),
-    help="Workers; any number gives the same bits.  [default: all cores]",
+    help="Workers on the CPU; any number gives the same bits.  [default: all cores]",
 )
 device_option = click.option(
     "--device",

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from os.path import abspath
 from pathlib import Path
 from shlex import quote
 
@@ -15,6 +16,11 @@ from ..run_folder import RunFolder
 from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
 from ..train import Diverged, Interrupted, default_out, train
 from .options import SIZE, broken_option, data_dir_option, device_option, threads_option
+
+
+def _absolute(ctx, param, value):
+    """A path that exists as one that another folder finds too; a published name as it is."""
+    return abspath(value) if value and Path(value).exists() else value
 
 
 @click.command("train")
@@ -65,6 +71,7 @@ from .options import SIZE, broken_option, data_dir_option, device_option, thread
 @click.option(
     "--init-from",
     metavar="CHECKPOINT",
+    callback=_absolute,
     help="Begin from a run, a checkpoint, a .safetensors or .pth file of timm's or the official "
     "names, or a published name such as convit_tiny.fb_in1k.",
 )
@@ -84,9 +91,19 @@ from .options import SIZE, broken_option, data_dir_option, device_option, thread
     help="; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items()) + ".",
 )
 @click.option("--repeats", type=int, help="Differently augmented copies of an image in a batch.")
-@click.option("--mixup", type=float, help="Blend images in pairs; shares from Beta(X, X).")
+@click.option(
+    "--mixup",
+    type=float,
+    help="Blend images in pairs; shares from Beta(X, X). "
+    "Training accuracy then counts the class with the larger share.",
+)
 @click.option("--cutmix", type=float, help="Paste boxes in pairs; with --mixup, half of the steps.")
-@click.option("--ema", type=float, help="Decay of an average of the parameters, which is kept.")
+@click.option(
+    "--ema",
+    type=float,
+    help="Decay, such as 0.999, of a moving average of the parameters, which is then what is "
+    "validated and kept as best.",
+)
 @click.option("--seed", type=int, help="Of all that is random.")
 @device_option
 @threads_option

@@ -2,13 +2,15 @@
 are decoded into them, and int64 labels (n,)."""
 
 from .augment import PRESETS, augment, epoch_order, erase, normalize
-from .dataset import Dataset, Split, load_dataset
+from .dataset import Dataset, Split, fingerprint, load_dataset
 from .feed import feed, training_images
 from .imagefolder import ImageFiles
+from .images import BrokenImage
 from .mixing import draw_mix, mix_images, mix_targets
 
 __all__ = [
     "PRESETS",
+    "BrokenImage",
     "Dataset",
     "ImageFiles",
     "Split",
@@ -17,6 +19,7 @@ __all__ = [
     "epoch_order",
     "erase",
     "feed",
+    "fingerprint",
     "load_dataset",
     "mix_images",
     "mix_targets",

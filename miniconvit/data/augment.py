@@ -27,7 +27,10 @@ class Preset:
 
 PRESETS = {
     "none": Preset("images as they are"),
-    "crop-flip": Preset("cropped out of a black margin of 4 pixels, and mirrored half of the time"),
+    "crop-flip": Preset(
+        "cropped out of a black margin of 4 pixels (image files: a random part of the image), and "
+        "mirrored half of the time"
+    ),
     "light": Preset(
         "crop-flip, and one operation of RandAugment at strength 5, half of the time",
         operations=1,

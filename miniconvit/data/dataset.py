@@ -1,5 +1,6 @@
 """A data set by its name: three splits, and what a model has to know about them."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,32 +38,49 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: str
-    train: Split
+    train: Split | None
     val: Split
     test: Split | None
 
 
-def load_dataset(name, data_dir=None, download=True, subset=1.0, img_size=224, broken="refuse"):
+def load_dataset(
+    name, data_dir=None, download=True, subset=1.0, img_size=224, broken="refuse", to_train=True
+):
     """The data set "shapes" (built in), "cifar10" or "cifar100" (files, see `cifar`), or any images
-    in folders, "imagefolder", which alone takes img_size and broken (see there).
+    in folders, "imagefolder", which alone takes img_size, broken and to_train (see its read).
 
-    Files are looked for in data_dir, then in the folder that MINICONVIT_DATA names, then in the
-    user's cache folder; what is found nowhere is downloaded to data_dir, or to the cache, if
-    download is true. subset keeps the first fraction of each class of train, at least one image
-    of each. Raises UserError on an unknown name, a fraction outside (0, 1], missing or damaged
-    files and a failed download.
+    CIFAR's files are looked for in data_dir, then in the folder that MINICONVIT_DATA names, then in
+    the user's cache folder; what is found nowhere is downloaded to data_dir, or to the cache, if
+    download is true. Image folders lie in data_dir or, where that is None, in MINICONVIT_DATA.
+    subset keeps the first fraction of each class of train, at least one image of each. Raises
+    UserError on an unknown name, a fraction outside (0, 1], missing or damaged files and a failed
+    download.
     """
     if name not in SOURCES:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}")
     if not 0 < subset <= 1:
         raise UserError(f"subset must be a fraction in (0, 1], not {subset}")
     source = SOURCES[name]
-    options = {"img_size": img_size, "broken": broken} if source is imagefolder else {}
+    options = {"img_size": img_size, "broken": broken, "to_train": to_train}
+    options = options if source is imagefolder else {}
     classes, arrays = source.read(_folders(data_dir), download, **options)
     splits = {split: Split(*both) if both else None for split, both in arrays.items()}
     if subset < 1:
         splits["train"] = _first_of_each_class(splits["train"], subset)
     return Dataset(name, classes, source.MEAN, source.STD, source.AUGMENTATION, **splits)
+
+
+def fingerprint(dataset):
+    """SHA-256 of the names and labels of all image files in their order; None for arrays, which are
+    always the same. A file that was repaired changes nothing, one more or less does."""
+    if not isinstance(dataset.val.images, ImageFiles):
+        return None
+    found = hashlib.sha256(repr(dataset.classes).encode())
+    for split in filter(None, (dataset.train, dataset.val, dataset.test)):
+        for name, label in zip(split.images.names(), split.labels.tolist(), strict=True):
+            found.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+        found.update(b"\n")
+    return found.hexdigest()
 
 
 def _folders(data_dir):

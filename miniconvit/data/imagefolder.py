@@ -3,12 +3,11 @@ are decoded when they are needed.
 
 The classes are the folders of train in alphabetical order; val and test have the same ones. Where
 there is no val, a share HELD_OUT of each class of train, drawn at random but always the same, takes
-its place. Where there is no test, the data set has none.
+its place. Where there is no test, or one without class folders, the data set has none.
 """
 
 import os
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +58,7 @@ class ImageFiles:
 
     def __getitem__(self, which):
         """The evaluation view of the images with these indices, or in this slice: uint8 (b, 3,
-        height, width). Raises UserError, naming the file, where one cannot be decoded."""
+        height, width). Raises BrokenImage, naming the file, where one cannot be decoded."""
         indices = range(len(self))[which] if isinstance(which, slice) else which
         return self._decoded(indices, lambda image, place: evaluation_view(image, self.size))
 
@@ -78,6 +77,11 @@ class ImageFiles:
         """The files with these indices, in this order and undecoded."""
         return ImageFiles(tuple(self.paths[index] for index in indices), self.size)
 
+    def names(self):
+        """The paths without what all of them begin with: the same after the folder has moved."""
+        common = os.path.commonpath((self.paths[0], self.paths[-1]))  # they are sorted
+        return [os.path.relpath(path, common) for path in self.paths]
+
     def _decoded(self, indices, view):
         pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
         for place, index in enumerate(indices):
@@ -85,19 +89,21 @@ class ImageFiles:
         return pixels
 
 
-def read(folders, download, img_size=224, broken="refuse"):
+def read(folders, download, img_size=224, broken="refuse", to_train=True):
     """(class names, {"train", "val", "test": (ImageFiles, labels), test perhaps None}).
 
-    folders: Path or None each; the first that is one holds train/. Every file's header and end are
-    looked at: broken="refuse" raises UserError where a file is broken; "skip" decodes every file
-    once, and leaves out and names those that fail. Raises UserError where Pillow or a folder is
-    missing, a class is empty or the splits' classes differ.
+    folders: Path or None each; the first that is one holds train/, the others are not looked at,
+    and nothing is ever downloaded. With to_train=False val/ alone will do, and train may be None.
+    Every file's header and end are looked at: broken="refuse" raises UserError where a file is
+    broken; "skip" decodes every file once, and leaves out and names those that fail. Raises
+    UserError where Pillow or a folder is missing, a class is empty or the splits' classes differ.
     """
     require_pillow("imagefolder")
-    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata
     root = next(filter(None, folders[:2]), None)
-    if root is None or not (root / "train").is_dir():
-        found = f"there is no folder train in {root}" if root else "--data-dir is missing"
+    needed = ("train",) if to_train else ("train", "val")
+    if root is None or not any((root / split).is_dir() for split in needed):
+        missing = f"there is no folder {' or '.join(needed)} in {root}"
+        found = missing if root else "--data-dir is missing"
         raise UserError(
             f"imagefolder reads train/CLASS/NAME.jpg (or png, webp) and val/CLASS/NAME.jpg, but "
             f"{found}: name the folder above train with --data-dir"
@@ -127,9 +133,12 @@ def _listed(root):
         with os.scandir(root / split) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
         names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+        if split == "test" and not names:
+            _say(f"{root / split} holds no class folders: it is not used")
+            continue
         ignored += sum(entry.is_file() for entry in entries)
         classes = classes or tuple(names)
-        _refuse_other_classes(root / split, names, classes)
+        _refuse_other_classes(root / split, names, next(iter(splits), split), classes)
         paths, labels = [], []
         for label, name in enumerate(names):
             images, others = _images(root / split / name)
@@ -140,7 +149,8 @@ def _listed(root):
     return classes, splits, ignored
 
 
-def _refuse_other_classes(folder, names, classes):
+def _refuse_other_classes(folder, names, first, classes):
+    """first: the split in which the classes were found."""
     if not names:
         raise UserError(f"{folder} holds no class folders: expected {folder}/CLASS/NAME.jpg")
     if set(names) != set(classes):
@@ -149,11 +159,11 @@ def _refuse_other_classes(folder, names, classes):
         ]
         parts = [
             f"{len(here)} only in {split}, the first {here[0]}"
-            for here, split in zip(only, (folder.name, "train"), strict=True)
+            for here, split in zip(only, (folder.name, first), strict=True)
             if here
         ]
         raise UserError(
-            f"{folder} and {folder.parent / 'train'} must have the same class folders, and "
+            f"{folder} and {folder.parent / first} must have the same class folders, and "
             f"{'; '.join(parts)}: add what is missing or delete what is not meant"
         )
 

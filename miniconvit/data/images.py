@@ -20,16 +20,20 @@ LARGEST_WITHOUT_MARGIN = 32
 TAIL = 1024  # bytes within which a whole file shows its end
 
 
+class BrokenImage(UserError):
+    """An image file that is missing, no image or damaged."""
+
+
 def require_pillow(who):
     """Raises UserError, with the line that installs it, where Pillow is missing."""
     if find_spec("PIL") is None:
-        raise UserError(f"{who} reads images with Pillow, which is missing: pip install Pillow")
+        raise UserError(f"{who} needs Pillow, which is missing: pip install Pillow")
 
 
 def read_image(file, size, channels=3):
     """The evaluation view of an image file: uint8 (channels, height, width), size (height, width).
 
-    Raises UserError, naming the file, where it is missing, no image or damaged.
+    Raises BrokenImage, naming the file, where it is missing, no image or damaged.
     """
     return as_array(evaluation_view(open_image(file, channels), size))
 
@@ -38,28 +42,36 @@ def open_image(file, channels=3):
     """The picture in a file as an RGB Pillow image, or a grey one where channels is 1.
 
     Turned as its EXIF orientation says; transparent parts become white; 16-bit grey keeps its
-    upper 8 bits. Raises UserError, naming the file, where it is missing, no image or damaged.
+    upper 8 bits. Raises BrokenImage, naming the file, where it is missing, no image or damaged.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(file) as opened:
-            opened.load()
-            try:
-                image = ImageOps.exif_transpose(opened)
-            except MemoryError:
-                raise
-            except Exception:  # the pixels are good, only what is said of them is not
-                image = opened
-            return _to_rgb(image).convert("L" if channels == 1 else "RGB")
+        return _opened(file).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
-        raise UserError(f"there is no image {file}: give the path of an image file") from None
+        raise BrokenImage(f"there is no image {file}: give the path of an image file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{file} is not an image that Pillow can read: use PNG or JPEG") from None
+        raise BrokenImage(f"{file} is not an image that Pillow can read: use PNG or JPEG") from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise UserError(f"{file} cannot be read as an image: {error}; use another file") from error
+        text = f"{file} cannot be read as an image: {error}; use another file"
+        raise BrokenImage(text) from error
+
+
+def _opened(file):
+    """As open_image's RGB image, with whatever Pillow raises."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        opened.load()
+        try:
+            image = ImageOps.exif_transpose(opened)
+        except MemoryError:
+            raise
+        except Exception:  # the pixels are good, only what is said of them is not
+            image = opened
+        return _to_rgb(image)
 
 
 def _to_rgb(image):
@@ -127,8 +139,8 @@ def as_array(image):
 def finding(file, thorough=False):
     """What is wrong with an image file, in words, or None.
 
-    Looks at its header and for the mark at its end, and decodes it where that mark is missing, or
-    always if thorough.
+    Looks at its header and for the mark at its end; where that mark is missing, and always if
+    thorough, does all that open_image does.
     """
     from PIL import Image
 
@@ -141,8 +153,8 @@ def finding(file, thorough=False):
             tail = stream.read()
         with Image.open(file) as image:
             mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-            if thorough or mark is None or mark not in tail:
-                image.load()
+        if thorough or mark is None or mark not in tail:
+            _opened(file)
     except MemoryError:
         raise
     except Exception as error:
