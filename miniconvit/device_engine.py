@@ -8,14 +8,19 @@ from .device import to_cpu
 from .errors import UserError
 from .layers.ops import REFERENCE
 from .model import convit_forward
-from .parallel import Engine, for_inference, train_piece
+from .parallel import Engine, available_threads, for_inference, train_piece
+from .processes import ProcessEngine, can_fork
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 
 
 def make_engine(config, xp, threads=None):
-    """The engine for arrays of the module xp; threads serve the CPU alone."""
-    return Engine(config, threads) if xp is np else DeviceEngine(config, xp)
+    """The engine for arrays of the module xp. threads, by default all cores, are for the CPU alone:
+    processes where these can be forked."""
+    if xp is not np:
+        return DeviceEngine(config, xp)
+    threads = threads or available_threads()
+    return ProcessEngine(config, threads) if threads > 1 and can_fork() else Engine(config, threads)
 
 
 class DeviceEngine:

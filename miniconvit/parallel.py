@@ -192,8 +192,12 @@ class Engine:
             )
             return float(loss) * ((stop - start) / n), int(correct), grads
 
+        return self._summed(self._map(run, n))
+
+    def _summed(self, answers):
+        """The pieces' losses, right answers and gradients, added in their order."""
         loss, correct, total = 0.0, 0, None
-        for piece_loss, piece_correct, grads in self._map(run, n):
+        for piece_loss, piece_correct, grads in answers:
             loss += piece_loss
             correct += piece_correct
             if total is None:
@@ -216,6 +220,10 @@ class Engine:
             return convit_forward(images, params, self.config, ops=self._inference_ops)[0]
 
         return np.concatenate(list(self._map(run, n)))
+
+    def memory_mb(self):
+        """What other processes hold for this engine, in MB: there are none."""
+        return 0.0
 
     def wait(self):
         """Until everything is computed: it is already."""

@@ -18,7 +18,7 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     """Times `steps` training steps (forward, backward, AdamW), or with inference=True forwards.
 
     Returns a dict: images_per_second and step_ms_median from the median step, peak_memory_mb of
-    the whole process or, on a GPU, of the arrays there, step_ms of every counted step, threads, and
+    all processes or, on a GPU, of the arrays there, step_ms of every counted step, threads, and
     where that was.
     """
     rng = np.random.default_rng(0)
@@ -43,8 +43,10 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
                 optimizer.step(params, grads)
             engine.wait()
             seconds.append(time.perf_counter() - began)
-        on_cpu = xp is np
-        peak = peak_memory_mb() if on_cpu else xp.get_default_memory_pool().total_bytes() / 2**20
+        if xp is np:
+            peak = peak_memory_mb(engine)
+        else:
+            peak = xp.get_default_memory_pool().total_bytes() / 2**20
     counted = seconds[WARM_UP:]
     return {
         "images_per_second": batch_size / median(counted),
@@ -56,11 +58,16 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     }
 
 
-def peak_memory_mb():
-    """The most memory (resident, in MB) that this process has held; None where no one knows."""
+def peak_memory_mb(engine):
+    """The most memory (resident, in MB) that this process and the engine's workers have held; None
+    where no one knows."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    peak = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    try:
+        return peak + engine.memory_mb()
+    except OSError:
+        return None

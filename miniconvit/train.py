@@ -192,14 +192,12 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
     return loss / n, top1 / n, top5 / n
 
 
-def _decoders(images, engine, is_read_twice=False):
-    """How many threads decode ahead: none where there is nothing to decode, or where the engine's
-    workers decode what they need, and no image is needed twice."""
-    if not isinstance(images, ImageFiles):
-        return 0
-    if engine.xp is np:
-        return engine.threads if is_read_twice else 0
-    return available_threads()
+def _decoders(images, engine):
+    """How many threads load images ahead of the step: files take as many as there are workers,
+    arrays one, and arrays on a GPU none."""
+    if isinstance(images, ImageFiles):
+        return engine.threads or available_threads()
+    return int(engine.xp is np)
 
 
 class _Run:
@@ -407,7 +405,7 @@ class _Run:
             indices, copies = divmod(draws, s.repeats)
             return training_images(self.images, indices, s.seed, number, s.augment, copies)
 
-        workers = _decoders(self.images, self.engine, is_read_twice=s.mixup + s.cutmix > 0)
+        workers = _decoders(self.images, self.engine)
         with self._saving(), closing(feed(view, batches, workers)) as fed:
             for draws in batches:
                 began = time.perf_counter()

@@ -42,7 +42,8 @@ broken_option = click.option(
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1),
-    help="Workers on the CPU; any number gives the same bits.  [default: all cores]",
+    help="Workers on the CPU, processes on Linux; any number gives the same bits.  [default: all "
+    "cores]",
 )
 device_option = click.option(
     "--device",

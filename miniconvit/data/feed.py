@@ -1,4 +1,4 @@
-"""Images for the training step: decoded where the step asks for them, or ahead of it."""
+"""Images for the training step: loaded where the step asks for them, or ahead of it."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +9,8 @@ import numpy as np
 from .augment import augment, operate
 from .imagefolder import ImageFiles
 
-AHEAD = 2  # batches that are decoded or wait while one is in use
-PART = 8  # images that a worker decodes at a time
+AHEAD = 2  # batches that are loaded or wait while one is in use
+PART = 8  # images that one of several workers loads at a time
 
 
 def training_images(images, indices, seed, epoch, preset, repeat=0):
@@ -41,7 +41,8 @@ def feed(view, batches, workers=0):
     try:
         while True:
             for batch in islice(batches, AHEAD + 1 - len(waiting)):
-                parts = [batch[first : first + PART] for first in range(0, len(batch), PART)]
+                size = PART if workers > 1 else len(batch)
+                parts = [batch[first : first + size] for first in range(0, len(batch), size)]
                 waiting.append([pool.submit(view, part) for part in parts])
             if not waiting:
                 return

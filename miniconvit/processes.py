@@ -1,0 +1,233 @@
+"""Data parallelism over processes: the pieces of parallel.Engine, each computed by a forked worker.
+
+Threads of one interpreter wait for its lock between NumPy's calls, and the narrower the layers, the
+more. Processes do not. The pieces, the functions and the order of the sum are Engine's, and so are
+the bits.
+"""
+
+import mmap
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from contextlib import suppress
+from itertools import chain
+from math import prod
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from .errors import UserError
+from .model import convit_forward, param_shapes
+from .parallel import CPU, PIECE_ROWS, Engine, cut, train_piece
+
+TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
+ALIGNMENT = 64  # bytes, a cache line
+NUMBER = 8  # bytes, at most
+
+
+def can_fork():
+    """Whether workers can be processes here. macOS has fork, but not beside its own libraries."""
+    return sys.platform == "linux"
+
+
+class ProcessEngine(Engine):
+    """Runs training steps and inference of one model, as Engine, on `threads` processes.
+
+    A worker is forked at the first batch of more than one piece, and lives until close() or the end
+    of this process. Images, parameters and gradients lie in memory that all of them share; `load`
+    is called here. Raises UserError where no worker can be started, or one is killed.
+    """
+
+    def __init__(self, config, threads, ops=CPU):
+        super().__init__(config, 1, ops)
+        self.threads = threads
+        self._shapes = param_shapes(config)
+        self._workers = {}  # our end of a worker's pipe: its process
+        images = max(1, PIECE_ROWS // config.num_patches)
+        numbers = config.in_chans * prod(config.image) + config.num_classes
+        self._in_size = _aligned(NUMBER * images * numbers) + 2 * ALIGNMENT
+        self._out_size = sum(_aligned(NUMBER * prod(shape)) for shape in self._shapes.values())
+        self._out_size = max(self._out_size, self._in_size)
+        self._memory = None
+
+    def close(self):
+        """Ends the workers and gives BLAS its threads back. A second call does nothing."""
+        self._stop()
+        super().close()
+
+    def memory_mb(self):
+        """What the workers hold now, in MB, each with its part of what several processes share;
+        they give nothing back. Raises OSError on a system that does not tell."""
+        found = 0
+        for pid in self._workers.values():
+            with open(f"/proc/{pid}/smaps_rollup") as file:
+                found += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        return found / 2**10
+
+    def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
+        """As Engine's."""
+        if len(cut(n, self.config.num_patches)) == 1:
+            return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
+        answers = self._answers(("train", n, label_smoothing, seed, step), load, n, params)
+        loss, correct, grads = next(answers)
+        grads = {name: grad.copy() for name, grad in grads.items()}
+        return self._summed(chain([(loss, correct, grads)], answers))
+
+    def logits(self, load, n, params):
+        """As Engine's."""
+        if len(cut(n, self.config.num_patches)) == 1:
+            return super().logits(load, n, params)
+        return np.concatenate([y.copy() for y in self._answers(("infer",), load, n, params)])
+
+    def _answers(self, task, load, n, params):
+        """What the workers find for each piece of n images, in order; valid until the next one."""
+        if not self._workers:
+            self._start()
+        dtype = next(iter(params.values())).dtype
+        for name, shared in self._tensors(0, dtype).items():
+            shared[...] = params[name]
+        pieces = cut(n, self.config.num_patches)
+        tasks = list(self._workers) * TASKS  # connections that may be given a piece
+        slots = deque(range(len(tasks)))
+        sent, running, found = 0, {}, {}  # running: connection to [(piece, slot)]
+        try:
+            for number in range(len(pieces)):
+                while number not in found:
+                    while tasks and slots and sent < len(pieces):
+                        connection, slot = tasks.pop(0), slots.popleft()
+                        loaded = load(*pieces[sent])
+                        arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
+                        running.setdefault(connection, []).append((sent, slot))
+                        connection.send((task, pieces[sent], slot, arrays, dtype.str))
+                        sent += 1
+                    for connection in wait([c for c in running if running[c]]):
+                        piece, slot = running[connection].pop(0)
+                        found[piece] = slot, self._received(connection)
+                        tasks.append(connection)
+                slot, answer = found.pop(number)
+                yield self._taken(answer, slot, dtype)
+                slots.append(slot)
+        except BaseException:
+            self._stop()  # what they are at is wanted no more
+            raise
+
+    def _received(self, connection):
+        try:
+            answer = connection.recv()
+        except (EOFError, ConnectionError):
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: a smaller --threads or "
+                "--model may help"
+            ) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    # what both sides know: where things lie
+
+    def _put(self, slot, arrays):
+        """Copies arrays into a slot's place for what goes in; returns their shapes and dtypes."""
+        described = [(x.shape, x.dtype.str) for x in arrays]
+        for shared, x in zip(self._views(self._in_place(slot), described), arrays, strict=True):
+            shared[...] = x
+        return described
+
+    def _in_place(self, slot):
+        return self._out_size + slot * (self._in_size + self._out_size)
+
+    def _views(self, place, described):
+        """Arrays of these shapes and dtypes, one after the other from a place in the memory on."""
+        for shape, dtype in described:
+            yield np.frombuffer(self._memory, dtype, prod(shape), place).reshape(shape)
+            place += _aligned(np.dtype(dtype).itemsize * prod(shape))
+
+    def _tensors(self, place, dtype):
+        described = [(shape, dtype) for shape in self._shapes.values()]
+        return dict(zip(self._shapes, self._views(place, described), strict=True))
+
+    def _taken(self, answer, slot, dtype):
+        """The answer with the arrays that belong to it."""
+        place = self._in_place(slot) + self._in_size
+        if len(answer) == 1:  # the logits' shape
+            return next(self._views(place, [(answer[0], dtype)]))
+        *scalars, names = answer
+        tensors = self._tensors(place, dtype)
+        return *scalars, {name: tensors[name] for name in names}
+
+    # the workers
+
+    def _start(self):
+        slots = TASKS * self.threads
+        size = self._out_size + slots * (self._in_size + self._out_size)
+        self._memory = mmap.mmap(
+            -1, size
+        )  # shared with what is forked; untouched pages cost nothing
+        try:
+            for _ in range(self.threads):
+                ours, theirs = Pipe()
+                with warnings.catch_warnings():
+                    # of locks that other threads hold: a worker touches NumPy alone
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    pid = os.fork()
+                if pid == 0:
+                    self._work(theirs, [ours, *self._workers])
+                theirs.close()
+                self._workers[ours] = pid
+        except OSError as error:
+            self._stop()
+            raise UserError(
+                f"no worker process can be started ({error.strerror}): add --threads 1"
+            ) from error
+
+    def _stop(self):
+        """Ends the workers, which keep nothing, whatever they are at."""
+        for connection, pid in self._workers.items():
+            connection.close()
+            with suppress(ProcessLookupError, ChildProcessError):  # killed and waited for elsewhere
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self._workers = {}
+
+    def _work(self, connection, others):
+        """A worker's life: it ends with the process that asks, and never returns."""
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):  # the one who asks answers them
+                signal.signal(signum, signal.SIG_IGN)
+            for other in others:
+                other.close()
+            np.seterr(all="ignore")  # the one who asks looks for what is not finite
+            while True:
+                task, piece, slot, arrays, dtype = connection.recv()
+                try:
+                    answer = self._computed(task, piece, slot, arrays, dtype)
+                except Exception as error:
+                    answer = error
+                connection.send(answer)
+        except BaseException:
+            os._exit(0)
+
+    def _computed(self, task, piece, slot, arrays, dtype):
+        """The scalars of an answer; its arrays are left in the slot's place for what comes out."""
+        kind, *rest = task
+        params = self._tensors(0, dtype)
+        loaded = tuple(self._views(self._in_place(slot), arrays))
+        place = self._in_place(slot) + self._in_size
+        if kind == "infer":
+            y = convit_forward(loaded[0], params, self.config, ops=self._inference_ops)[0]
+            next(self._views(place, [(y.shape, dtype)]))[...] = y
+            return (y.shape,)
+        n, label_smoothing, seed, step = rest
+        loss, correct, grads = train_piece(
+            self.config, self.ops, lambda *_: loaded, *piece, n, params, label_smoothing, seed, step
+        )
+        for name, shared in self._tensors(place, dtype).items():
+            shared[...] = grads[name]
+        start, stop = piece
+        return float(loss) * ((stop - start) / n), int(correct), tuple(grads)
+
+
+def _aligned(size):
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,265 @@
+"""Workers that are processes: the bits of one thread, and what happens when something fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import FLAGS
+
+import miniconvit.processes as processes
+from miniconvit import UserError, init_params
+from miniconvit.config import VARIANTS, ConViTConfig
+from miniconvit.device_engine import make_engine
+from miniconvit.parallel import Engine, cut
+from miniconvit.processes import ProcessEngine, can_fork
+
+pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ConViTConfig((24, 32), (4, 8), 2, 5, 12, 4, 4, 2.0, True, 3, drop_path_rate=0.3)
+"""24 patches: 42 images a piece."""
+N = 300  # eight pieces, and more than there are slots
+
+
+def drawn(config, dtype="float32", seed=0):
+    """Parameters, images and labels, all random."""
+    rng = np.random.default_rng(seed)
+    params = {
+        name: (value + 0.1 * rng.standard_normal(value.shape)).astype(dtype)
+        for name, value in init_params(config).items()
+    }
+    images = rng.standard_normal((N, config.in_chans, *config.image)).astype(dtype)
+    return params, images, rng.integers(config.num_classes, size=N)
+
+
+def assert_same(found, true):
+    assert found[:2] == true[:2]
+    assert list(found[2]) == list(true[2])
+    for name, grad in true[2].items():
+        assert found[2][name].dtype == grad.dtype
+        np.testing.assert_array_equal(found[2][name], grad, err_msg=name)
+
+
+def is_gone(pid):
+    """Whether a process has ended, waiting for it a while."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True  # its parent is gone too, and nobody has asked how it ended
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.fixture
+def engine():
+    with ProcessEngine(CONFIG, 2) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (CONFIG, "float32"),
+        (CONFIG, "float64"),
+        (replace(CONFIG, attention="psa", qkv_bias=False), "float32"),
+        (replace(CONFIG, local_up_to_layer=0, use_pos_embed=False), "float32"),
+        (VARIANTS["convit_micro32"], "float32"),
+    ],
+    ids=["gpsa", "float64", "psa", "vit", "micro"],
+)
+def test_the_bits_of_one_thread(config, dtype):
+    params, images, labels = drawn(config, dtype)
+    mixed = np.random.default_rng(1).dirichlet(np.ones(config.num_classes), N).astype(dtype)
+    assert len(cut(N, config.num_patches)) >= 4
+    with Engine(config, 1) as one:
+        engines = [ProcessEngine(config, count) for count in (2, 3)]
+        for step, (n, targets) in enumerate([(N, labels), (N, mixed), (N - 7, labels)]):
+
+            def load(start, stop, targets=targets):
+                return images[start:stop], targets[start:stop]  # fmt: skip
+
+            true = one.loss_and_grads(load, n, params, 0.1, 5, step)
+            for several in engines:
+                assert_same(several.loss_and_grads(load, n, params, 0.1, 5, step), true)
+            true = one.logits(load, n, params)
+            for several in engines:
+                found = several.logits(lambda start, stop: images[start:stop], n, params)
+                assert found.dtype == true.dtype
+                np.testing.assert_array_equal(found, true)
+            for param in params.values():
+                param *= 0.9  # what the next step must notice
+        for several in engines:
+            assert len(several._workers) in (2, 3)
+            several.close()
+
+
+def test_what_was_given_out_is_not_changed_by_the_next_call(engine):
+    params, images, labels = drawn(CONFIG)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    first = engine.loss_and_grads(load, N, params)
+    logits = engine.logits(load, N, params)
+    kept = {name: grad.copy() for name, grad in first[2].items()}, logits.copy()
+    for param in params.values():
+        param += 0.3
+    engine.loss_and_grads(load, N, params)
+    engine.logits(load, N, params)
+    assert_same(first, (*first[:2], kept[0]))
+    np.testing.assert_array_equal(logits, kept[1])
+
+
+def test_workers_begin_with_a_batch_of_several_pieces_and_end_with_the_engine():
+    params, images, labels = drawn(CONFIG)
+    with ProcessEngine(CONFIG, 2) as engine:
+        engine.loss_and_grads(lambda a, b: (images[a:b], labels[a:b]), 41, params)
+        engine.logits(lambda a, b: images[a:b], 41, params)
+        assert not engine._workers and engine.memory_mb() == 0
+        engine.logits(lambda a, b: images[a:b], 42, params)
+        pids = list(engine._workers.values())
+        assert len(pids) == 2 and engine.memory_mb() > 1
+    assert all(is_gone(pid) for pid in pids)
+    engine.close()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pids[0], 0)  # no zombie is left
+
+
+def test_make_engine_takes_processes_for_more_than_one_worker(monkeypatch):
+    with make_engine(CONFIG, np, 1) as one, make_engine(CONFIG, np, 3) as three:
+        assert (type(one), one.threads) == (Engine, 1)
+        assert (type(three), three.threads) == (ProcessEngine, 3)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with make_engine(CONFIG, np, 3) as three:
+        assert (type(three), three.threads) == (Engine, 3)
+
+
+def test_an_error_while_loading_or_computing_is_raised_and_the_next_call_works(engine):
+    params, images, labels = drawn(CONFIG)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    def broken(start, stop):
+        if start:
+            raise UserError("this image is broken")
+        return load(start, stop)
+
+    true = engine.loss_and_grads(load, N, params)
+    with pytest.raises(UserError, match="this image is broken"):
+        engine.loss_and_grads(broken, N, params)
+    assert_same(engine.loss_and_grads(load, N, params), true)
+    with pytest.raises(UserError, match="expects images of shape"):
+        engine.loss_and_grads(lambda a, b: (images[a:b, :1], labels[a:b]), N, params)
+    assert_same(engine.loss_and_grads(load, N, params), true)
+
+
+def test_a_worker_that_is_killed_is_reported_and_replaced(engine):
+    params, images, labels = drawn(CONFIG)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    true = engine.loss_and_grads(load, N, params)
+
+    def kill(start, stop):
+        if start > 80:
+            os.kill(next(iter(engine._workers.values())), signal.SIGKILL)
+        return load(start, stop)
+
+    with pytest.raises(UserError, match="a worker process was killed, perhaps for want of memory"):
+        engine.loss_and_grads(kill, N, params)
+    assert_same(engine.loss_and_grads(load, N, params), true)
+
+
+def test_where_no_process_can_be_forked_one_thread_is_advised(engine, monkeypatch):
+    params, images, _ = drawn(CONFIG)
+    fork, forked = os.fork, []
+
+    def fail():
+        if forked:
+            raise OSError(11, "Resource temporarily unavailable")
+        forked.append(fork())
+        return forked[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.os, "fork", fail)
+        with pytest.raises(UserError, match=r"\(Resource temporarily .*\): add --threads 1"):
+            engine.logits(lambda a, b: images[a:b], N, params)
+    assert is_gone(forked[0])
+    assert engine.logits(lambda a, b: images[a:b], N, params).shape == (N, 5)
+
+
+def test_workers_do_not_speak_of_overflow(engine):
+    """They are forked with the settings of NumPy that are in force."""
+    params, images, _ = drawn(CONFIG)
+    images[120] = 3e38
+    with np.errstate(all="raise"):
+        logits = engine.logits(lambda a, b: images[a:b], N, params)
+    assert not np.isfinite(logits[120]).any() and np.isfinite(logits[:100]).all()
+
+
+ENDLESS = """
+import sys
+import numpy as np
+from miniconvit.config import VARIANTS
+from miniconvit.model import init_params
+from miniconvit.processes import ProcessEngine
+config = VARIANTS["convit_micro32"]
+params, images = init_params(config), np.zeros((64, 3, 32, 32), "float32")
+with ProcessEngine(config, 2) as engine:
+    while True:
+        engine.logits(lambda a, b: images[a:b], 64, params)
+        print(*engine._workers.values(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_the_process_that_asks(signum):
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as asking:
+        pids = [int(word) for word in asking.stdout.readline().split()]
+        assert len(pids) == 2
+        asking.send_signal(signum)
+        assert asking.wait(20) != 0
+    assert all(is_gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, signum, status):
+    """As Ctrl-C in a terminal, and some cluster's end of a job, reach the workers too."""
+    small = {"--patch-size": 1, "--batch-size": 64, "--epochs": 2000, "--threads": 2}
+    flags = [*FLAGS, *(str(word) for pair in small.items() for word in pair)]
+    command = [sys.executable, ROOT / "tests" / "small_run.py", "train", *flags]
+    with subprocess.Popen(
+        [*command, "--out", tmp_path / "run"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as training:
+        for line in training.stdout:
+            if line.strip().startswith("2 "):  # the second epoch
+                break
+        children = Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split()
+        assert len(children) == 2
+        os.killpg(training.pid, signum)
+        _, err = training.communicate(timeout=60)
+    assert all(is_gone(int(pid)) for pid in children)
+    assert training.returncode == status
+    assert "and saved; go on with" in err and "Error" not in err
+    assert err.count("stopping after this step") == 1
