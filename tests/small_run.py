@@ -31,6 +31,18 @@ OPTIONS = {
 FLAGS = [str(word) for pair in OPTIONS.items() for word in pair]
 
 
+def stop_after(patch, step, signum=signal.SIGINT):
+    """Sends this process the signal in the given step of the next run."""
+    once = training._Run._train_step
+
+    def stopping(self, draws, pixels):
+        once(self, draws, pixels)
+        if self.step == step:
+            signal.raise_signal(signum)
+
+    patch.setattr(training._Run, "_train_step", stopping)
+
+
 def small_dataset(*_args, **_kwargs):
     """100 training images and 30 + 30 others in three classes: noise, with a class's colour."""
     rng = np.random.default_rng(5)

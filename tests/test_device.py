@@ -13,7 +13,7 @@ import fakecupy
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small_run import FLAGS, small_dataset
+from small_run import FLAGS, small_dataset, stop_after
 
 import miniconvit as mc
 import miniconvit.train as training
@@ -404,18 +404,6 @@ def test_one_wait_for_an_interval(cupy, tmp_path, monkeypatch):
     for rows, values in found.values():
         assert rows == found[50][0]
         assert all(np.array_equal(values[name], found[50][1][name]) for name in values)
-
-
-def stop_after(monkeypatch, step):
-    """Ctrl-C in the given step of the next run."""
-    once = training._Run._train_step
-
-    def stopping(self, draws, pixels):
-        once(self, draws, pixels)
-        if self.step == step:
-            self.stop_requests.append(2)
-
-    monkeypatch.setattr(training._Run, "_train_step", stopping)
 
 
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")])

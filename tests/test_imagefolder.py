@@ -4,7 +4,6 @@ broken ones, and training that is fed by threads."""
 import io
 import json
 import os
-import signal
 import threading
 import time
 import warnings
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import stop_after
 
 import miniconvit.data.images as views
 import miniconvit.train as training
@@ -571,20 +571,6 @@ def same_run(a, b):
     for name in ("last.safetensors", "best.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     assert metrics(a) == metrics(b)
-
-
-def stop_after(monkeypatch, steps):
-    """A signal in the last step of so many."""
-    left = [steps]
-    train_step = training._Run._train_step
-
-    def counted(self, *arguments):
-        train_step(self, *arguments)
-        left[0] -= 1
-        if not left[0]:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(training._Run, "_train_step", counted)
 
 
 def test_a_run_has_the_same_bits_for_any_number_of_threads_and_goes_on_to_the_bit(

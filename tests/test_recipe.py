@@ -5,7 +5,7 @@ import json
 import fakecupy
 import numpy as np
 import pytest
-from small_run import small_dataset
+from small_run import small_dataset, stop_after
 
 import miniconvit.parallel as parallel
 import miniconvit.train as training
@@ -127,18 +127,6 @@ def test_any_number_of_threads_gives_the_same_bits(tmp_path):
     for name in ("last", "best"):
         contents = [stored(tmp_path / str(threads), name)[1] for threads in (1, 2, 3)]
         assert contents[0] == contents[1] == contents[2]
-
-
-def stop_after(patch, step):
-    """Ctrl-C in the given step of the next run."""
-    once = training._Run._train_step
-
-    def stopping(self, draws, pixels):
-        once(self, draws, pixels)
-        if self.step == step:
-            self.stop_requests.append(2)
-
-    patch.setattr(training._Run, "_train_step", stopping)
 
 
 @pytest.mark.parametrize("step", [3, 8])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_run import small_dataset
+from small_run import small_dataset, stop_after
 
 import miniconvit.train as training
 from miniconvit import (
@@ -178,15 +178,8 @@ def test_two_passes_are_an_epoch(tmp_path, monkeypatch):
     given = {"augment": "crop-flip", "drop_path": 0.3}
     expected = run(tmp_path / "one", epochs=4, warmup_epochs=1.0, **given)
     given |= {"epochs": 2, "warmup_epochs": 0.5, "passes": 2}
-    steps, real = iter(range(1, 99)), training.training_images
-
-    def stop_after_step_9(*arguments):
-        if next(steps) == 9:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "training_images", stop_after_step_9)
+        stop_after(patch, 9, signal.SIGTERM)
         with pytest.raises(Interrupted):
             train(settings(**given), tmp_path / "two", quiet=True, threads=1)
     found = run(tmp_path / "two", resume=True, **given)
@@ -469,15 +462,9 @@ WRONG_STATES = {
 
 
 def test_a_damaged_state_is_a_sentence(tmp_path, monkeypatch):
-    folder, steps = tmp_path / "run", iter(range(1, 99))
-
-    def stop_after_step_9(images, indices, seed, epoch, preset, repeat):
-        if next(steps) == 9:
-            signal.raise_signal(signal.SIGTERM)
-        return images[indices]
-
+    folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "training_images", stop_after_step_9)
+        stop_after(patch, 9, signal.SIGTERM)
         with pytest.raises(Interrupted):
             train(settings(), folder, quiet=True, threads=1)
     last = folder / "last.safetensors"
