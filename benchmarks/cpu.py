@@ -4,7 +4,7 @@
     python benchmarks/cpu.py benchmarks/results/cpu [--rounds 3] [--seconds 20] [--only TEXT]
 
 Every measurement is a process of its own (so its peak memory is its own); ours and the peer's take
-turns, round after round, on the same threads, and the ratio of a row is the median of the rounds'
+turns, round after round, on as many cores, and the ratio of a row is the median of the rounds'
 ratios. Nothing else should run on the machine. Each measurement is appended to measurements.jsonl
 as soon as it is made and is not repeated when the script is started again; table.md and table.json
 are written from that file.
@@ -62,7 +62,7 @@ def command(who, shape, batch, mode, seconds, threads):
 
 def _guess(variant, batch, mode):
     """About how many seconds one of our steps takes, to choose how many fill the time."""
-    images_per_second = {"tiny32": 50.0, "tiny": 15.0, "small": 4.0}[variant]
+    images_per_second = {"tiny32": 75.0, "tiny": 18.0, "small": 5.0}[variant]
     return batch / images_per_second / (3 if mode == "infer" else 1)
 
 
@@ -120,14 +120,17 @@ def table(results, peak):
             values = [r["found"][key] for r in rounds if r["who"] == who and key in r["found"]]
             return median(values) if values else None
 
-        def ratio(who, rounds=rounds):
+        def ratios(who, rounds=rounds):
             by_round = {(r["who"], r["round"]): r["found"].get("images_per_second") for r in rounds}
             pairs = [
                 by_round[OURS, i] / value
                 for (other, i), value in by_round.items()
                 if other == who and value and by_round.get((OURS, i))
             ]
-            return median(pairs) if pairs else None
+            return sorted(pairs)
+
+        def ratio(who, ratios=ratios):
+            return median(ratios(who)) if ratios(who) else None
 
         if speed(OURS) is None:
             continue
@@ -137,6 +140,7 @@ def table(results, peak):
             "ours": speed(OURS),
             "timm_convit": speed(TIMM),
             "ratio": ratio(TIMM),
+            "ratio_rounds": ratios(TIMM),
             "timm_deit": speed(DEIT),
             "ratio_deit": ratio(DEIT),
             "twin": speed(TWIN),
@@ -152,11 +156,17 @@ def table(results, peak):
         cells += [row["ratio_deit"], row["twin"], row["convit_over_twin_time"]]
         digits = (1, 1, 2, 1, 2, 1, 2)
         texts = ["-" if c is None else f"{c:.{d}f}" for c, d in zip(cells, digits, strict=True)]
+        if len(pairs := row["ratio_rounds"]) > 1:
+            texts[2] += f" ({pairs[0]:.2f} to {pairs[-1]:.2f})"
         texts += [
             "-" if row[key] is None else f"{row[key]:.0f}"
             for key in ("peak_memory_mb", "timm_peak_memory_mb")
         ]
         lines.append(f"| {name} | {' | '.join(texts)} | {row['share_of_matmul_peak']:.2f} |")
+    lines.append(
+        "\nMedians of the rounds; a ratio is the median of the rounds' ratios, with the lowest and "
+        "the highest. Peak memory: of the process; ours with what its workers hold in the end."
+    )
     compiled = [row for row in found if row["timm_compiled"]]
     lines += [
         f"\n{row['row']}: timm's ConViT under torch.compile {row['timm_compiled']:.1f} images/s, "

@@ -60,7 +60,7 @@ class ProcessEngine(Engine):
 
     def memory_mb(self):
         """What the workers hold now, in MB, each with its part of what several processes share;
-        they give nothing back. Raises OSError on a system that does not tell."""
+        they give nothing back."""
         found = 0
         for pid in self._workers.values():
             with open(f"/proc/{pid}/smaps_rollup") as file:

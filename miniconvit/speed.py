@@ -44,7 +44,8 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
             engine.wait()
             seconds.append(time.perf_counter() - began)
         if xp is np:
-            peak = peak_memory_mb(engine)
+            peak = peak_memory_mb()
+            peak = peak and peak + engine.memory_mb()
         else:
             peak = xp.get_default_memory_pool().total_bytes() / 2**20
     counted = seconds[WARM_UP:]
@@ -58,16 +59,11 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     }
 
 
-def peak_memory_mb(engine):
-    """The most memory (resident, in MB) that this process and the engine's workers have held; None
-    where no one knows."""
+def peak_memory_mb():
+    """The most memory (resident, in MB) that this process has held; None where no one knows."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-    try:
-        return peak + engine.memory_mb()
-    except OSError:
-        return None
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
