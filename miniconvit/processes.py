@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from math import prod
 from multiprocessing import Pipe
@@ -38,7 +38,8 @@ class ProcessEngine(Engine):
 
     A worker is forked at the first batch of more than one piece, and lives until close() or the end
     of this process. Images, parameters and gradients lie in memory that all of them share; `load`
-    is called here. Raises UserError where no worker can be started, or one is killed.
+    is called here. One call at a time. Raises UserError where no worker can be started, or one is
+    killed; the next call starts others.
     """
 
     def __init__(self, config, threads, ops=CPU):
@@ -71,16 +72,18 @@ class ProcessEngine(Engine):
         """As Engine's."""
         if len(cut(n, self.config.num_patches)) == 1:
             return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
-        answers = self._answers(("train", n, label_smoothing, seed, step), load, n, params)
-        loss, correct, grads = next(answers)
-        grads = {name: grad.copy() for name, grad in grads.items()}
-        return self._summed(chain([(loss, correct, grads)], answers))
+        task = "train", n, label_smoothing, seed, step
+        with closing(self._answers(task, load, n, params)) as answers:
+            loss, correct, grads = next(answers)
+            grads = {name: grad.copy() for name, grad in grads.items()}
+            return self._summed(chain([(loss, correct, grads)], answers))
 
     def logits(self, load, n, params):
         """As Engine's."""
         if len(cut(n, self.config.num_patches)) == 1:
             return super().logits(load, n, params)
-        return np.concatenate([y.copy() for y in self._answers(("infer",), load, n, params)])
+        with closing(self._answers(("infer",), load, n, params)) as answers:
+            return np.concatenate([y.copy() for y in answers])
 
     def _answers(self, task, load, n, params):
         """What the workers find for each piece of n images, in order; valid until the next one."""
@@ -101,7 +104,8 @@ class ProcessEngine(Engine):
                         loaded = load(*pieces[sent])
                         arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
                         running.setdefault(connection, []).append((sent, slot))
-                        connection.send((task, pieces[sent], slot, arrays, dtype.str))
+                        with _answered():
+                            connection.send((task, pieces[sent], slot, arrays, dtype.str))
                         sent += 1
                     for connection in wait([c for c in running if running[c]]):
                         piece, slot = running[connection].pop(0)
@@ -115,13 +119,8 @@ class ProcessEngine(Engine):
             raise
 
     def _received(self, connection):
-        try:
+        with _answered():
             answer = connection.recv()
-        except (EOFError, ConnectionError):
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory: a smaller --threads or "
-                "--model may help"
-            ) from None
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -227,6 +226,18 @@ class ProcessEngine(Engine):
             shared[...] = grads[name]
         start, stop = piece
         return float(loss) * ((stop - start) / n), int(correct), tuple(grads)
+
+
+@contextmanager
+def _answered():
+    """Says what it means that nobody is at the other end of a pipe."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory: a smaller --threads or "
+            "--model may help"
+        ) from None
 
 
 def _aligned(size):

@@ -179,6 +179,36 @@ def test_a_worker_that_is_killed_is_reported_and_replaced(engine):
     with pytest.raises(UserError, match="a worker process was killed, perhaps for want of memory"):
         engine.loss_and_grads(kill, N, params)
     assert_same(engine.loss_and_grads(load, N, params), true)
+    for pid in engine._workers.values():  # between two calls
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(UserError, match="a worker process was killed"):
+        engine.loss_and_grads(load, N, params)
+    assert_same(engine.loss_and_grads(load, N, params), true)
+
+
+def test_an_interruption_while_sums_are_made_leaves_no_answer_behind(engine, monkeypatch):
+    """Its traceback, which a notebook keeps, must not keep the call half done."""
+    params, images, labels = drawn(CONFIG)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    true = engine.loss_and_grads(load, N, params)
+
+    def interrupted(self, answers):
+        next(answers), next(answers)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProcessEngine, "_summed", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            engine.loss_and_grads(load, N, params)
+    params = {name: 0.5 * value for name, value in params.items()}
+    found = engine.loss_and_grads(load, N, params)
+    assert kept.tb is not None and found[0] != true[0]
+    with Engine(CONFIG, 1) as one:
+        assert_same(found, one.loss_and_grads(load, N, params))
 
 
 def test_where_no_process_can_be_forked_one_thread_is_advised(engine, monkeypatch):
