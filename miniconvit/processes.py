@@ -5,12 +5,12 @@ more. Processes do not. The pieces, the functions and the order of the sum are E
 the bits.
 """
 
+import gc
 import mmap
 import os
 import signal
 import sys
 import warnings
-from collections import deque
 from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from math import prod
@@ -24,8 +24,14 @@ from .model import convit_forward, param_shapes
 from .parallel import CPU, PIECE_ROWS, Engine, cut, train_piece
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
+SPARE_SLOTS = 2  # beside one for each worker: pieces that are loaded, or wait for their turn
+NO_RESERVE = 0x4000  # from Linux's mman.h: pages that nobody touches are not set aside
 ALIGNMENT = 64  # bytes, a cache line
 NUMBER = 8  # bytes, at most
+
+
+class LostWorker(UserError):
+    """A worker process was killed by someone else."""
 
 
 def can_fork():
@@ -36,23 +42,27 @@ def can_fork():
 class ProcessEngine(Engine):
     """Runs training steps and inference of one model, as Engine, on `threads` processes.
 
-    A worker is forked at the first batch of more than one piece, and lives until close() or the end
-    of this process. Images, parameters and gradients lie in memory that all of them share; `load`
-    is called here. One call at a time. Raises UserError where no worker can be started, or one is
-    killed; the next call starts others.
+    The workers are forked at once, before this process has much to share with them, and live until
+    close() or its end. Images, parameters and gradients lie in memory that all of them share;
+    `load` is called here. One call at a time. Raises UserError where no worker can be started, and
+    LostWorker where one is killed; the next call starts others.
     """
 
     def __init__(self, config, threads, ops=CPU):
         super().__init__(config, 1, ops)
         self.threads = threads
         self._shapes = param_shapes(config)
-        self._workers = {}  # our end of a worker's pipe: its process
         images = max(1, PIECE_ROWS // config.num_patches)
         numbers = config.in_chans * prod(config.image) + config.num_classes
         self._in_size = _aligned(NUMBER * images * numbers) + 2 * ALIGNMENT
         self._out_size = sum(_aligned(NUMBER * prod(shape)) for shape in self._shapes.values())
         self._out_size = max(self._out_size, self._in_size)
-        self._memory = None
+        self._memory, self._workers = None, {}  # _workers: our end of a pipe to the process's id
+        try:
+            self._start()
+        except UserError:
+            self.close()
+            raise
 
     def close(self):
         """Ends the workers and gives BLAS its threads back. A second call does nothing."""
@@ -60,17 +70,16 @@ class ProcessEngine(Engine):
         super().close()
 
     def memory_mb(self):
-        """What the workers hold now, in MB, each with its part of what several processes share;
-        they give nothing back."""
+        """What the workers hold now, in MB, without what they share; they give nothing back."""
         found = 0
         for pid in self._workers.values():
             with open(f"/proc/{pid}/smaps_rollup") as file:
-                found += sum(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+                found += sum(int(line.split()[1]) for line in file if line.startswith("Private"))
         return found / 2**10
 
     def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
         """As Engine's."""
-        if len(cut(n, self.config.num_patches)) == 1:
+        if len(cut(n, self.config.num_patches)) <= 1:
             return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
         task = "train", n, label_smoothing, seed, step
         with closing(self._answers(task, load, n, params)) as answers:
@@ -80,7 +89,7 @@ class ProcessEngine(Engine):
 
     def logits(self, load, n, params):
         """As Engine's."""
-        if len(cut(n, self.config.num_patches)) == 1:
+        if len(cut(n, self.config.num_patches)) <= 1:
             return super().logits(load, n, params)
         with closing(self._answers(("infer",), load, n, params)) as answers:
             return np.concatenate([y.copy() for y in answers])
@@ -94,13 +103,13 @@ class ProcessEngine(Engine):
             shared[...] = params[name]
         pieces = cut(n, self.config.num_patches)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
-        slots = deque(range(len(tasks)))
+        slots = list(range(self.threads + SPARE_SLOTS))
         sent, running, found = 0, {}, {}  # running: connection to [(piece, slot)]
         try:
             for number in range(len(pieces)):
                 while number not in found:
                     while tasks and slots and sent < len(pieces):
-                        connection, slot = tasks.pop(0), slots.popleft()
+                        connection, slot = tasks.pop(0), slots.pop()
                         loaded = load(*pieces[sent])
                         arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
                         running.setdefault(connection, []).append((sent, slot))
@@ -130,6 +139,11 @@ class ProcessEngine(Engine):
     def _put(self, slot, arrays):
         """Copies arrays into a slot's place for what goes in; returns their shapes and dtypes."""
         described = [(x.shape, x.dtype.str) for x in arrays]
+        if sum(_aligned(x.nbytes) for x in arrays) > self._in_size:
+            size = self.config.in_chans, *self.config.image
+            raise UserError(
+                f"the model expects images (B, C, H, W) of {size}, not {described[0][0]}"
+            )
         for shared, x in zip(self._views(self._in_place(slot), described), arrays, strict=True):
             shared[...] = x
         return described
@@ -159,12 +173,12 @@ class ProcessEngine(Engine):
     # the workers
 
     def _start(self):
-        slots = TASKS * self.threads
-        size = self._out_size + slots * (self._in_size + self._out_size)
-        self._memory = mmap.mmap(
-            -1, size
-        )  # shared with what is forked; untouched pages cost nothing
+        size = self._in_place(self.threads + SPARE_SLOTS)
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NO_RESERVE
+        signals = {signal.SIGINT, signal.SIGTERM}
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
+            self._memory = mmap.mmap(-1, size, flags=flags)
             for _ in range(self.threads):
                 ours, theirs = Pipe()
                 with warnings.catch_warnings():
@@ -172,7 +186,7 @@ class ProcessEngine(Engine):
                     warnings.simplefilter("ignore", DeprecationWarning)
                     pid = os.fork()
                 if pid == 0:
-                    self._work(theirs, [ours, *self._workers])
+                    self._work(theirs, [ours, *self._workers], signals)
                 theirs.close()
                 self._workers[ours] = pid
         except OSError as error:
@@ -180,6 +194,8 @@ class ProcessEngine(Engine):
             raise UserError(
                 f"no worker process can be started ({error.strerror}): add --threads 1"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
     def _stop(self):
         """Ends the workers, which keep nothing, whatever they are at."""
@@ -188,13 +204,15 @@ class ProcessEngine(Engine):
             with suppress(ProcessLookupError, ChildProcessError):  # killed and waited for elsewhere
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        self._workers = {}
+        self._memory, self._workers = None, {}
 
-    def _work(self, connection, others):
+    def _work(self, connection, others, signals):
         """A worker's life: it ends with the process that asks, and never returns."""
         try:
-            for signum in (signal.SIGINT, signal.SIGTERM):  # the one who asks answers them
+            for signum in signals:  # the one who asks answers them
                 signal.signal(signum, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            gc.freeze()  # nothing that was alive there is ended here
             for other in others:
                 other.close()
             np.seterr(all="ignore")  # the one who asks looks for what is not finite
@@ -234,7 +252,7 @@ def _answered():
     try:
         yield
     except (EOFError, ConnectionError):
-        raise UserError(
+        raise LostWorker(
             "a worker process was killed, perhaps for want of memory: a smaller --threads or "
             "--model may help"
         ) from None

@@ -40,6 +40,7 @@ from .errors import UserError
 from .layers import cross_entropy_forward
 from .optim import AdamW, clip_grad_norm, update_average
 from .parallel import available_threads
+from .processes import LostWorker
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .schedule import warmup_cosine
@@ -54,6 +55,7 @@ from .weights import read_start
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many
+FILES_CHUNK = 128  # the same where they are decoded, several chunks ahead
 
 
 class Interrupted(KeyboardInterrupt):
@@ -171,7 +173,8 @@ def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
     loss, top1, top5 = 0.0, 0, 0
     dtype = next(iter(params.values())).dtype
     n, images = len(split.labels), split.images
-    chunks = [range(n)[first : first + EVALUATION_CHUNK] for first in range(0, n, EVALUATION_CHUNK)]
+    size = FILES_CHUNK if isinstance(images, ImageFiles) else EVALUATION_CHUNK
+    chunks = [range(n)[first : first + size] for first in range(0, n, size)]
     fed = feed(lambda part: images[part.start : part.stop], chunks, _decoders(images, engine))
     with closing(fed):
         for chunk, pixels in zip(chunks, fed, strict=True):
@@ -520,14 +523,15 @@ class _Run:
 
     @contextmanager
     def _saving(self):
-        """While it lasts, an image file that cannot be decoded costs nothing but a --resume."""
+        """While it lasts, an image file that cannot be decoded or a worker that is killed costs
+        nothing but a --resume."""
         try:
             yield
-        except BrokenImage as reason:
+        except (BrokenImage, LostWorker) as reason:
             self.save()
+            needed = "with a whole file under this name " * isinstance(reason, BrokenImage)
             raise UserError(
-                f"{reason}; the run is saved after step {self.step}: with a whole file under this "
-                "name it goes on by --resume"
+                f"{reason}; the run is saved after step {self.step}: {needed}it goes on by --resume"
             ) from reason
 
     def _stop_if_asked(self):

@@ -712,6 +712,8 @@ def test_a_run_goes_on_with_the_files_it_began_with_and_no_others(folder, tmp_pa
     (val / "c" / "03.png").unlink()
     refused()
     save(val / "c" / "03.png", noise(23, 28))  # another picture under the same name
+    for name in "ABc":
+        save(folder / "test" / name / "0.png", noise(20, 20))
     folder.rename(tmp_path / "moved")
     run(tmp_path / "moved", out, resume=True)
 

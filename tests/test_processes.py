@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import FLAGS
+from small_run import FLAGS, small_dataset
 
 import miniconvit.processes as processes
+import miniconvit.train as training
 from miniconvit import UserError, init_params
 from miniconvit.config import VARIANTS, ConViTConfig
 from miniconvit.device_engine import make_engine
-from miniconvit.parallel import Engine, cut
+from miniconvit.parallel import ONE_BLAS_THREAD, Engine, cut
 from miniconvit.processes import ProcessEngine, can_fork
+from miniconvit.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
 
@@ -119,15 +121,20 @@ def test_what_was_given_out_is_not_changed_by_the_next_call(engine):
     np.testing.assert_array_equal(logits, kept[1])
 
 
-def test_workers_begin_with_a_batch_of_several_pieces_and_end_with_the_engine():
+def test_workers_begin_and_end_with_the_engine():
     params, images, labels = drawn(CONFIG)
     with ProcessEngine(CONFIG, 2) as engine:
-        engine.loss_and_grads(lambda a, b: (images[a:b], labels[a:b]), 41, params)
-        engine.logits(lambda a, b: images[a:b], 41, params)
-        assert not engine._workers and engine.memory_mb() == 0
-        engine.logits(lambda a, b: images[a:b], 42, params)
         pids = list(engine._workers.values())
-        assert len(pids) == 2 and engine.memory_mb() > 1
+        assert len(pids) == 2
+        for n in (0, 41):  # no piece and a single one, which need no worker
+            with Engine(CONFIG, 1) as one:
+                given = lambda a, b: (images[a:b], labels[a:b]), n, params
+                found, true = engine.loss_and_grads(*given), one.loss_and_grads(*given)
+            assert (found[2] is true[2] is None) if n == 0 else assert_same(found, true) is None
+        idle = engine.memory_mb()
+        engine.logits(lambda a, b: images[a:b], N, params)
+        assert list(engine._workers.values()) == pids
+        assert engine.memory_mb() > idle
     assert all(is_gone(pid) for pid in pids)
     engine.close()
     with pytest.raises(ChildProcessError):
@@ -160,6 +167,11 @@ def test_an_error_while_loading_or_computing_is_raised_and_the_next_call_works(e
     assert_same(engine.loss_and_grads(load, N, params), true)
     with pytest.raises(UserError, match="expects images of shape"):
         engine.loss_and_grads(lambda a, b: (images[a:b, :1], labels[a:b]), N, params)
+    large = images.repeat(3, axis=3)
+    with pytest.raises(
+        UserError, match=r"expects images .* of \(2, 24, 32\), not \(37, 2, 24, 96\)"
+    ):
+        engine.loss_and_grads(lambda a, b: (large[a:b], labels[a:b]), N, params)
     assert_same(engine.loss_and_grads(load, N, params), true)
 
 
@@ -211,9 +223,8 @@ def test_an_interruption_while_sums_are_made_leaves_no_answer_behind(engine, mon
         assert_same(found, one.loss_and_grads(load, N, params))
 
 
-def test_where_no_process_can_be_forked_one_thread_is_advised(engine, monkeypatch):
-    params, images, _ = drawn(CONFIG)
-    fork, forked = os.fork, []
+def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
+    fork, forked, wanted = os.fork, [], ONE_BLAS_THREAD._wanted
 
     def fail():
         if forked:
@@ -224,9 +235,35 @@ def test_where_no_process_can_be_forked_one_thread_is_advised(engine, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(processes.os, "fork", fail)
         with pytest.raises(UserError, match=r"\(Resource temporarily .*\): add --threads 1"):
-            engine.logits(lambda a, b: images[a:b], N, params)
+            ProcessEngine(CONFIG, 2)
     assert is_gone(forked[0])
-    assert engine.logits(lambda a, b: images[a:b], N, params).shape == (N, 5)
+    assert ONE_BLAS_THREAD._wanted == wanted
+
+
+def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 2, "seed": 3}
+    settings = make_settings(model="convit_micro32", **small)
+
+    def run(name, **options):
+        training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
+
+    run("whole")
+    step = training._Run._train_step
+
+    def lose_a_worker(self, draws, pixels):
+        if self.step == 3:
+            os.kill(next(iter(self.engine._workers.values())), signal.SIGKILL)
+        step(self, draws, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_train_step", lose_a_worker)
+        with pytest.raises(UserError, match="run is saved after step 3: it goes on"):
+            run("parts")
+    run("parts", resume=True)
+    for name in ("last.safetensors", "best.safetensors"):
+        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts
 
 
 def test_workers_do_not_speak_of_overflow(engine):

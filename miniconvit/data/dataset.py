@@ -71,12 +71,13 @@ def load_dataset(
 
 
 def fingerprint(dataset):
-    """SHA-256 of the names and labels of all image files in their order; None for arrays, which are
-    always the same. A file that was repaired changes nothing, one more or less does."""
+    """SHA-256 of the names and labels of the image files to train and to validate on, in their
+    order; None for arrays, which are always the same. Another picture under the same name changes
+    nothing, one file more or less does."""
     if not isinstance(dataset.val.images, ImageFiles):
         return None
     found = hashlib.sha256(repr(dataset.classes).encode())
-    for split in filter(None, (dataset.train, dataset.val, dataset.test)):
+    for split in (dataset.train, dataset.val):
         for name, label in zip(split.images.names(), split.labels.tolist(), strict=True):
             found.update(f"{label} {name}\n".encode(errors="surrogateescape"))
         found.update(b"\n")

@@ -79,7 +79,8 @@ class ImageFiles:
 
     def names(self):
         """The paths without what all of them begin with: the same after the folder has moved."""
-        common = os.path.commonpath((self.paths[0], self.paths[-1]))  # they are sorted
+        ends = (os.path.dirname(self.paths[end]) for end in (0, -1))  # they are sorted
+        common = os.path.commonpath(list(ends))
         return [os.path.relpath(path, common) for path in self.paths]
 
     def _decoded(self, indices, view):
