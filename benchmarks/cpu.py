@@ -217,7 +217,7 @@ def main(folder, rounds, seconds, only, without):
         "python": platform.python_version(),
         "numpy": np.__version__,
         "blas": f"{blas.get('internal_api')} {blas.get('version')} {blas.get('architecture')}",
-        "rounds": rounds,
+        "rounds, at most": max((r["round"] + 1 for r in results), default=0),
         **versions,
     }
     (folder / "table.json").write_text(json.dumps({"about": about, "rows": found}, indent=2) + "\n")
