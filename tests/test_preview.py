@@ -76,7 +76,7 @@ def test_the_command(tmp_path, monkeypatch):
 
 
 def test_a_sheet_without_pillow_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("miniconvit.preview.find_spec", lambda name: None)
+    monkeypatch.setattr("miniconvit.data.images.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install Pillow"):
         draw_preview(small_dataset(), "none", tmp_path / "sheet.png")
 
