@@ -26,7 +26,7 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     labels = rng.integers(config.num_classes, size=batch_size)
     xp, place = resolve_device(device)
     images, labels, params = to_device((images, labels, init_params(config)), xp)
-    optimizer = AdamW(params, lr=1e-3)
+    optimizer = None if inference else AdamW(params, lr=1e-3)
     with make_engine(config, xp, threads) as engine:
         seconds = []
         for step in range(WARM_UP + steps):
