@@ -60,7 +60,7 @@ def entries_of(plan, outcomes):
     deviation; None for one seed), seeds (how many), diverged (how many), images, passes, paper (a
     number or None) and values (of each seed, None where it has none). Accuracies are in %."""
     entries = []
-    for row in plan.rows:
+    for row in _by_size(plan):
         runs = {outcome.seed: outcome for outcome in outcomes if outcome.row == row.name}
         good = [run.values for run in runs.values() if run.values is not None]
         for quantity in good[0] if good else ["top1", *map(mask_name, row.masks)]:
@@ -81,6 +81,11 @@ def entries_of(plan, outcomes):
                 "values": [_value(runs.get(seed), quantity, SCALE[unit]) for seed in plan.seeds],
             })  # fmt: skip
     return entries
+
+
+def _by_size(plan):
+    """The rows, those with the fewest images first: the order of training is another."""
+    return sorted(plan.rows, key=lambda row: row.images)
 
 
 def _unit(quantity):
@@ -111,7 +116,7 @@ def _paper(plan, row, quantity):
 
 def _pairs(plan):
     """What is compared: ((row, quantity), (row, quantity)) of names."""
-    names = [row.name for row in plan.rows]
+    names = [row.name for row in _by_size(plan)]
     if plan.experiment == "masking":
         return [
             ((row.name, mask_name(mask)), (row.name, "top1"))
