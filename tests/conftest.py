@@ -1,6 +1,7 @@
 """What holds for all tests."""
 
 import os
+import signal
 
 import fakecupy
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from miniconvit import cli
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, whose bits are compared
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began it with &
 
 
 @pytest.fixture
