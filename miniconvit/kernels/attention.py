@@ -12,7 +12,7 @@ import numpy as np
 from ..layers.block import _branch_backward, _branch_forward
 from ..layers.ops import REFERENCE, part, prefixed
 from ..layers.position import position_attention_forward, relative_positions
-from .tokenwise import features_first, row_sums, tokens_first
+from .tokenwise import aligned, features_first, product, row_sums, tokens_first
 
 TILE = 2**17  # elements: a tile of maps, 512 KB, stays in the L2 cache
 LARGEST_SUM = 1e12  # a sum of exp(scores) within it and its inverse is far from float32's ends
@@ -32,17 +32,18 @@ def _tiles(B, map_size):
 
 
 def _exp_scores(q, k, E, sums):
-    """E = exp(k^T q) and its sums over the keys. Only where a sum comes near float32's ends are the
-    maxima taken off first, which changes nothing else."""
+    """E = exp(k^T q) and its sums over the keys, (B, H, 1, queries). Only where a sum comes near
+    float32's ends are the maxima taken off first, which changes nothing else."""
     np.matmul(k.swapaxes(-1, -2), q, out=E)
+    ones = np.ones((1, E.shape[-2]), E.dtype)
     with np.errstate(over="ignore"):
         np.exp(E, out=E)
-        E.sum(axis=-2, out=sums)
+        np.matmul(ones, E, out=sums)
     if not (sums.max() < LARGEST_SUM and sums.min() > 1.0 / LARGEST_SUM):
         np.matmul(k.swapaxes(-1, -2), q, out=E)
         E -= E.max(axis=-2, keepdims=True)
         np.exp(E, out=E)
-        E.sum(axis=-2, out=sums)
+        np.matmul(ones, E, out=sums)
 
 
 def _content_forward(q, k, v, num_heads, B):
@@ -51,13 +52,13 @@ def _content_forward(q, k, v, num_heads, B):
     q (D, B * queries), k and v (D, B * keys). Returns y like q, the maps E (B, H, keys, queries)
     and the inverse sums of their columns (H, 1, B * queries).
     """
-    y, H = np.empty_like(q), num_heads
+    y, H = aligned(q.shape), num_heads
     q, k, v, y_heads = (_heads(columns, H, B) for columns in (q, k, v, y))  # (B, H, d, N) each
     keys, queries = k.shape[-1], q.shape[-1]
-    E = np.empty((B, H, keys, queries), y.dtype)
+    E = aligned((B, H, keys, queries))
     sums = np.empty((H, B, queries), y.dtype)
     for tile in _tiles(B, H * keys * queries):
-        _exp_scores(q[tile], k[tile], E[tile], sums.swapaxes(0, 1)[tile])
+        _exp_scores(q[tile], k[tile], E[tile], sums.swapaxes(0, 1)[tile, :, None])
         np.matmul(v[tile], E[tile], out=y_heads[tile])
     inverse = (1.0 / sums).reshape(H, 1, -1)
     y.reshape(H, -1, inverse.shape[-1])[...] *= inverse
@@ -75,7 +76,7 @@ def _content_backward(dy, q, k, v, E, factor, rho, dq, dk, dv):
     rho = (rho * factor[:, 0]).reshape(H, B, 1, queries).swapaxes(0, 1)  # (B, H, 1, queries)
     scaled, q, k, v, dq, dk, dv = (_heads(c, H, B) for c in (scaled, q, k, v, dq, dk, dv))
     tiles = _tiles(B, H * keys * queries)
-    buffer = np.empty_like(E[tiles[0]])
+    buffer = aligned(E[tiles[0]].shape)
     for tile in tiles:
         dS = np.matmul(v[tile].swapaxes(-1, -2), scaled[tile], out=buffer[: len(E[tile])])
         dS -= rho[tile]
@@ -98,7 +99,7 @@ def _projection(weights, biases, num_heads):
 
 
 def _linear(columns, weight, bias):
-    y = weight @ columns
+    y = product(weight, columns)
     if bias is not None:
         y += bias.reshape(-1, 1)
     return y
@@ -132,9 +133,9 @@ def mhsa_backward(dout, cache):
     columns, weight, has_bias, qkv, y, E, inverse, proj_weight = cache
     H = len(inverse)
     dcolumns = features_first(dout)
-    dy = proj_weight.T @ dcolumns
+    dy = product(proj_weight.T, dcolumns)
     rho = (dy * y).reshape(H, -1, columns.shape[1]).sum(axis=1)  # (H, R)
-    dqkv = np.empty_like(qkv)
+    dqkv = aligned(qkv.shape)
     _content_backward(dy, *qkv, E, inverse, rho, *dqkv)
     dqkv = dqkv.reshape(len(weight), -1)
     dweight, dbias = _projection_backward(dqkv, columns, H, has_bias)
@@ -145,7 +146,7 @@ def mhsa_backward(dout, cache):
     }
     if has_bias:
         grads["qkv.bias"] = dbias
-    return tokens_first(weight.T @ dqkv, dout.shape[:-1]), grads
+    return tokens_first(product(weight.T, dqkv), dout.shape[:-1]), grads
 
 
 @lru_cache(maxsize=8)
@@ -202,11 +203,11 @@ def gpsa_backward(dout, cache):
     columns, weight, has_bias, y, proj_weight = projections
     H, N = P.shape[:2]
     dcolumns = features_first(dout)
-    dy = proj_weight.T @ dcolumns
+    dy = product(proj_weight.T, dcolumns)
     dy_maps = dy.reshape(H, -1, N)  # (H, d * B, N)
     dpos_weight, dots = _position_backward(qkv[2].reshape(dy_maps.shape), dy_maps, P, g, grid)
     rho = (dy * content).reshape(H, -1, columns.shape[1]).sum(axis=1)  # (H, R)
-    dqkv = np.empty_like(qkv)
+    dqkv = aligned(qkv.shape)
     _content_backward(dy, *qkv, E, inverse * (1.0 - g)[:, None, None], rho, *dqkv)
     dqkv[2].reshape(dy_maps.shape)[...] += dy_maps @ gP.swapaxes(-1, -2)
     dqkv = dqkv.reshape(len(weight), -1)
@@ -223,7 +224,7 @@ def gpsa_backward(dout, cache):
     }
     if has_bias:
         grads |= {"qk.bias": dbias[: 2 * D], "v.bias": dbias[2 * D :]}
-    return tokens_first(weight.T @ dqkv, dout.shape[:-1]), grads
+    return tokens_first(product(weight.T, dqkv), dout.shape[:-1]), grads
 
 
 def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
