@@ -79,6 +79,13 @@ class DeviceEngine:
         images = f"{n} images" if n > 1 else "one image"
         return f"a step of {images} does not fit into the GPU's {total:.1f} GB: {advice}"
 
+    def hold(self, params, optimizer):
+        """As Engine's: all lies on the device already."""
+
+    def update(self, optimizer, params, grads, lr=None):
+        """As Engine's."""
+        optimizer.step(params, grads, lr)
+
     def logits(self, load, n, params):
         """As Engine's: (n, num_classes), on the CPU. Takes fewer images at a time where the memory
         is too small."""

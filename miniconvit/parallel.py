@@ -183,7 +183,8 @@ class Engine:
 
         load(start, stop) -> (images (b, in_chans, height, width) float, targets (b,) or (b, C)):
         that part of the batch of n images, called in the workers. Drop path is active, drawn from
-        (seed, step). Returns (loss, correct, grads) with loss a float and correct an int.
+        (seed, step). Returns (loss, correct, grads) with loss a float and correct an int; the next
+        call may write into these gradients.
         """
 
         def run(start, stop):
@@ -207,6 +208,14 @@ class Engine:
                     total[name] += grad
             del grads  # before the next piece is waited for
         return loss, correct, total
+
+    def hold(self, params, optimizer):
+        """Lays a training's state where update is fastest: the dictionaries are given new arrays of
+        the same numbers, or keep theirs."""
+
+    def update(self, optimizer, params, grads, lr=None):
+        """optimizer.step."""
+        optimizer.step(params, grads, lr)
 
     def logits(self, load, n, params):
         """The model's answers in evaluation mode: (n, num_classes).

@@ -12,7 +12,8 @@ import signal
 import sys
 import warnings
 from contextlib import closing, contextmanager, suppress
-from itertools import chain
+from copy import copy
+from itertools import accumulate
 from math import prod
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -29,9 +30,17 @@ NO_RESERVE = 0x4000  # from Linux's mman.h: pages that nobody touches are not se
 ALIGNMENT = 64  # bytes, a cache line
 NUMBER = 8  # bytes, at most
 
+GIVEN, PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, SLOTS = range(6)
+"""Places in the shared memory, each for one array of every parameter's shape: what came with a
+call, what `hold` was given, a call's gradients, and from SLOTS on those of single pieces."""
+
 
 class LostWorker(UserError):
     """A worker process was killed by someone else."""
+
+
+class LostUpdate(UserError):
+    """The same in the middle of an update: no one knows which parameters are new."""
 
 
 def can_fork():
@@ -45,7 +54,7 @@ class ProcessEngine(Engine):
     The workers are forked at once, before this process has much to share with them, and live until
     close() or its end. Images, parameters and gradients lie in memory that all of them share;
     `load` is called here. One call at a time. Raises UserError where no worker can be started, and
-    LostWorker where one is killed; the next call starts others.
+    LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
     def __init__(self, config, threads, ops=CPU):
@@ -57,7 +66,8 @@ class ProcessEngine(Engine):
         self._in_size = _aligned(NUMBER * images * numbers) + 2 * ALIGNMENT
         self._out_size = sum(_aligned(NUMBER * prod(shape)) for shape in self._shapes.values())
         self._out_size = max(self._out_size, self._in_size)
-        self._memory, self._workers = None, {}  # _workers: our end of a pipe to the process's id
+        self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
+        self._workers = {}  # our end of a pipe to the process's id
         try:
             self._start()
         except UserError:
@@ -67,6 +77,7 @@ class ProcessEngine(Engine):
     def close(self):
         """Ends the workers and gives BLAS its threads back. A second call does nothing."""
         self._stop()
+        self._memory, self._shared = None, {}
         super().close()
 
     def memory_mb(self):
@@ -81,30 +92,72 @@ class ProcessEngine(Engine):
         """As Engine's."""
         if len(cut(n, self.config.num_patches)) <= 1:
             return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
-        task = "train", n, label_smoothing, seed, step
-        with closing(self._answers(task, load, n, params)) as answers:
-            loss, correct, grads = next(answers)
-            grads = {name: grad.copy() for name, grad in grads.items()}
-            return self._summed(chain([(loss, correct, grads)], answers))
+        options = n, label_smoothing, seed, step
+        with closing(self._answers(self._train, options, load, n, params)) as answers:
+            loss, correct, grads = self._summed(answers)
+        self._shared[GRADS] = grads
+        return loss, correct, grads
+
+    def hold(self, params, optimizer):
+        """As Engine's: they are laid into the shared memory. There is room for the first ones."""
+        if PARAMS in self._shared:
+            return
+        dtype = next(iter(params.values())).dtype
+        state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
+        for place, arrays in state.items():
+            self._shared[place] = self._tensors(place, dtype)
+            for name, shared in self._shared[place].items():
+                shared[...] = arrays[name]
+            arrays.update(self._shared[place])
+
+    def update(self, optimizer, params, grads, lr=None):
+        """As Engine's. What lies in the shared memory is updated by the workers, each its share."""
+        state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
+        if not all(self._lie_at(*pair) for pair in [*state.items(), (GRADS, grads)]):
+            super().update(optimizer, params, grads, lr)
+            return
+        bare = copy(optimizer)
+        bare.exp_avg = bare.exp_avg_sq = None  # the workers have them
+        optimizer.step_count += 1
+        dtype = next(iter(params.values())).dtype.str
+        try:
+            if not self._workers:
+                self._start()
+            for connection, names in zip(self._workers, _shares(params, self.threads), strict=True):
+                self._ask(connection, self._update_share, bare, names, lr, dtype)
+            for connection in self._workers:
+                self._received(connection)
+        except LostWorker:
+            self._stop()
+            raise LostUpdate(
+                "a worker process was killed in the middle of an update, and the parameters are "
+                "lost with it: a run goes on from its last save by --resume"
+            ) from None
+        except BaseException:
+            self._stop()
+            raise
 
     def logits(self, load, n, params):
         """As Engine's."""
         if len(cut(n, self.config.num_patches)) <= 1:
             return super().logits(load, n, params)
-        with closing(self._answers(("infer",), load, n, params)) as answers:
+        with closing(self._answers(self._infer, (), load, n, params)) as answers:
             return np.concatenate([y.copy() for y in answers])
 
-    def _answers(self, task, load, n, params):
-        """What the workers find for each piece of n images, in order; valid until the next one."""
+    def _answers(self, work, options, load, n, params):
+        """What the workers find for each piece of n images, in order; valid until the next one, the
+        first piece's gradients until the next call."""
         if not self._workers:
             self._start()
         dtype = next(iter(params.values())).dtype
-        for name, shared in self._tensors(0, dtype).items():
-            shared[...] = params[name]
+        given = PARAMS if self._lie_at(PARAMS, params) else GIVEN
+        if given == GIVEN:
+            for name, shared in self._tensors(GIVEN, dtype).items():
+                shared[...] = params[name]
         pieces = cut(n, self.config.num_patches)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
         slots = list(range(self.threads + SPARE_SLOTS))
-        sent, running, found = 0, {}, {}  # running: connection to [(piece, slot)]
+        sent, running, found = 0, {}, {}  # running: connection to [(piece, slot, place)]
         try:
             for number in range(len(pieces)):
                 while number not in found:
@@ -112,20 +165,26 @@ class ProcessEngine(Engine):
                         connection, slot = tasks.pop(0), slots.pop()
                         loaded = load(*pieces[sent])
                         arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
-                        running.setdefault(connection, []).append((sent, slot))
-                        with _answered():
-                            connection.send((task, pieces[sent], slot, arrays, dtype.str))
+                        place = GRADS if work == self._train and sent == 0 else SLOTS + slot
+                        running.setdefault(connection, []).append((sent, slot, place))
+                        where = given, slot, arrays, place, dtype.str
+                        self._ask(connection, work, options, pieces[sent], *where)
                         sent += 1
                     for connection in wait([c for c in running if running[c]]):
-                        piece, slot = running[connection].pop(0)
-                        found[piece] = slot, self._received(connection)
+                        piece, slot, place = running[connection].pop(0)
+                        found[piece] = slot, place, self._received(connection)
                         tasks.append(connection)
-                slot, answer = found.pop(number)
-                yield self._taken(answer, slot, dtype)
+                slot, place, answer = found.pop(number)
+                yield self._taken(answer, place, dtype)
                 slots.append(slot)
         except BaseException:
             self._stop()  # what they are at is wanted no more
             raise
+
+    def _ask(self, connection, work, *arguments):
+        """Sends a worker one of its methods' names, with arguments."""
+        with _answered():
+            connection.send((work.__name__, *arguments))
 
     def _received(self, connection):
         with _answered():
@@ -149,23 +208,29 @@ class ProcessEngine(Engine):
         return described
 
     def _in_place(self, slot):
-        return self._out_size + slot * (self._in_size + self._out_size)
+        places = SLOTS + self.threads + SPARE_SLOTS
+        return places * self._out_size + slot * self._in_size
 
-    def _views(self, place, described):
-        """Arrays of these shapes and dtypes, one after the other from a place in the memory on."""
+    def _views(self, begin, described):
+        """Arrays of these shapes and dtypes, one after the other from a byte of the memory on."""
         for shape, dtype in described:
-            yield np.frombuffer(self._memory, dtype, prod(shape), place).reshape(shape)
-            place += _aligned(np.dtype(dtype).itemsize * prod(shape))
+            yield np.frombuffer(self._memory, dtype, prod(shape), begin).reshape(shape)
+            begin += _aligned(np.dtype(dtype).itemsize * prod(shape))
 
     def _tensors(self, place, dtype):
         described = [(shape, dtype) for shape in self._shapes.values()]
-        return dict(zip(self._shapes, self._views(place, described), strict=True))
+        views = self._views(place * self._out_size, described)
+        return dict(zip(self._shapes, views, strict=True))
 
-    def _taken(self, answer, slot, dtype):
+    def _lie_at(self, place, arrays):
+        """Whether these are the arrays of that place that were given out."""
+        given_out = self._shared.get(place, {})
+        return all(value is given_out.get(name) for name, value in arrays.items())
+
+    def _taken(self, answer, place, dtype):
         """The answer with the arrays that belong to it."""
-        place = self._in_place(slot) + self._in_size
         if len(answer) == 1:  # the logits' shape
-            return next(self._views(place, [(answer[0], dtype)]))
+            return next(self._views(place * self._out_size, [(answer[0], dtype)]))
         *scalars, names = answer
         tensors = self._tensors(place, dtype)
         return *scalars, {name: tensors[name] for name in names}
@@ -178,7 +243,7 @@ class ProcessEngine(Engine):
         signals = {signal.SIGINT, signal.SIGTERM}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
-            self._memory = mmap.mmap(-1, size, flags=flags)
+            self._memory = self._memory or mmap.mmap(-1, size, flags=flags)
             for _ in range(self.threads):
                 ours, theirs = Pipe()
                 with warnings.catch_warnings():
@@ -204,7 +269,7 @@ class ProcessEngine(Engine):
             with suppress(ProcessLookupError, ChildProcessError):  # killed and waited for elsewhere
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        self._memory, self._workers = None, {}
+        self._workers = {}
 
     def _work(self, connection, others, signals):
         """A worker's life: it ends with the process that asks, and never returns."""
@@ -217,26 +282,20 @@ class ProcessEngine(Engine):
                 other.close()
             np.seterr(all="ignore")  # the one who asks looks for what is not finite
             while True:
-                task, piece, slot, arrays, dtype = connection.recv()
+                work, *arguments = connection.recv()
                 try:
-                    answer = self._computed(task, piece, slot, arrays, dtype)
+                    answer = getattr(self, work)(*arguments)
                 except Exception as error:
                     answer = error
                 connection.send(answer)
         except BaseException:
             os._exit(0)
 
-    def _computed(self, task, piece, slot, arrays, dtype):
-        """The scalars of an answer; its arrays are left in the slot's place for what comes out."""
-        kind, *rest = task
-        params = self._tensors(0, dtype)
+    def _train(self, options, piece, given, slot, arrays, place, dtype):
+        """A piece's scalars and its gradients' names; the gradients are left at their place."""
+        n, label_smoothing, seed, step = options
         loaded = tuple(self._views(self._in_place(slot), arrays))
-        place = self._in_place(slot) + self._in_size
-        if kind == "infer":
-            y = convit_forward(loaded[0], params, self.config, ops=self._inference_ops)[0]
-            next(self._views(place, [(y.shape, dtype)]))[...] = y
-            return (y.shape,)
-        n, label_smoothing, seed, step = rest
+        params = self._tensors(given, dtype)
         loss, correct, grads = train_piece(
             self.config, self.ops, lambda *_: loaded, *piece, n, params, label_smoothing, seed, step
         )
@@ -244,6 +303,30 @@ class ProcessEngine(Engine):
             shared[...] = grads[name]
         start, stop = piece
         return float(loss) * ((stop - start) / n), int(correct), tuple(grads)
+
+    def _infer(self, options, piece, given, slot, arrays, place, dtype):
+        """The shape of a piece's logits, which are left at their place."""
+        images = next(self._views(self._in_place(slot), arrays))
+        params = self._tensors(given, dtype)
+        y = convit_forward(images, params, self.config, ops=self._inference_ops)[0]
+        next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
+        return (y.shape,)
+
+    def _update_share(self, optimizer, names, lr, dtype):
+        """The optimizer's step for these parameters."""
+        optimizer.exp_avg = self._tensors(EXP_AVG, dtype)
+        optimizer.exp_avg_sq = self._tensors(EXP_AVG_SQ, dtype)
+        params, grads = self._tensors(PARAMS, dtype), self._tensors(GRADS, dtype)
+        optimizer.step({name: params[name] for name in names}, grads, lr)
+
+
+def _shares(params, count):
+    """The names of the parameters in so many groups of nearly equal size."""
+    shares = [[] for _ in range(count)]
+    ends = list(accumulate(p.size for p in params.values()))
+    for name, end in zip(params, ends, strict=True):
+        shares[(end - 1) * count // ends[-1]].append(name)
+    return shares
 
 
 @contextmanager

@@ -28,6 +28,8 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     images, labels, params = to_device((images, labels, init_params(config)), xp)
     optimizer = None if inference else AdamW(params, lr=1e-3)
     with make_engine(config, xp, threads) as engine:
+        if optimizer:
+            engine.hold(params, optimizer)
         seconds = []
         for step in range(WARM_UP + steps):
             began = time.perf_counter()
@@ -40,7 +42,7 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
                     params,
                     step=step,
                 )
-                optimizer.step(params, grads)
+                engine.update(optimizer, params, grads)
             engine.wait()
             seconds.append(time.perf_counter() - began)
         if xp is np:

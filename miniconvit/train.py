@@ -345,6 +345,7 @@ class _Run:
         was_finished = self.epoch == self.epochs
         total, done = self.total_steps * self.batch_size, self.step * self.batch_size
         self.report = report(total, done, self.epochs, quiet)
+        self.engine.hold(self.params, self.optimizer)
         try:
             self._introduce(place)
             with _signals(self.stop_requests), warnings.catch_warnings():
@@ -451,7 +452,8 @@ class _Run:
         self.unread.append((self.step, loss, correct, norm))
         if len(self.unread) == self.engine.steps_between_reads:
             self._read()
-        self.optimizer.step({name: self.params[name] for name in grads}, grads, self._lr(self.step))
+        params = {name: self.params[name] for name in grads}
+        self.engine.update(self.optimizer, params, grads, self._lr(self.step))
         if self.ema is not None:
             update_average(self.ema, self.params, s.ema)
         self.step += 1

@@ -14,11 +14,12 @@ from small_run import FLAGS, small_dataset
 
 import miniconvit.processes as processes
 import miniconvit.train as training
-from miniconvit import UserError, init_params
+from miniconvit import UserError, init_params, load_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
 from miniconvit.device_engine import make_engine
+from miniconvit.optim import AdamW, clip_grad_norm
 from miniconvit.parallel import ONE_BLAS_THREAD, Engine, cut
-from miniconvit.processes import ProcessEngine, can_fork
+from miniconvit.processes import LostUpdate, ProcessEngine, can_fork
 from miniconvit.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
@@ -104,21 +105,108 @@ def test_the_bits_of_one_thread(config, dtype):
             several.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_an_update_by_the_workers_has_the_bits_of_one_process(threads, dtype, monkeypatch):
+    """Also where a part of the parameters is frozen, and other parameters are asked in between."""
+    params, images, labels = drawn(CONFIG, dtype)
+    true = {name: value.copy() for name, value in params.items()}
+    others = {name: 0.5 * value for name, value in params.items()}
+    settings = {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 0.01}
+    optimizers = [AdamW(p, **settings) for p in (true, params)]
+    frozen = {"pos_embed", "blocks.1.attn.gating_param", "head.bias"}
+    step_here = AdamW.step
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    def in_this_process(*arguments):
+        raise AssertionError("the workers were to do it")
+
+    with Engine(CONFIG, 1) as one, ProcessEngine(CONFIG, threads) as several:
+        logits = one.logits(load, N, others)
+        several.hold(params, optimizers[1])
+        for step, n in enumerate([N, N - 7, 30, N, 200]):  # 30: a single piece, no worker's
+            for engine, p, optimizer in zip(
+                (one, several), (true, params), optimizers, strict=True
+            ):
+                grads = engine.loss_and_grads(load, n, p, 0.1, 5, step)[2]
+                np.testing.assert_array_equal(engine.logits(load, N, others), logits)
+                grads = {name: grad for name, grad in grads.items() if name not in frozen}
+                clip_grad_norm(grads, 1e-3)
+                few = {name: p[name] for name in grads}
+                by_workers = engine is several and n > 30
+                monkeypatch.setattr(AdamW, "step", in_this_process if by_workers else step_here)
+                engine.update(optimizer, few, grads, lr=0.01 * (1 + step))
+            assert optimizers[0].step_count == optimizers[1].step_count == 1 + step
+            for name, value in true.items():
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    found, right = (getattr(optimizer, kind)[name] for optimizer in optimizers)
+                    np.testing.assert_array_equal(found, right, err_msg=f"{name} {kind}")
+                np.testing.assert_array_equal(params[name], value, err_msg=name)
+                assert params[name].dtype == dtype
+        state = several._shared[processes.PARAMS]
+        assert all(params[name] is array for name, array in state.items())
+        several.hold(others, AdamW(others))  # no room for a second state: it stays as it is
+        assert not any(others[name] is array for name, array in state.items())
+    for name, value in true.items():  # they outlive their engine
+        np.testing.assert_array_equal(params[name], value)
+
+
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_each_worker_updates_an_equal_share(count):
+    params = init_params(VARIANTS["convit_tiny32"])
+    shares = processes._shares(params, count)
+    assert [name for names in shares for name in names] == list(params)
+    sizes = [sum(params[name].size for name in names) for names in shares]
+    largest = max(p.size for p in params.values())
+    assert len(sizes) == count and max(sizes) - min(sizes) < 2 * largest
+
+
+def test_a_worker_killed_in_an_update_is_reported_and_replaced(engine):
+    params, images, labels = drawn(CONFIG)
+    optimizer = AdamW(params)
+    engine.hold(params, optimizer)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    grads = engine.loss_and_grads(load, N, params)[2]
+    pids = list(engine._workers.values())
+    os.kill(pids[1], signal.SIGKILL)
+    os.waitid(os.P_PID, pids[1], os.WEXITED | os.WNOWAIT)
+    with pytest.raises(LostUpdate, match=r"killed in the middle of an update, and .* by --resume"):
+        engine.update(optimizer, params, grads)
+    assert all(is_gone(pid) for pid in pids)
+    _, _, grads = engine.loss_and_grads(load, N, params)
+    with pytest.raises(UserError, match="expects images of shape"):
+        engine.logits(lambda a, b: images[a:b, :1], N, params)
+    assert not engine._workers  # they are at something that is wanted no more
+    before = params["head.weight"].copy()
+    engine.update(optimizer, params, grads)
+    assert (params["head.weight"] != before).any()
+    with Engine(CONFIG, 1) as one:
+        held = engine.loss_and_grads(load, N, params)
+        assert_same(held, one.loss_and_grads(load, N, params))
+
+
 def test_what_was_given_out_is_not_changed_by_the_next_call(engine):
+    """But gradients are, as promised, by the next gradients."""
     params, images, labels = drawn(CONFIG)
 
     def load(start, stop):
         return images[start:stop], labels[start:stop]
 
     first = engine.loss_and_grads(load, N, params)
+    kept = {name: grad.copy() for name, grad in first[2].items()}
     logits = engine.logits(load, N, params)
-    kept = {name: grad.copy() for name, grad in first[2].items()}, logits.copy()
+    kept_logits = logits.copy()
     for param in params.values():
         param += 0.3
-    engine.loss_and_grads(load, N, params)
     engine.logits(load, N, params)
-    assert_same(first, (*first[:2], kept[0]))
-    np.testing.assert_array_equal(logits, kept[1])
+    assert_same(first, (*first[:2], kept))
+    engine.loss_and_grads(load, N, params)
+    np.testing.assert_array_equal(logits, kept_logits)
 
 
 def test_workers_begin_and_end_with_the_engine():
@@ -263,6 +351,36 @@ def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(tmp_path, 
         patch.setattr(training._Run, "_train_step", lose_a_worker)
         with pytest.raises(UserError, match="run is saved after step 3: it goes on"):
             run("parts")
+    run("parts", resume=True)
+    for name in ("last.safetensors", "best.safetensors"):
+        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts
+
+
+def test_a_run_that_has_lost_a_worker_in_an_update_goes_on_from_its_last_save(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 3, "seed": 3}
+    settings = make_settings(model="convit_micro32", **small)
+
+    def run(name, **options):
+        training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
+
+    run("whole")
+    update = ProcessEngine.update
+
+    def lose_a_worker(self, optimizer, *arguments):
+        if optimizer.step_count == 5:
+            os.kill(next(iter(self._workers.values())), signal.SIGKILL)
+        update(self, optimizer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProcessEngine, "update", lose_a_worker)
+        with pytest.raises(LostUpdate, match="goes on from its last save by --resume"):
+            run("parts")
+    saved = load_checkpoint(tmp_path / "parts" / "last.safetensors")
+    assert 0 < saved.state["step"] < 5  # the end of an epoch
     run("parts", resume=True)
     for name in ("last.safetensors", "best.safetensors"):
         whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
