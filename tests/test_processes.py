@@ -331,15 +331,26 @@ def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
     assert ONE_BLAS_THREAD._wanted == wanted
 
 
-def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(tmp_path, monkeypatch):
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A function that trains in a folder of this name, on two workers."""
     monkeypatch.setattr(training, "load_dataset", small_dataset)
-    small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 2, "seed": 3}
+    small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 3, "seed": 3}
     settings = make_settings(model="convit_micro32", **small)
 
     def run(name, **options):
-        training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
+        return training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
 
-    run("whole")
+    return run
+
+
+def assert_same_files(one, other):
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(train, monkeypatch):
+    whole = train("whole").folder
     step = training._Run._train_step
 
     def lose_a_worker(self, draws, pixels):
@@ -350,24 +361,14 @@ def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "_train_step", lose_a_worker)
         with pytest.raises(UserError, match="run is saved after step 3: it goes on"):
-            run("parts")
-    run("parts", resume=True)
-    for name in ("last.safetensors", "best.safetensors"):
-        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
-        assert whole == parts
+            train("parts")
+    assert_same_files(train("parts", resume=True).folder, whole)
 
 
 def test_a_run_that_has_lost_a_worker_in_an_update_goes_on_from_its_last_save(
-    tmp_path, monkeypatch
+    train, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
-    small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 3, "seed": 3}
-    settings = make_settings(model="convit_micro32", **small)
-
-    def run(name, **options):
-        training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
-
-    run("whole")
+    whole = train("whole").folder
     update = ProcessEngine.update
 
     def lose_a_worker(self, optimizer, *arguments):
@@ -378,13 +379,10 @@ def test_a_run_that_has_lost_a_worker_in_an_update_goes_on_from_its_last_save(
     with monkeypatch.context() as patch:
         patch.setattr(ProcessEngine, "update", lose_a_worker)
         with pytest.raises(LostUpdate, match="goes on from its last save by --resume"):
-            run("parts")
+            train("parts")
     saved = load_checkpoint(tmp_path / "parts" / "last.safetensors")
     assert 0 < saved.state["step"] < 5  # the end of an epoch
-    run("parts", resume=True)
-    for name in ("last.safetensors", "best.safetensors"):
-        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
-        assert whole == parts
+    assert_same_files(train("parts", resume=True).folder, whole)
 
 
 def test_workers_do_not_speak_of_overflow(engine):
