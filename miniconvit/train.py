@@ -112,9 +112,10 @@ def train(
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
     that has begun downloads no data, and these lie where they lay unless data_dir says otherwise.
     quiet: prints nothing. report: shows how it goes, called with Report's arguments. Raises
-    UserError, after saving where an image file cannot be decoded or a worker is killed; Interrupted
-    after SIGINT or SIGTERM, when the step is done and saved; Diverged where the loss is not finite,
-    which on a GPU is looked for every 50 steps.
+    UserError, after saving where an image file cannot be decoded or a worker is killed (but in the
+    middle of an update the last save is what stays); Interrupted after SIGINT or SIGTERM, when the
+    step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
+    every 50 steps.
     """
     folder = RunFolder(out)
     folder.check(resume)
