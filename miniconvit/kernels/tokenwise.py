@@ -28,7 +28,7 @@ def tokens_first(columns, shape):
 def aligned(shape):
     """An empty float32 array at the start of a cache line.
 
-    NumPy begins arrays anywhere, and writes a + b at half the speed where no line begins.
+    NumPy begins arrays anywhere, and writes a + b more slowly where no line begins.
     """
     size, line = prod(shape), CACHE_LINE // 4
     whole = np.empty(size + line, np.float32)
