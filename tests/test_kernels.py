@@ -8,7 +8,7 @@ import pytest
 from scipy.special import ndtr
 
 import miniconvit as mc
-from miniconvit.kernels import CPU, INFERENCE, attention
+from miniconvit.kernels import CPU, INFERENCE, attention, tokenwise
 from miniconvit.layers.ops import REFERENCE, part
 
 REPLACED = [
@@ -153,6 +153,17 @@ def test_a_kernel_is_a_pure_function(name, config, block):
     assert all(np.array_equal(again[key], grads_alone[key]) for key in again)
     after = flat(kwargs)
     assert all(np.array_equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (192, 1024), (7, 11, 13)])
+def test_large_arrays_begin_at_a_cache_line(shape):
+    arrays = [tokenwise.aligned(shape) for _ in range(9)]
+    for i, array in enumerate(arrays):
+        array[...] = i
+    for i, array in enumerate(arrays):
+        assert array.ctypes.data % 64 == 0
+        assert (array.shape, array.dtype, array.flags.c_contiguous) == (shape, np.float32, True)
+        assert (array == i).all()
 
 
 def test_gelu_far_from_zero():
