@@ -42,7 +42,7 @@ class AdamW:
             v *= beta2
             v += (1.0 - beta2) * g * g
             denominator = array_module(p).sqrt(v)
-            denominator /= sqrt(correction2)
+            denominator *= 1.0 / sqrt(correction2)
             denominator += self.eps
             p -= (lr / correction1) * m / denominator
 

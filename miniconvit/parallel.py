@@ -204,10 +204,13 @@ class Engine:
             if total is None:
                 total = grads
             else:
-                for name, grad in grads.items():
-                    total[name] += grad
+                self._add(total, grads)
             del grads  # before the next piece is waited for
         return loss, correct, total
+
+    def _add(self, total, grads):
+        for name, grad in grads.items():
+            total[name] += grad
 
     def hold(self, params, optimizer):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of

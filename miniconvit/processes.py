@@ -68,6 +68,7 @@ class ProcessEngine(Engine):
         self._out_size = max(self._out_size, self._in_size)
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
+        self._last_place = None  # where the last piece's gradients are, once it is the last's turn
         try:
             self._start()
         except UserError:
@@ -123,10 +124,7 @@ class ProcessEngine(Engine):
         try:
             if not self._workers:
                 self._start()
-            for connection, names in zip(self._workers, _shares(params, self.threads), strict=True):
-                self._ask(connection, self._update_share, bare, names, lr, dtype)
-            for connection in self._workers:
-                self._received(connection)
+            self._share_out(self._update_share, params, bare, lr, dtype)
         except LostWorker:
             self._stop()
             raise LostUpdate(
@@ -143,6 +141,21 @@ class ProcessEngine(Engine):
             return super().logits(load, n, params)
         with closing(self._answers(self._infer, (), load, n, params)) as answers:
             return np.concatenate([y.copy() for y in answers])
+
+    def _add(self, total, grads):
+        """As Engine's; the last piece's by the workers, each its share: they have nothing else."""
+        if self._last_place is None:
+            super()._add(total, grads)
+        else:
+            dtype = next(iter(total.values())).dtype.str
+            self._share_out(self._add_share, total, self._last_place, dtype)
+
+    def _share_out(self, work, params, *arguments):
+        """Has each worker do this work for its share of the parameters."""
+        for connection, names in zip(self._workers, _shares(params, self.threads), strict=True):
+            self._ask(connection, work, names, *arguments)
+        for connection in self._workers:
+            self._received(connection)
 
     def _answers(self, work, options, load, n, params):
         """What the workers find for each piece of n images, in order; valid until the next one, the
@@ -175,6 +188,7 @@ class ProcessEngine(Engine):
                         found[piece] = slot, place, self._received(connection)
                         tasks.append(connection)
                 slot, place, answer = found.pop(number)
+                self._last_place = place if number == len(pieces) - 1 else None
                 yield self._taken(answer, place, dtype)
                 slots.append(slot)
         except BaseException:
@@ -312,7 +326,12 @@ class ProcessEngine(Engine):
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 
-    def _update_share(self, optimizer, names, lr, dtype):
+    def _add_share(self, names, place, dtype):
+        """Adds these gradients to those of the pieces before."""
+        total, grads = self._tensors(GRADS, dtype), self._tensors(place, dtype)
+        super()._add(total, {name: grads[name] for name in names})
+
+    def _update_share(self, names, optimizer, lr, dtype):
         """The optimizer's step for these parameters."""
         optimizer.exp_avg = self._tensors(EXP_AVG, dtype)
         optimizer.exp_avg_sq = self._tensors(EXP_AVG_SQ, dtype)

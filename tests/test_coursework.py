@@ -36,7 +36,7 @@ ADAMW_MUTANTS = [
     for name, before, after in (
         ("steps-not-counted", "self.step_count += 1", "self.step_count = 1"),
         ("first-correction-forgotten", "(lr / correction1)", "lr"),
-        ("second-correction-forgotten", "denominator /= sqrt(correction2)", "pass"),
+        ("second-correction-forgotten", "denominator *= 1.0 / sqrt(correction2)", "pass"),
         ("decay-in-the-moments", "g, m, v = grads[name]", "g, m, v = grads[name] + 0.3 * p"),
         ("vectors-decayed", "p.ndim >= 2 and ", ""),
         ("positions-decayed", " and name not in NEVER_DECAYED", ""),

@@ -113,10 +113,8 @@ def test_the_namespaces_have_the_same_names_and_kernels_in_pairs():
     assert set(Counter(name.rpartition("_")[0] for name in changed).values()) == {2}
 
 
-@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
-def test_a_kernel_equals_its_reference(name, config, block):
+def assert_equals_the_reference(name, kwargs):
     """Float32 kernels against the float64 reference: 1e-6 forward and 1e-5 backward, in norm."""
-    kwargs = arguments(name, config, block)
     small = {key: cast(value, "float32") for key, value in kwargs.items()}
     y, dy, grads = run(CPU, name, small)
     y_true, _, grads_true = run(REFERENCE, name, kwargs, dy.astype("float64"))
@@ -126,6 +124,29 @@ def test_a_kernel_equals_its_reference(name, config, block):
     assert {g.dtype for g in grads.values()} == {np.dtype("float32")}
     errors = {key: relative_error(grads[key], grads_true[key]) for key in grads}
     assert {key: error for key, error in errors.items() if not error <= 1e-5} == {}
+
+
+@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
+def test_a_kernel_equals_its_reference(name, config, block):
+    assert_equals_the_reference(name, arguments(name, config, block))
+
+
+@pytest.mark.parametrize("maps", [1, 4, 9, 2 * 9], ids=lambda maps: f"{maps}-maps")
+@pytest.mark.parametrize("name", ["gpsa", "mhsa", "last_block"])
+def test_tiles_that_cut_images_and_heads(name, maps, monkeypatch):
+    """Of 3 images with 9 heads: single maps, heads left over, single images, an image left over."""
+    block, N = (GPSA, 64) if name == "gpsa" else (MHSA, 65)
+    tile = maps * N * (1 if name == "last_block" else N)  # one query, or as many as keys
+    monkeypatch.setattr(attention, "TILE", tile)
+    assert_equals_the_reference(name, arguments(name, CONFIGS[1], block))
+
+
+def test_gates_from_shut_to_open():
+    """Nine heads, from all content to all position, where 1 - g or g is 0 in float32."""
+    kwargs = arguments("gpsa", CONFIGS[1], GPSA)
+    gates = [-80.0, -18.0, -4.0, -1.0, 0.0, 2.0, 4.0, 20.0, 80.0]
+    kwargs["params"]["gating_param"] = np.array(gates)
+    assert_equals_the_reference("gpsa", kwargs)
 
 
 @pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)

@@ -1,5 +1,6 @@
 """Workers that are processes: the bits of one thread, and what happens when something fails."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from miniconvit.config import VARIANTS, ConViTConfig
 from miniconvit.device_engine import make_engine
 from miniconvit.optim import AdamW, clip_grad_norm
 from miniconvit.parallel import ONE_BLAS_THREAD, Engine, cut
-from miniconvit.processes import LostUpdate, ProcessEngine, can_fork
+from miniconvit.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
@@ -188,6 +189,34 @@ def test_a_worker_killed_in_an_update_is_reported_and_replaced(engine):
     with Engine(CONFIG, 1) as one:
         held = engine.loss_and_grads(load, N, params)
         assert_same(held, one.loss_and_grads(load, N, params))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_workers_add_up_the_last_piece(threads, monkeypatch):
+    """One of them is killed at it: the parameters are whole, and the next call works."""
+    params, images, labels = drawn(CONFIG)
+    add_share, fatal = ProcessEngine._add_share, mmap.mmap(-1, 1)  # shared with the workers
+
+    def _add_share(self, names, place, dtype):
+        if fatal[0] and "head.weight" in names:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add_share(self, names, place, dtype)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    monkeypatch.setattr(ProcessEngine, "_add_share", _add_share)
+    with Engine(CONFIG, 1) as one, ProcessEngine(CONFIG, threads) as several:
+        optimizer = AdamW(params)
+        several.hold(params, optimizer)
+        before = {name: value.copy() for name, value in params.items()}
+        fatal[0] = 1
+        with pytest.raises(LostWorker, match="a worker process was killed, perhaps for want of"):
+            several.loss_and_grads(load, N, params)
+        fatal[0] = 0
+        for name, value in before.items():
+            np.testing.assert_array_equal(params[name], value)
+        assert_same(several.loss_and_grads(load, N, params), one.loss_and_grads(load, N, params))
 
 
 def test_what_was_given_out_is_not_changed_by_the_next_call(engine):

@@ -1,8 +1,9 @@
 """GPSA, MHSA and the last block for the CPU, features first as in `tokenwise.py`.
 
 Attention maps are (B, H, keys, queries), so that every product reads and writes contiguous rows. No
-map is ever divided or mixed: E = exp(scores) keeps the sums of its columns, and these and the gate
-act on the values, which are thinner than a map.
+map is kept but E = exp(scores), with the sums of its columns. MHSA never divides it: the sums act
+on the values, which are thinner than a map. GPSA mixes both maps, a tile of images at a time, which
+costs two passes over the tile in the cache and spares the products of a second map.
 """
 
 from functools import lru_cache
@@ -25,10 +26,19 @@ def _heads(columns, num_heads, B):
     return columns.reshape(num_heads, D // num_heads, B, R // B).transpose(2, 0, 1, 3)
 
 
-def _tiles(B, map_size):
-    """Slices of the images, as many at a time as fill a tile with their maps."""
-    step = max(1, TILE // map_size)
-    return [slice(start, start + step) for start in range(0, B, step)]
+def _tiles(E):
+    """Slices of the images and of the heads: as many maps at a time, of E (B, H, keys, queries), as
+    fill a tile."""
+    B, H, keys, queries = E.shape
+    images = max(1, TILE // (H * keys * queries))
+    heads = min(H, max(1, TILE // (keys * queries)))
+    starts = ((image, head) for image in range(0, B, images) for head in range(0, H, heads))
+    return [(slice(i, i + images), slice(h, h + heads)) for i, h in starts]
+
+
+def _like(maps, buffer):
+    """A part of the buffer of the maps' shape: a last tile may be smaller."""
+    return buffer[: maps.shape[0], : maps.shape[1]]
 
 
 def _exp_scores(q, k, E, sums):
@@ -56,34 +66,83 @@ def _content_forward(q, k, v, num_heads, B):
     q, k, v, y_heads = (_heads(columns, H, B) for columns in (q, k, v, y))  # (B, H, d, N) each
     keys, queries = k.shape[-1], q.shape[-1]
     E = aligned((B, H, keys, queries))
-    sums = np.empty((H, B, queries), y.dtype)
-    for tile in _tiles(B, H * keys * queries):
-        _exp_scores(q[tile], k[tile], E[tile], sums.swapaxes(0, 1)[tile, :, None])
+    sums = np.empty((H, B, 1, queries), y.dtype)
+    for tile in _tiles(E):
+        _exp_scores(q[tile], k[tile], E[tile], sums.swapaxes(0, 1)[tile])
         np.matmul(v[tile], E[tile], out=y_heads[tile])
     inverse = (1.0 / sums).reshape(H, 1, -1)
     y.reshape(H, -1, inverse.shape[-1])[...] *= inverse
     return y, E, inverse
 
 
-def _content_backward(dy, q, k, v, E, factor, rho, dq, dk, dv):
+def _content_backward(dy, q, k, v, E, inverse, rho, dq, dk, dv):
     """dE = v^T dy - rho;  dS = E dE;  dq = k dS;  dk = q dS^T;  dv = dy E^T, into dq, dk and dv.
 
-    factor (H, 1, B * queries) turns E into C (and dy into dC's share of it, where there is a gate);
-    rho (H, B * queries) is the row's dy . y.
+    inverse (H, 1, B * queries) turns E into C; rho (H, B * queries) is the row's dy . y.
     """
-    B, H, keys, queries = E.shape
-    scaled = (dy.reshape(H, -1, B * queries) * factor).reshape(dy.shape)
-    rho = (rho * factor[:, 0]).reshape(H, B, 1, queries).swapaxes(0, 1)  # (B, H, 1, queries)
+    B, H, _, queries = E.shape
+    scaled = (dy.reshape(H, -1, B * queries) * inverse).reshape(dy.shape)
+    rho = (rho * inverse[:, 0]).reshape(H, B, 1, queries).swapaxes(0, 1)  # (B, H, 1, queries)
     scaled, q, k, v, dq, dk, dv = (_heads(c, H, B) for c in (scaled, q, k, v, dq, dk, dv))
-    tiles = _tiles(B, H * keys * queries)
+    tiles = _tiles(E)
     buffer = aligned(E[tiles[0]].shape)
     for tile in tiles:
-        dS = np.matmul(v[tile].swapaxes(-1, -2), scaled[tile], out=buffer[: len(E[tile])])
+        dS = _like(E[tile], buffer)
+        np.matmul(v[tile].swapaxes(-1, -2), scaled[tile], out=dS)
         dS -= rho[tile]
         dS *= E[tile]
         np.matmul(scaled[tile], E[tile].swapaxes(-1, -2), out=dv[tile])
         np.matmul(k[tile], dS, out=dq[tile])
         np.matmul(q[tile], dS.swapaxes(-1, -2), out=dk[tile])
+
+
+def _mixed_forward(q, k, v, keep, gP, B):
+    """y = A v with A = keep C + gP and C as in _content_forward; A itself is not kept.
+
+    q, k and v (D, B * N); keep = 1 - g (H, 1, 1); gP = g P (H, keys, queries). Returns y like q,
+    the maps E (B, H, keys, queries) and the inverse sums of their columns (B, H, 1, queries).
+    """
+    y, (H, N, _) = aligned(q.shape), gP.shape
+    q, k, v, y_heads = (_heads(columns, H, B) for columns in (q, k, v, y))  # (B, H, d, N) each
+    E, inverse = aligned((B, H, N, N)), np.empty((B, H, 1, N), y.dtype)
+    tiles = _tiles(E)
+    buffer = aligned(E[tiles[0]].shape)
+    for tile in tiles:
+        heads, A = tile[1], _like(E[tile], buffer)
+        _exp_scores(q[tile], k[tile], E[tile], inverse[tile])
+        np.reciprocal(inverse[tile], out=inverse[tile])
+        np.multiply(E[tile], keep[heads] * inverse[tile], out=A)
+        A += gP[heads]
+        np.matmul(v[tile], A, out=y_heads[tile])
+    return y, E, inverse
+
+
+def _mixed_backward(dy, q, k, v, E, inverse, keep, gP, dq, dk, dv):
+    """dA = v^T dy;  dS = keep C (dA - rho);  dq = k dS;  dk = q dS^T;  dv = dy A^T.
+
+    rho is the sum over the keys of C dA. Writes into dq, dk and dv; returns dA summed over the
+    images (H, keys, queries) and rho summed over images and queries (H,).
+    """
+    B, H, N, _ = E.shape
+    ones = np.ones((1, N), E.dtype)
+    dy, q, k, v, dq, dk, dv = (_heads(c, H, B) for c in (dy, q, k, v, dq, dk, dv))
+    dA_sum, rho_sum = np.zeros_like(gP), np.zeros(H, gP.dtype)
+    tiles = _tiles(E)
+    buffers = [aligned(E[tiles[0]].shape) for _ in range(2)]
+    for tile in tiles:
+        heads, (dS, A) = tile[1], (_like(E[tile], buffer) for buffer in buffers)
+        np.matmul(v[tile].swapaxes(-1, -2), dy[tile], out=dS)
+        for dA in dS:  # of one image
+            dA_sum[heads] += dA
+        rho = (ones @ np.multiply(dS, E[tile], out=A)) * inverse[tile]  # (B, H, 1, queries)
+        rho_sum[heads] += rho.sum(axis=(0, 2, 3))
+        dS -= rho
+        dS *= np.multiply(E[tile], keep[heads] * inverse[tile], out=A)
+        np.matmul(k[tile], dS, out=dq[tile])
+        np.matmul(q[tile], dS.swapaxes(-1, -2), out=dk[tile])
+        A += gP[heads]
+        np.matmul(dy[tile], A.swapaxes(-1, -2), out=dv[tile])
+    return dA_sum, rho_sum
 
 
 def _projection(weights, biases, num_heads):
@@ -166,16 +225,15 @@ def _position_maps(weight, bias, grid):
     return P.reshape(len(weight), grid[0] * grid[1], -1)
 
 
-def _position_backward(v, dy, P, g, grid):
-    """dP = v^T dy, summed over the images; then as in position_attention_dense_backward.
+def _position_backward(dA, P, g, grid):
+    """As position_attention_dense_backward for dP = g dA: dA and P (H, keys, queries), g (H, 1).
 
-    v and dy (H, d * B, N). Returns dweight (H, 3) and each head's sum of dy . P v, (H,).
+    Returns dweight (H, 3) and each head's sum of P dA, (H,).
     """
-    dscores = v.swapaxes(-1, -2) @ dy  # (H, keys, queries)
-    dscores *= P
+    dscores = dA * P
     dots = dscores.sum(axis=1, keepdims=True)  # (H, 1, queries)
     dscores -= P * dots
-    return g[:, None] * (dscores.reshape(len(P), -1) @ _offsets(grid)), dots.sum(axis=(1, 2))
+    return g * (dscores.reshape(len(P), -1) @ _offsets(grid)), dots.sum(axis=(1, 2))
 
 
 def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
@@ -185,36 +243,29 @@ def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
     biases = [params.get("qk.bias"), params.get("v.bias")]
     weight, bias = _projection(weights, biases, H)
     qkv = _linear(columns, weight, bias).reshape(3, *columns.shape)
-    content, E, inverse = _content_forward(*qkv, H, len(x))
-    g = 0.5 + 0.5 * np.tanh(0.5 * params["gating_param"])  # (H,)
+    g = 0.5 + 0.5 * np.tanh(0.5 * params["gating_param"])[:, None, None]  # (H, 1, 1)
     P = _position_maps(params["pos_proj.weight"], params["pos_proj.bias"], grid)  # (H, N, N)
-    gP = P * g[:, None, None]
-    y = qkv[2].reshape(H, -1, x.shape[1]) @ gP  # (H, d * B, N)
-    y += content.reshape(y.shape) * (1.0 - g)[:, None, None]
-    y = y.reshape(columns.shape)
+    gP = g * P
+    y, E, inverse = _mixed_forward(*qkv, 1.0 - g, gP, len(x))
     out = _linear(y, params["proj.weight"], params["proj.bias"])
     projections = columns, weight, bias is not None, y, params["proj.weight"]
-    return tokens_first(out, x.shape[:-1]), (projections, qkv, content, E, inverse, g, P, gP, grid)
+    return tokens_first(out, x.shape[:-1]), (projections, qkv, E, inverse, g, P, gP, grid)
 
 
 def gpsa_backward(dout, cache):
     """As layers.gpsa_backward: dx (B, N, D) and grads with params' keys."""
-    projections, qkv, content, E, inverse, g, P, gP, grid = cache
+    projections, qkv, E, inverse, g, P, gP, grid = cache
     columns, weight, has_bias, y, proj_weight = projections
-    H, N = P.shape[:2]
     dcolumns = features_first(dout)
     dy = product(proj_weight.T, dcolumns)
-    dy_maps = dy.reshape(H, -1, N)  # (H, d * B, N)
-    dpos_weight, dots = _position_backward(qkv[2].reshape(dy_maps.shape), dy_maps, P, g, grid)
-    rho = (dy * content).reshape(H, -1, columns.shape[1]).sum(axis=1)  # (H, R)
     dqkv = aligned(qkv.shape)
-    _content_backward(dy, *qkv, E, inverse * (1.0 - g)[:, None, None], rho, *dqkv)
-    dqkv[2].reshape(dy_maps.shape)[...] += dy_maps @ gP.swapaxes(-1, -2)
+    dA, rho = _mixed_backward(dy, *qkv, E, inverse, 1.0 - g, gP, *dqkv)
     dqkv = dqkv.reshape(len(weight), -1)
-    dweight, dbias = _projection_backward(dqkv, columns, H, has_bias)
-    D = len(columns)
+    dweight, dbias = _projection_backward(dqkv, columns, len(P), has_bias)
+    dpos_weight, dots = _position_backward(dA, P, g[:, 0], grid)
+    g, D = g[:, 0, 0], len(columns)
     grads = {
-        "gating_param": g * (1.0 - g) * (dots - rho.sum(axis=1)),
+        "gating_param": g * (1.0 - g) * (dots - rho),
         "qk.weight": dweight[: 2 * D],
         "v.weight": dweight[2 * D :],
         "proj.weight": dcolumns @ y.T,

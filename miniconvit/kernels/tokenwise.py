@@ -32,7 +32,7 @@ def aligned(shape):
     """
     size, line = prod(shape), CACHE_LINE // 4
     whole = np.empty(size + line, np.float32)
-    start = -whole.ctypes.data // 4 % line
+    start = -whole.__array_interface__["data"][0] // 4 % line
     return whole[start : start + size].reshape(shape)
 
 
