@@ -2,6 +2,8 @@
 
 import sys
 import time
+from contextlib import contextmanager
+from itertools import count
 from statistics import median
 
 import numpy as np
@@ -14,13 +16,10 @@ from .optim import AdamW
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
 
 
-def measure(config, batch_size, steps, inference=False, threads=None, device="cpu"):
-    """Times `steps` training steps (forward, backward, AdamW), or with inference=True forwards.
-
-    Returns a dict: images_per_second and step_ms_median from the median step, peak_memory_mb of
-    all processes or, on a GPU, of the arrays there, step_ms of every counted step, threads, and
-    where that was.
-    """
+@contextmanager
+def stepper(config, batch_size, inference=False, threads=None, device="cpu"):
+    """Gives (step, facts): step() makes a training step (forward, backward, AdamW), or with
+    inference=True a forward, and returns its seconds; facts() is what measure says beside them."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch_size, config.in_chans, *config.image), dtype="float32")
     labels = rng.integers(config.num_classes, size=batch_size)
@@ -30,8 +29,9 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
     with make_engine(config, xp, threads) as engine:
         if optimizer:
             engine.hold(params, optimizer)
-        seconds = []
-        for step in range(WARM_UP + steps):
+        numbers = count()
+
+        def step():
             began = time.perf_counter()
             if inference:
                 engine.logits(lambda start, stop: images[start:stop], batch_size, params)
@@ -40,25 +40,37 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
                     lambda start, stop: (images[start:stop], labels[start:stop]),
                     batch_size,
                     params,
-                    step=step,
+                    step=next(numbers),
                 )
                 engine.update(optimizer, params, grads)
             engine.wait()
-            seconds.append(time.perf_counter() - began)
-        if xp is np:
-            peak = peak_memory_mb()
-            peak = peak and peak + engine.memory_mb()
-        else:
-            peak = xp.get_default_memory_pool().total_bytes() / 2**20
-    counted = seconds[WARM_UP:]
-    return {
-        "images_per_second": batch_size / median(counted),
-        "step_ms_median": 1000 * median(counted),
-        "peak_memory_mb": peak,
-        "threads": engine.threads,
-        "computed": place,
-        "step_ms": [1000 * s for s in counted],
-    }
+            return time.perf_counter() - began
+
+        def facts():
+            if xp is np:
+                peak = peak_memory_mb()
+                peak = peak and peak + engine.memory_mb()
+            else:
+                peak = xp.get_default_memory_pool().total_bytes() / 2**20
+            return {"peak_memory_mb": peak, "threads": engine.threads, "computed": place}
+
+        yield step, facts
+
+
+def measure(config, batch_size, steps, inference=False, threads=None, device="cpu"):
+    """Times `steps` training steps (forward, backward, AdamW), or with inference=True forwards.
+
+    Returns a dict: images_per_second and step_ms_median from the median step, peak_memory_mb of
+    all processes or, on a GPU, of the arrays there, step_ms of every counted step, threads, and
+    where that was.
+    """
+    with stepper(config, batch_size, inference, threads, device) as (step, facts):
+        seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]
+        return {
+            "images_per_second": batch_size / median(seconds),
+            "step_ms_median": 1000 * median(seconds),
+            "step_ms": [1000 * s for s in seconds],
+        } | facts()
 
 
 def peak_memory_mb():
