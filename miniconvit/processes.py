@@ -101,10 +101,12 @@ class ProcessEngine(Engine):
 
     def hold(self, params, optimizer):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
-        if PARAMS in self._shared:
+        state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
+        if PARAMS in self._shared or any(
+            arrays.keys() != self._shapes.keys() for arrays in state.values()
+        ):
             return
         dtype = next(iter(params.values())).dtype
-        state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
         for place, arrays in state.items():
             self._shared[place] = self._tensors(place, dtype)
             for name, shared in self._shared[place].items():
@@ -114,16 +116,18 @@ class ProcessEngine(Engine):
     def update(self, optimizer, params, grads, lr=None):
         """As Engine's. What lies in the shared memory is updated by the workers, each its share."""
         state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
-        if not all(self._lie_at(*pair) for pair in [*state.items(), (GRADS, grads)]):
+        lie_here = all(self._lie_at(*pair) for pair in [*state.items(), (GRADS, grads)])
+        dtypes = {array.dtype.str for array in [*params.values(), *grads.values()]}
+        if not (lie_here and len(dtypes) == 1 and grads.keys() >= params.keys()):
             super().update(optimizer, params, grads, lr)
             return
+        if not self._workers:
+            self._start()
         bare = copy(optimizer)
         bare.exp_avg = bare.exp_avg_sq = None  # the workers have them
         optimizer.step_count += 1
-        dtype = next(iter(params.values())).dtype.str
+        (dtype,) = dtypes
         try:
-            if not self._workers:
-                self._start()
             self._share_out(self._update_share, params, bare, lr, dtype)
         except LostWorker:
             self._stop()
@@ -163,7 +167,8 @@ class ProcessEngine(Engine):
         if not self._workers:
             self._start()
         dtype = next(iter(params.values())).dtype
-        given = PARAMS if self._lie_at(PARAMS, params) else GIVEN
+        whole = params.keys() == self._shapes.keys()
+        given = PARAMS if whole and self._lie_at(PARAMS, params) else GIVEN
         if given == GIVEN:
             for name, shared in self._tensors(GIVEN, dtype).items():
                 shared[...] = params[name]
@@ -273,17 +278,22 @@ class ProcessEngine(Engine):
             raise UserError(
                 f"no worker process can be started ({error.strerror}): add --threads 1"
             ) from error
+        except BaseException:  # an interruption that another thread has let through
+            self._stop()
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
     def _stop(self):
         """Ends the workers, which keep nothing, whatever they are at."""
-        for connection, pid in self._workers.items():
+        workers, self._workers = self._workers, {}  # none of them is asked again
+        for connection, pid in workers.items():
             connection.close()
-            with suppress(ProcessLookupError, ChildProcessError):  # killed and waited for elsewhere
+            with suppress(ProcessLookupError):  # ended and waited for elsewhere
                 os.kill(pid, signal.SIGKILL)
+        for pid in workers.values():
+            with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-        self._workers = {}
 
     def _work(self, connection, others, signals):
         """A worker's life: it ends with the process that asks, and never returns."""

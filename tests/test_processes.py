@@ -219,6 +219,58 @@ def test_the_workers_add_up_the_last_piece(threads, monkeypatch):
         assert_same(several.loss_and_grads(load, N, params), one.loss_and_grads(load, N, params))
 
 
+def test_what_does_not_fit_together_is_left_to_the_optimizer(engine):
+    """Gradients of another dtype, missing ones, no parameters at all, a state of fewer tensors."""
+    params, images, labels = drawn(CONFIG)
+    doubles = {name: value.astype("float64") for name, value in params.items()}
+    mine, theirs = AdamW(params), AdamW(params)
+    few = {name: params[name] for name in ("head.weight", "head.bias")}
+    engine.hold(params, AdamW(few))  # no state for all of them: they stay where they are
+    engine.hold(params, mine)
+    expected = {name: value.copy() for name, value in params.items()}
+
+    def load(start, stop):
+        return images[start:stop].astype("float64"), labels[start:stop]
+
+    grads = engine.loss_and_grads(load, N, doubles)[2]
+    assert grads["head.weight"].dtype == "float64"
+    engine.update(mine, params, grads)
+    theirs.step(expected, grads)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+    del grads["head.bias"]
+    with pytest.raises(KeyError, match="head"):
+        engine.update(mine, {"head.bias": params["head.bias"]}, grads)
+    count = mine.step_count
+    engine.update(mine, {}, {})
+    assert mine.step_count == count + 1
+    head = params.pop("head.bias")
+    with pytest.raises(KeyError, match="head"):
+        engine.logits(lambda start, stop: images[start:stop], N, params)
+    params["head.bias"] = head
+    assert np.isfinite(engine.logits(lambda start, stop: images[start:stop], N, params)).all()
+
+
+def test_an_interruption_while_workers_are_ended_leaves_none(engine, monkeypatch):
+    params, images, labels = drawn(CONFIG)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    true = engine.loss_and_grads(load, N, params)
+    pids = list(engine._workers.values())
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.os, "waitpid", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.loss_and_grads(interrupted, N, params)
+    for pid in pids:
+        os.waitpid(pid, 0)  # all are killed, though not waited for
+    assert_same(engine.loss_and_grads(load, N, params), true)
+
+
 def test_what_was_given_out_is_not_changed_by_the_next_call(engine):
     """But gradients are, as promised, by the next gradients."""
     params, images, labels = drawn(CONFIG)

@@ -1,9 +1,9 @@
 """GPSA, MHSA and the last block for the CPU, features first as in `tokenwise.py`.
 
-Attention maps are (B, H, keys, queries), so that every product reads and writes contiguous rows. No
-map is kept but E = exp(scores), with the sums of its columns. MHSA never divides it: the sums act
-on the values, which are thinner than a map. GPSA mixes both maps, a tile of images at a time, which
-costs two passes over the tile in the cache and spares the products of a second map.
+Attention maps are (B, H, keys, queries), so that every product reads and writes contiguous rows. Of
+an image's maps only E = exp(scores) is kept, with the sums of its columns. MHSA never divides it:
+the sums act on the values, which are thinner than a map. GPSA mixes both maps, a tile at a time,
+which costs two passes over the tile in the cache and spares the products of a second map.
 """
 
 from functools import lru_cache
