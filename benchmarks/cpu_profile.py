@@ -82,8 +82,8 @@ def flops_of(config):
         "fc1 alone": 2 * D * M,
         "mlp forward": 4 * D * M,
         "mlp backward": 8 * D * M,
-        "gpsa forward": linears + 3 * maps,
-        "gpsa backward": 2 * linears + 6 * maps,
+        "gpsa forward": linears + 2 * maps,
+        "gpsa backward": 2 * linears + 4 * maps,
         "mhsa forward": linears + 2 * maps,
         "mhsa backward": 2 * linears + 4 * maps,
     }
