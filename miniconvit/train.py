@@ -527,7 +527,7 @@ class _Run:
     @contextmanager
     def _saving(self):
         """While it lasts, an image file that cannot be decoded or a worker that is killed costs
-        nothing but a --resume."""
+        nothing but a --resume; a worker killed in an update costs the steps since the last save."""
         try:
             yield
         except (BrokenImage, LostWorker) as reason:
