@@ -396,6 +396,23 @@ def test_an_interruption_while_sums_are_made_leaves_no_answer_behind(engine, mon
         assert_same(found, one.loss_and_grads(load, N, params))
 
 
+def test_an_interruption_while_workers_are_started_leaves_none(monkeypatch):
+    fork, forked = os.fork, []
+
+    def interrupted():
+        if forked:
+            raise KeyboardInterrupt
+        forked.append(fork())
+        return forked[0]
+
+    with ProcessEngine(CONFIG, 2) as engine:
+        engine._stop()
+        monkeypatch.setattr(processes.os, "fork", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine._start()
+        assert not engine._workers and is_gone(forked[0])
+
+
 def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
     fork, forked, wanted = os.fork, [], ONE_BLAS_THREAD._wanted
 

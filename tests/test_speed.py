@@ -1,7 +1,10 @@
 """`miniconvit bench`: what it counts; how fast it is stands in benchmarks/, not here."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -35,3 +38,11 @@ def test_table_says_what_was_measured():
 def test_a_size_that_does_not_fit_is_refused():
     result = run("--patch-size", "3")
     assert "cannot be cut into patches" in str(result.exception)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
+def test_peak_memory_is_not_that_of_the_process_that_asked():
+    large = np.ones(400 * 2**17)  # 400 MB
+    code = "from miniconvit.speed import peak_memory_mb; print(peak_memory_mb())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 20 < float(found.stdout) < 300 and large[-1] == 1.0
