@@ -75,8 +75,9 @@ def measure(config, batch_size, steps, inference=False, threads=None, device="cp
 
 def peak_memory_mb():
     """The most memory (resident, in MB) that this process has held; None where no one knows."""
-    with suppress(OSError), open("/proc/self/status") as file:  # Linux; getrusage there counts
-        for line in file:  # what the process that started this one held, too
+    # on Linux getrusage counts what the process that started this one held, too
+    with suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
     try:

@@ -187,17 +187,8 @@ def test_large_arrays_begin_at_a_cache_line(shape):
         assert (array == i).all()
 
 
-@pytest.mark.parametrize("machine", ["baseline(X86_V2)", "X86_V4", "unknown"])
-def test_gelu_far_from_zero(machine, monkeypatch):
-    """From denormals to where a cube overflows: absolute errors of GELU and of its derivative, with
-    either of the exponentials that a machine may have."""
-    found = {} if machine == "unknown" else {"exp2": {"ff": {"current": machine}}}
-    with monkeypatch.context() as patch:
-        patch.setattr(np.lib.introspect, "opt_func_info", lambda **_: found)
-        exp, scale = tokenwise._fast_exp()
-    assert exp is (np.exp2 if machine == "X86_V4" else np.exp)
-    monkeypatch.setattr(tokenwise, "EXP", exp)
-    monkeypatch.setattr(tokenwise, "SCALE", scale)
+def test_gelu_far_from_zero():
+    """From denormals to where a cube overflows: absolute errors of GELU and of its derivative."""
     magnitudes = np.concatenate([[0.0, 1e-40, 1e-3], np.linspace(0.1, 20, 997), [1e3, 1e8, 1e15]])
     x = np.concatenate([-magnitudes, magnitudes]).astype("float32")[None, :, None]  # (1, N, 1)
     y, cache = CPU.gelu_forward(x)

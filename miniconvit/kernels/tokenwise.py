@@ -5,7 +5,7 @@ A bias or a statistic is then one number per row or one vector for all rows, whi
 at full speed, and no head is ever cut out by a copy.
 """
 
-from math import e, log2, pi, prod, sqrt
+from math import pi, prod, sqrt
 
 import numpy as np
 
@@ -13,17 +13,6 @@ from ..layers.ops import REFERENCE
 
 CACHE_LINE = 64  # bytes
 BLOCK = 32768  # elements: the four arrays of a GELU block, 128 KB each, stay in the L2 cache
-
-
-def _fast_exp():
-    """exp2 and log2(e) where NumPy has vector instructions for it, which are twice as fast as those
-    for exp; else exp and 1."""
-    found = np.lib.introspect.opt_func_info(func_name="^exp2$", signature="^float32$")
-    target = found.get("exp2", {}).get("ff", {}).get("current", "baseline")
-    return (np.exp, 1.0) if target.startswith("baseline") else (np.exp2, log2(e))
-
-
-EXP, SCALE = _fast_exp()  # EXP(SCALE x) is exp(x)
 
 
 def features_first(x):
@@ -91,21 +80,22 @@ def _gelu_block(x, y, ratio, square, keep_slope):
 
     Without keep_slope x itself becomes x * Phi(x), and y is scratch too.
 
-    Phi(x) = (1 + tanh(x r(x^2))) / 2 with r a quotient of a cubic and a quadratic, here a line plus
-    a quotient with a smaller numerator, fitted so that Phi is off by at most 5.4e-8 where tanh has
-    not yet reached 1 in float32.
+    Phi(x) = (1 + tanh(x r(x^2))) / 2 with r a quotient of a cubic and a quadratic, fitted so that
+    Phi is off by at most 5.4e-8 where tanh has not yet reached 1 in float32.
     """
     np.multiply(x, x, out=square)
     if square.max() > 170.0:  # then phi is a denormal, and from 1e13 on the cube overflows
         np.minimum(square, 170.0, out=square)
-    np.multiply(square, -2.6669203845926504, out=ratio)
-    ratio -= 120.83871549977749
+    np.multiply(square, 0.018137991172216, out=ratio)
+    ratio += 1.5772436119303772
+    ratio *= square
+    ratio += 28.719334687472237
+    ratio *= square
+    ratio += 250.1498947590534
     np.add(square, 21.718379202981694, out=y)
     y *= square
     y += 313.51613592418164
     ratio /= y
-    ratio += np.multiply(square, 0.018137991172216, out=y)
-    ratio += 1.1833158416718557
     ratio *= x
     cdf = np.tanh(ratio, out=ratio)
     cdf *= 0.5
@@ -114,8 +104,8 @@ def _gelu_block(x, y, ratio, square, keep_slope):
         x *= cdf
         return
     np.multiply(x, cdf, out=y)
-    square *= -0.5 * SCALE
-    EXP(square, out=square)
+    square *= -0.5
+    np.exp(square, out=square)
     square *= x
     square *= 1.0 / sqrt(2.0 * pi)
     np.add(square, cdf, out=x)
