@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_info
 
 from miniconvit.config import VARIANTS
 from miniconvit.model import param_shapes
-from miniconvit.parallel import available_threads
+from miniconvit.system import available_threads
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"Ti 32x32 / 4": "tiny32", "Ti 224x224 / 16": "tiny", "S 224x224 / 16": "small"}

@@ -35,9 +35,10 @@ import click
 import numpy as np
 
 import miniconvit as mc
+from miniconvit.arrays import to_cpu, to_device
 from miniconvit.checks import CASES, FUNCTIONS
 from miniconvit.config import VARIANTS
-from miniconvit.device import examine_cuda, resolve_device, to_cpu, to_device
+from miniconvit.device import examine_cuda, resolve_device
 from miniconvit.device_engine import DeviceEngine
 from miniconvit.parallel import Engine
 

@@ -7,8 +7,7 @@ from .errors import UserError
 from .gradcheck import check_gradients
 from .layers import cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward, init_params, param_shapes
-from .optim import AdamW, clip_grad_norm
-from .schedule import warmup_cosine
+from .optim import AdamW, clip_grad_norm, warmup_cosine
 from .weights import open_weights
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 masked at test time (its tables 5 and 6). They change parameters, so no layer knows of them.
 """
 
-from .backend import array_module
+from .arrays import array_module
 from .errors import UserError
 from .model import init_params, param_shapes
 

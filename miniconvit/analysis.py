@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .backend import array_module
+from .arrays import array_module
 from .data import normalize
 from .layers.gpsa import gpsa_dense_forward
 from .layers.ops import REFERENCE

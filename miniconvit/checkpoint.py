@@ -5,19 +5,17 @@ known of normalisation, classes, data set and the state of the training.
 """
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .arrays import to_cpu
 from .config import ConViTConfig, is_number
-from .device import to_cpu
 from .errors import UserError
 from .model import param_shapes
+from .system import write_file
 
 METADATA_KEY = "miniconvit"
 MOMENTS = {"optimizer.exp_avg.": "exp_avg", "optimizer.exp_avg_sq.": "exp_avg_sq"}
@@ -108,44 +106,6 @@ def not_finite(tensors):
         if not np.isfinite(value).all():
             return f"{name} holds values that are not finite"
     return None
-
-
-def write_file(path, content):
-    """Replaces the file at path by these bytes: at any moment it is the old file or the new one.
-
-    Raises UserError where the disk or the folder refuses; the old file stays.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(cannot_write(path, error)) from error
-
-
-def cannot_write(path, error):
-    """The sentence for an OSError on writing the file at path."""
-    return (
-        f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
-        "(what was saved before is untouched)"
-    )
-
-
-def _sync_folder(folder):
-    """Makes a rename in the folder outlast a power failure, where the system can do that."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _any_begins(names, prefixes):

@@ -51,29 +51,6 @@ def examine_cuda():
     return found | {"cuda": verdict}
 
 
-def to_device(tree, device):
-    """The arrays of nested dicts, tuples and lists on another device; anything else stays as it is.
-
-    device: an array module, or a name for resolve_device. Arrays that are there already are not
-    copied.
-    """
-    xp = resolve_device(device)[0] if isinstance(device, str) else device
-    return _map(xp.asarray, tree)
-
-
-def to_cpu(tree):
-    """The arrays of nested dicts, tuples and lists as NumPy arrays. Waits for the device."""
-    return _map(lambda x: x.get() if hasattr(x, "get") else x, tree)
-
-
-def _map(function, tree):
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return type(tree)(_map(function, value) for value in tree)
-    return function(tree) if hasattr(tree, "dtype") else tree
-
-
 def _examine():
     """(what was found, _Unusable or None)."""
     names = ("cupy", "cuda_driver", "cuda_runtime", "gpu", "gpu_memory_gb", "gpu_free_gb")

@@ -4,12 +4,13 @@ from contextlib import suppress
 
 import numpy as np
 
-from .device import to_cpu
+from .arrays import to_cpu
 from .errors import UserError
 from .layers.ops import REFERENCE
 from .model import convit_forward
-from .parallel import Engine, available_threads, for_inference, train_piece
+from .parallel import Engine, for_inference, train_piece
 from .processes import ProcessEngine, can_fork
+from .system import available_threads
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 

@@ -8,12 +8,12 @@ import numpy as np
 from . import pictures
 from .ablation import initial_params
 from .analysis import describe, plain, query_maps, reading_images, readings, uniform_nonlocality
-from .checkpoint import write_file
 from .config import ConViTConfig
 from .data import normalize
 from .errors import UserError
 from .run_folder import RunFolder
 from .settings import stored_settings
+from .system import write_file
 
 CLASS_TOKEN = "MHSA: without the class token's row and column, rows rescaled to sum one"
 

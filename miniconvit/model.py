@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from .backend import DROP_PATH, array_module, uniform
-from .device import to_device
+from .arrays import DROP_PATH, array_module, to_device, uniform
 from .errors import UserError
 from .layers.ops import REFERENCE, part, prefixed
 

@@ -1,10 +1,10 @@
-"""AdamW, gradient clipping, and an average of the parameters."""
+"""AdamW, gradient clipping, an average of the parameters, and the learning rate over time."""
 
-from math import inf, sqrt
+from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from .backend import array_module
+from .arrays import array_module
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -79,3 +79,15 @@ def clip_grad_norm(grads, max_norm):
 
 def _zeros_like(p):
     return array_module(p).zeros_like(p)
+
+
+def warmup_cosine(t, total, peak, warmup, start=1e-6, minimum=1e-5):
+    """Linear warm-up from `start` to `peak` over `warmup`, then a cosine down to `minimum`.
+
+    t, total and warmup in one unit (epochs or steps; fractions are fine). The cosine is a function
+    of t / total and is not shifted by the warm-up, as in the official script, so at t = warmup it
+    begins a little below the peak.
+    """
+    if t < warmup:
+        return start + (peak - start) * t / warmup
+    return minimum + 0.5 * (peak - minimum) * (1.0 + cos(pi * min(t / total, 1.0)))

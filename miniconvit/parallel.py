@@ -5,12 +5,10 @@ number of threads, so any number of threads gives the same bits.
 """
 
 import ctypes
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import ceil
-from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from .layers import REFERENCE, cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward
+from .system import available_threads
 
 try:
     from .kernels import CPU, INFERENCE
@@ -26,18 +25,6 @@ except ModuleNotFoundError:  # the folder was deleted: everything works, only sl
     CPU, INFERENCE = REFERENCE, {}
 
 PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
-
-
-def available_threads(cgroup="/sys/fs/cgroup"):
-    """Cores that this process may use: its affinity, and a container's quota rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
-        with suppress(OSError, ValueError):  # not this version, or no limit: the word "max"
-            words = " ".join(Path(cgroup, file).read_text() for file in files).split()
-            quota, period = (int(word) for word in words)
-            if quota > 0:  # else no limit: -1
-                count = min(count, max(1, ceil(quota / period)))
-    return count
 
 
 def keep_freed_memory():

@@ -6,8 +6,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from .checkpoint import cannot_write, write_file
 from .errors import UserError
+from .system import cannot_write, write_file
 
 try:
     import fcntl

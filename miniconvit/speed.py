@@ -8,7 +8,8 @@ from statistics import median
 
 import numpy as np
 
-from .device import resolve_device, to_device
+from .arrays import to_device
+from .device import resolve_device
 from .device_engine import make_engine
 from .model import init_params
 from .optim import AdamW

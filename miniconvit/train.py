@@ -17,6 +17,7 @@ import numpy as np
 
 from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
+from .arrays import to_cpu, to_device
 from .checkpoint import load_checkpoint, not_finite, save_checkpoint
 from .config import is_count, is_number
 from .data import (
@@ -34,16 +35,14 @@ from .data import (
     normalize,
     training_images,
 )
-from .device import resolve_device, to_cpu, to_device
+from .device import resolve_device
 from .device_engine import make_engine
 from .errors import UserError
 from .layers import cross_entropy_forward
-from .optim import AdamW, clip_grad_norm, update_average
-from .parallel import available_threads
+from .optim import AdamW, clip_grad_norm, update_average, warmup_cosine
 from .processes import LostWorker
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
-from .schedule import warmup_cosine
 from .settings import (
     Settings,
     refuse_difference,
@@ -51,6 +50,7 @@ from .settings import (
     stored_settings,
     stored_sha256,
 )
+from .system import available_threads
 from .weights import read_start
 
 SAVE_SECONDS = 60.0

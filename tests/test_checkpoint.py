@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from miniconvit import AdamW, ConViTConfig, UserError, init_params
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint, write_file
+from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.system import write_file
 
 CONFIG = ConViTConfig(
     (12, 8), (4, 2), 1, 3, embed_dim=8, depth=2, num_heads=4, qkv_bias=True, local_up_to_layer=1

@@ -18,11 +18,11 @@ from small_run import FLAGS, small_dataset, stop_after
 import miniconvit as mc
 import miniconvit.train as training
 from miniconvit import device
-from miniconvit.backend import random_bits
+from miniconvit.arrays import random_bits, to_cpu, to_device
 from miniconvit.checkpoint import load_checkpoint
 from miniconvit.cli import program
 from miniconvit.data import augment, epoch_order, normalize
-from miniconvit.device import examine_cuda, resolve_device, to_cpu, to_device
+from miniconvit.device import examine_cuda, resolve_device
 from miniconvit.device_engine import DeviceEngine
 from miniconvit.layers.ops import REFERENCE
 from miniconvit.optim import clip_grad_norm

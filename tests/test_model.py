@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import miniconvit as mc
-from miniconvit.backend import random_bits, uniform
+from miniconvit.arrays import random_bits, uniform
 from miniconvit.model import drop_path_masks
 
 SMALL = mc.ConViTConfig(

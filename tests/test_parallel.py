@@ -19,7 +19,8 @@ import miniconvit as mc
 from miniconvit import parallel
 from miniconvit.kernels import CPU
 from miniconvit.layers.ops import REFERENCE
-from miniconvit.parallel import Engine, available_threads, cut
+from miniconvit.parallel import Engine, cut
+from miniconvit.system import available_threads
 
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
 N_IMAGES = 83  # 60 patches each: pieces of unequal size

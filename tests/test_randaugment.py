@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, norm
 
-from miniconvit.backend import normal
+from miniconvit.arrays import normal
 from miniconvit.data import randaugment as ra
 
 Image = pytest.importorskip("PIL.Image")

@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_info
 
 from .. import __version__
 from ..device import examine_cuda
-from ..parallel import available_threads
 from ..report import table
+from ..system import available_threads
 from .options import json_option, print_json
 
 MATMUL = 1024

@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from ..ablation import without_branch, without_pos_embed
+from ..arrays import to_device
 from ..data import load_dataset
-from ..device import resolve_device, to_device
+from ..device import resolve_device
 from ..device_engine import make_engine
 from ..errors import UserError
 from ..report import table

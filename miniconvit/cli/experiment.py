@@ -8,7 +8,6 @@ from shlex import quote
 
 import click
 
-from ..checkpoint import write_file
 from ..data.dataset import SOURCES
 from ..errors import UserError
 from ..experiments.figures import draw
@@ -17,6 +16,7 @@ from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
 from ..pictures import require_matplotlib
 from ..settings import flag
+from ..system import write_file
 from ..train import Interrupted
 from .options import data_dir_option, device_option, threads_option
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..arrays import to_cpu, to_device
 from ..data import normalize
 from ..data.images import read_image, require_pillow
-from ..device import resolve_device, to_cpu, to_device
+from ..device import resolve_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward

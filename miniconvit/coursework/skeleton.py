@@ -5,7 +5,8 @@ import hashlib
 import inspect
 from functools import cache
 
-from .. import backend, config
+from .. import arrays as backend
+from .. import config
 from ..errors import UserError
 from ..layers import attention, drop_path, ops
 from .exercises import EXERCISES

@@ -5,7 +5,7 @@ from math import log
 
 import numpy as np
 
-from ..backend import AUGMENTATION, DATA_ORDER, ERASING, array_module, normal, random_bits, uniform
+from ..arrays import AUGMENTATION, DATA_ORDER, ERASING, array_module, normal, random_bits, uniform
 from ..errors import UserError
 from .randaugment import chosen_places, randaugment
 

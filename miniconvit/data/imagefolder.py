@@ -15,10 +15,10 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from ..backend import HOLD_OUT, random_bits
+from ..arrays import HOLD_OUT, random_bits
 from ..config import as_pair
 from ..errors import UserError
-from ..parallel import available_threads
+from ..system import available_threads
 from .images import (
     as_array,
     evaluation_view,

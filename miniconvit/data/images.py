@@ -10,7 +10,7 @@ from math import exp, log, sqrt
 
 import numpy as np
 
-from ..backend import RANDOM_CROP, uniform
+from ..arrays import RANDOM_CROP, uniform
 from ..errors import UserError
 
 AREA = (0.08, 1.0)

@@ -9,7 +9,7 @@ from math import sqrt
 
 from scipy.special import betaincinv
 
-from ..backend import MIXING, array_module, random_bits, uniform
+from ..arrays import MIXING, array_module, random_bits, uniform
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from math import pi
 
 import numpy as np
 
-from ..backend import RANDAUGMENT, array_module, normal, random_bits
+from ..arrays import RANDAUGMENT, array_module, normal, random_bits
 
 FILL = (124, 116, 104)
 """What an image moved aside leaves behind: ImageNet's mean colour, as in the official recipe."""

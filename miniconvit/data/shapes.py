@@ -22,7 +22,7 @@ import hashlib
 
 import numpy as np
 
-from ..backend import random_bits
+from ..arrays import random_bits
 from ..errors import UserError
 
 COUNTS = {"train": 10_000, "val": 2_000, "test": 2_000}

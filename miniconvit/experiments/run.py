@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from ..ablation import without_branch, without_pos_embed
-from ..checkpoint import load_checkpoint, write_file
+from ..arrays import to_device
+from ..checkpoint import load_checkpoint
 from ..data import load_dataset
-from ..device import resolve_device, to_device
+from ..device import resolve_device
 from ..device_engine import make_engine
 from ..inspection import run_history
 from ..report import BAR, duration
 from ..run_folder import RunFolder
+from ..system import write_file
 from ..train import Diverged, evaluate, train
 from .plan import make_plan, rows_of, speed_key
 

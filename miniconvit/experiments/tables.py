@@ -7,8 +7,8 @@ from statistics import mean, stdev
 
 from scipy.special import stdtr
 
-from ..checkpoint import write_file
 from ..config import VARIANTS
+from ..system import write_file
 from .plan import STRENGTHS, masked_layers
 from .run import WHEN, mask_name
 

@@ -1,6 +1,6 @@
 """Heads, content attention, and multi-head self-attention (MHSA)."""
 
-from ..backend import array_module
+from ..arrays import array_module
 from .ops import REFERENCE
 
 

@@ -1,6 +1,6 @@
 """One transformer block, pre-norm: attention and MLP, each on its own residual branch."""
 
-from ..backend import array_module
+from ..arrays import array_module
 from .ops import REFERENCE, part, prefixed
 
 

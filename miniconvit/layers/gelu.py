@@ -2,7 +2,7 @@
 
 from math import pi, sqrt
 
-from ..backend import array_module, erf
+from ..arrays import array_module, erf
 
 
 def gelu_forward(x):

@@ -8,7 +8,7 @@ The official code divides A by its row sums; both maps' rows sum to one, so that
 one. Its gradient is a constant per row of dA, which both softmaxes and the gate ignore.
 """
 
-from ..backend import array_module
+from ..arrays import array_module
 from .attention import merge_heads, split_heads
 from .ops import REFERENCE
 

@@ -1,6 +1,6 @@
 """Layer normalisation over the last axis (Ba, Kiros, Hinton 2016)."""
 
-from ..backend import array_module
+from ..arrays import array_module
 
 
 def layernorm_forward(x, weight, bias, eps=1e-6):

@@ -1,6 +1,6 @@
 """Cross-entropy, with label smoothing or soft targets."""
 
-from ..backend import array_module
+from ..arrays import array_module
 
 
 def cross_entropy_forward(logits, targets, label_smoothing=0.0):

@@ -5,7 +5,7 @@ in patches, and the keys fill a rectangle. So the softmax over all N keys is a p
 over the rows and one over the columns: P = Py (x) Px, a Kronecker product of two small matrices.
 """
 
-from ..backend import array_module
+from ..arrays import array_module
 from .softmax import softmax_backward, softmax_forward
 
 

@@ -5,7 +5,7 @@ A = softmax(content scores + position scores),  y = A v. One softmax for both, s
 decides, where GPSA's gate would: the reason for the gates.
 """
 
-from ..backend import array_module
+from ..arrays import array_module
 from .attention import merge_heads, split_heads
 from .gpsa import _project_backward, _project_forward
 from .ops import REFERENCE

@@ -1,6 +1,6 @@
 """Softmax over the last axis."""
 
-from ..backend import array_module
+from ..arrays import array_module
 
 
 def softmax_forward(x):

@@ -1,10 +1,12 @@
-"""Which array module an array belongs to, the functions it lacks, and counter-based randomness."""
+"""NumPy or CuPy: an array's module, what that lacks, counter-based chance, to and from a device."""
 
 import sys
 from importlib import import_module
 
 import numpy as np
 from scipy.special import erf as scipy_erf
+
+from .errors import UserError
 
 DROP_PATH, DATA_ORDER, AUGMENTATION, RANDAUGMENT, ERASING, MIXING = range(1, 7)
 RANDOM_CROP, HOLD_OUT = 8, 9
@@ -61,3 +63,37 @@ def normal(seed, *counters, xp=np):
     pairs = (bits & 0x00FF00FF00FF00FF) + ((bits >> 8) & 0x00FF00FF00FF00FF)  # 4 sums of 2 bytes
     total = (pairs * 0x0001000100010001) >> 48  # their sum, in the upper 16 bits
     return (total.astype(xp.float32) - 1020.0) * (8 * (256**2 - 1) / 12) ** -0.5
+
+
+def to_device(tree, device):
+    """The arrays of nested dicts, tuples and lists on another device; anything else stays as it is.
+
+    device: an array module, "cpu" or "cuda". Arrays that are there already are not copied. Raises
+    UserError for another name and where CuPy cannot be imported.
+    """
+    xp = _module_named(device) if isinstance(device, str) else device
+    return _map(xp.asarray, tree)
+
+
+def _module_named(device):
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}: choose cpu or cuda")
+    try:
+        return np if device == "cpu" else import_module("cupy")
+    except ImportError as error:
+        raise UserError(
+            f"CuPy cannot be imported ({error}): `miniconvit doctor` says what is missing"
+        ) from error
+
+
+def to_cpu(tree):
+    """The arrays of nested dicts, tuples and lists as NumPy arrays. Waits for the device."""
+    return _map(lambda x: x.get() if hasattr(x, "get") else x, tree)
+
+
+def _map(function, tree):
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_map(function, value) for value in tree)
+    return function(tree) if hasattr(tree, "dtype") else tree
