@@ -6,6 +6,9 @@ from sys import float_info
 
 from .errors import UserError
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel, where white is 1
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def as_pair(size):
     """(height, width) of an int, which means a square, or of a pair of ints."""

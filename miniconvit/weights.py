@@ -23,8 +23,7 @@ from .checkpoint import (
     not_finite,
     read_safetensors,
 )
-from .config import VARIANTS, ConViTConfig
-from .data.imagefolder import MEAN, STD
+from .config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig
 from .errors import UserError
 from .model import param_shapes
 from .run_folder import RunFolder
@@ -233,8 +232,8 @@ def _open_bare(path, num_heads=None, img_size=None):
     except UserError as error:
         raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
     params = {name: tensors[name] for name in param_shapes(config)}
-    is_rgb = config.in_chans == 3
-    mean, std = (list(numbers) if is_rgb else None for numbers in (MEAN, STD))  # ImageNet's
+    statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else (None, None)
+    mean, std = (numbers and list(numbers) for numbers in statistics)
     return Checkpoint(params, config, mean=mean, std=std)
 
 

@@ -9,7 +9,7 @@ import miniconvit.cli.data as data_command
 from miniconvit import UserError
 from miniconvit.cli import program
 from miniconvit.data import augment, draw_mix
-from miniconvit.preview import CELL, COPIES, GAP, LINE, draw_preview
+from miniconvit.data.preview import CELL, COPIES, GAP, LINE, draw_preview
 
 Image = pytest.importorskip("PIL.Image")
 SCALE = CELL // 8  # of the small data set's images

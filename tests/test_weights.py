@@ -20,8 +20,7 @@ import miniconvit.cli.eval as eval_command
 import miniconvit.train as training
 from miniconvit import UserError
 from miniconvit.checkpoint import load_checkpoint, save_checkpoint
-from miniconvit.config import VARIANTS, ConViTConfig
-from miniconvit.data.imagefolder import MEAN
+from miniconvit.config import IMAGENET_MEAN, VARIANTS, ConViTConfig
 from miniconvit.inspection import run_history
 from miniconvit.model import param_shapes
 from miniconvit.settings import Settings, make_settings
@@ -558,7 +557,7 @@ def test_settings_of_before_begin_from_nothing():
 
 
 def test_eval_takes_any_file(tmp_path, bare, program):
-    path, params = start_of(tmp_path, mean=list(MEAN), std=[0.229, 0.224, 0.225])
+    path, params = start_of(tmp_path, mean=list(IMAGENET_MEAN), std=[0.229, 0.224, 0.225])
     save_file(params, tmp_path / "bare.safetensors")
     flags = ["--data", "shapes", "--device", "cpu", "--json"]
     status, out, _ = program("eval", path, *flags)
@@ -606,7 +605,7 @@ def test_export_writes_what_timm_loads_and_what_we_read_again(tmp_path, program)
     assert timm_call(CONFIG) in text
     assert f'load_state_dict(safetensors.torch.load_file("{out}"))' in text
     found = load_checkpoint(out)
-    assert (found.config, found.mean) == (CONFIG, list(MEAN))
+    assert (found.config, found.mean) == (CONFIG, list(IMAGENET_MEAN))
     before = out.read_bytes()
     for argv, words in (
         (["export", GOLDEN / "torch_model.pth", out], "exists"),

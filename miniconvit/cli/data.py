@@ -6,7 +6,7 @@ import click
 
 from ..data import PRESETS, load_dataset
 from ..data.dataset import SOURCES
-from ..preview import draw_preview
+from ..data.preview import draw_preview
 from ..report import table
 from ..settings import make_settings
 from .options import SIZE, broken_option, data_dir_option

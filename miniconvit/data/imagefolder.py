@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..arrays import HOLD_OUT, random_bits
-from ..config import as_pair
+from ..config import IMAGENET_MEAN, IMAGENET_STD, as_pair
 from ..errors import UserError
 from ..system import available_threads
 from .images import (
@@ -33,8 +33,7 @@ SPLITS = ("train", "val", "test")
 HELD_OUT = 0.1
 NAMED = 10  # broken files that are named, of those left out
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 AUGMENTATION = "crop-flip"
 BROKEN = ("refuse", "skip")
 

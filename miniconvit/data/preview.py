@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 
-from .data import PRESETS, draw_mix, erase, mix_images, normalize, training_images
-from .data.images import require_pillow
-from .system import write_file
+from ..system import write_file
+from . import PRESETS, draw_mix, erase, mix_images, normalize, training_images
+from .images import require_pillow
 
 ROWS, COPIES = 8, 7
 CELL = 96  # pixels on the sheet, at least, for an image's width
