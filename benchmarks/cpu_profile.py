@@ -15,8 +15,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from miniconvit.config import VARIANTS
-from miniconvit.kernels import CPU, tokenwise
-from miniconvit.parallel import keep_freed_memory
+from miniconvit.engine.kernels import CPU, tokenwise
+from miniconvit.engine.threads import keep_freed_memory
 
 ROUNDS = 25
 

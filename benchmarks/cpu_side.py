@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from miniconvit.config import VARIANTS
-from miniconvit.speed import peak_memory_mb, stepper
+from miniconvit.engine.speed import peak_memory_mb, stepper
 
 DEIT_WIDTHS = {"tiny32": 192, "tiny": 192, "small": 384}
 
@@ -26,7 +26,7 @@ MATMUL_GFLOP = 2e-9 * MATMUL_SIZE**3
 
 @contextmanager
 def matmul():
-    """As miniconvit.speed.stepper: a large float32 product on all threads."""
+    """As miniconvit.engine.speed.stepper: a large float32 product on all threads."""
     a = np.ones((MATMUL_SIZE, MATMUL_SIZE), "float32")
     out = np.empty_like(a)
 
@@ -40,7 +40,7 @@ def matmul():
 
 @contextmanager
 def peer(kind, variant, batch, mode, threads):
-    """As miniconvit.speed.stepper, of a model of timm's."""
+    """As miniconvit.engine.speed.stepper, of a model of timm's."""
     import timm
     import torch
 

@@ -20,7 +20,7 @@ import miniconvit as mc
 from miniconvit.checkpoint import load_checkpoint
 from miniconvit.data import Split, load_dataset
 from miniconvit.data.shapes import flatten_textures, shuffle_patches
-from miniconvit.parallel import Engine
+from miniconvit.engine.threads import Engine
 from miniconvit.settings import make_settings
 from miniconvit.train import evaluate, train
 

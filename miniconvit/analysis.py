@@ -6,12 +6,12 @@ import numpy as np
 
 from .arrays import array_module
 from .data import normalize
+from .engine.pieces import CPU
 from .layers.gpsa import gpsa_dense_forward
 from .layers.ops import REFERENCE
 from .layers.position import relative_positions
 from .layers.psa import psa_forward
 from .model import convit_forward
-from .parallel import CPU
 
 READING_IMAGES = 64
 MAP_NUMBERS = 2**22  # in the maps of one block that are held at a time

@@ -35,12 +35,12 @@ from .data import (
     normalize,
     training_images,
 )
-from .device import resolve_device
-from .device_engine import make_engine
+from .engine import make_engine
+from .engine.cuda import resolve_device
+from .engine.processes import LostWorker
 from .errors import UserError
 from .layers import cross_entropy_forward
 from .optim import AdamW, clip_grad_norm, update_average, warmup_cosine
-from .processes import LostWorker
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
 from .settings import (

@@ -391,8 +391,8 @@ def install(monkeypatch):
     reset()
     for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("miniconvit.device._driver_version", lambda: 13000)
-    monkeypatch.setattr("miniconvit.device._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
+    monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
+    monkeypatch.setattr("miniconvit.engine.cuda._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     return sys.modules["cupy"]
 
 

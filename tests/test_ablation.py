@@ -28,8 +28,8 @@ from miniconvit.ablation import (
     without_pos_embed,
 )
 from miniconvit.checkpoint import load_checkpoint
+from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE, part
-from miniconvit.parallel import Engine
 from miniconvit.settings import make_settings
 from miniconvit.train import train
 

@@ -167,7 +167,7 @@ def test_nothing_is_measured_where_a_check_fails(small, tmp_path, monkeypatch):
 
 
 def test_without_a_gpu_it_is_one_sentence(script, tmp_path, monkeypatch):
-    monkeypatch.setattr("miniconvit.device._driver_version", lambda: 0)
+    monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 0)
     status, output = start(script, tmp_path / "new")
     assert status == 1
     assert re.fullmatch(r"Error: --device cuda cannot be used: no NVIDIA driver[^\n]+\n", output)

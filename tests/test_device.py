@@ -17,16 +17,16 @@ from small_run import FLAGS, small_dataset, stop_after
 
 import miniconvit as mc
 import miniconvit.train as training
-from miniconvit import device
 from miniconvit.arrays import random_bits, to_cpu, to_device
 from miniconvit.checkpoint import load_checkpoint
 from miniconvit.cli import program
 from miniconvit.data import augment, epoch_order, normalize
-from miniconvit.device import examine_cuda, resolve_device
-from miniconvit.device_engine import DeviceEngine
+from miniconvit.engine import cuda as device
+from miniconvit.engine.cuda import examine_cuda, resolve_device
+from miniconvit.engine.gpu import DeviceEngine
+from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE
 from miniconvit.optim import clip_grad_norm
-from miniconvit.parallel import Engine
 from miniconvit.settings import make_settings
 
 ROOT = Path(__file__).parent.parent

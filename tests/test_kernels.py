@@ -8,7 +8,7 @@ import pytest
 from scipy.special import ndtr
 
 import miniconvit as mc
-from miniconvit.kernels import CPU, INFERENCE, attention, tokenwise
+from miniconvit.engine.kernels import CPU, INFERENCE, attention, tokenwise
 from miniconvit.layers.ops import REFERENCE, part
 
 REPLACED = [

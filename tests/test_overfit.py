@@ -6,7 +6,7 @@ import pytest
 
 import miniconvit as mc
 from miniconvit.data import load_dataset, normalize
-from miniconvit.parallel import Engine
+from miniconvit.engine.threads import Engine
 
 
 @pytest.mark.full

@@ -16,10 +16,11 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import miniconvit as mc
-from miniconvit import parallel
-from miniconvit.kernels import CPU
+from miniconvit.engine import pieces as engine_pieces
+from miniconvit.engine.kernels import CPU
+from miniconvit.engine.pieces import cut
+from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE
-from miniconvit.parallel import Engine, cut
 from miniconvit.system import available_threads
 
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
@@ -101,7 +102,7 @@ def test_pieces_cover_the_batch_once_and_evenly(n, rows):
     assert pieces[-1][1] == n
     sizes = [stop - start for start, stop in pieces]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
-    assert max(sizes) * rows <= max(rows, parallel.PIECE_ROWS)
+    assert max(sizes) * rows <= max(rows, engine_pieces.PIECE_ROWS)
 
 
 seen_dtypes = set()
@@ -134,7 +135,7 @@ def test_a_float32_step_makes_no_float64_array(local_up_to_layer, ops):
 def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
     """One image a piece, gradients that outweigh its activations, and a first piece so slow that
     the other workers could run far ahead of it."""
-    monkeypatch.setattr(parallel, "PIECE_ROWS", 16)
+    monkeypatch.setattr(engine_pieces, "PIECE_ROWS", 16)
     config = mc.ConViTConfig(16, 4, 3, 10, 192, 1, 4, local_up_to_layer=1)
     params = random_params(config)
     peaks = []
@@ -161,8 +162,8 @@ import sys
 from pathlib import Path
 import numpy as np
 import miniconvit as mc
-from miniconvit.parallel import Engine
-from miniconvit.processes import ProcessEngine
+from miniconvit.engine.threads import Engine
+from miniconvit.engine.processes import ProcessEngine
 
 def minor_faults(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
@@ -253,7 +254,7 @@ def test_everything_works_without_the_kernels_folder(tmp_path):
     ignored = shutil.ignore_patterns("kernels", "__pycache__")
     shutil.copytree(package, tmp_path / "miniconvit", ignore=ignored)
     code = (
-        "from miniconvit.parallel import CPU; from miniconvit.layers import REFERENCE;"
+        "from miniconvit.engine.pieces import CPU; from miniconvit.layers import REFERENCE;"
         "assert CPU is REFERENCE;"
         "from miniconvit.cli import main;"
         "main(['bench', '--model', 'convit_micro32', '--img-size', '8', '--steps', '1'])"

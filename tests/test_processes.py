@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from small_run import FLAGS, small_dataset
 
-import miniconvit.processes as processes
+import miniconvit.engine.processes as processes
 import miniconvit.train as training
 from miniconvit import UserError, init_params, load_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
-from miniconvit.device_engine import make_engine
+from miniconvit.engine import make_engine
+from miniconvit.engine.pieces import cut
+from miniconvit.engine.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
+from miniconvit.engine.threads import ONE_BLAS_THREAD, Engine
 from miniconvit.optim import AdamW, clip_grad_norm
-from miniconvit.parallel import ONE_BLAS_THREAD, Engine, cut
-from miniconvit.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
@@ -498,7 +499,7 @@ import sys
 import numpy as np
 from miniconvit.config import VARIANTS
 from miniconvit.model import init_params
-from miniconvit.processes import ProcessEngine
+from miniconvit.engine.processes import ProcessEngine
 config = VARIANTS["convit_micro32"]
 params, images = init_params(config), np.zeros((64, 3, 32, 32), "float32")
 with ProcessEngine(config, 2) as engine:

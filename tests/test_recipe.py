@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_run import small_dataset, stop_after
 
-import miniconvit.parallel as parallel
+import miniconvit.engine.pieces as engine_pieces
 import miniconvit.train as training
 from miniconvit import (
     AdamW,
@@ -34,7 +34,7 @@ ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8
 def small_data_in_small_pieces(monkeypatch):
     """Four pieces of four or five images in a batch of 17."""
     monkeypatch.setattr(training, "load_dataset", small_dataset)
-    monkeypatch.setattr(parallel, "PIECE_ROWS", 21)
+    monkeypatch.setattr(engine_pieces, "PIECE_ROWS", 21)
 
 
 def settings(**given):
@@ -151,7 +151,7 @@ def test_copies_of_an_image_differ_and_meet_in_a_batch(tmp_path, monkeypatch):
         batches.append((indices, found))
         return found
 
-    monkeypatch.setattr(parallel, "PIECE_ROWS", 10_000)
+    monkeypatch.setattr(engine_pieces, "PIECE_ROWS", 10_000)
     monkeypatch.setattr(training, "training_images", noted)
     run(tmp_path / "run", augment="crop-flip", repeats=3, batch_size=30, epochs=2)
     pairs = alike = 0

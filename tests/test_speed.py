@@ -43,6 +43,6 @@ def test_a_size_that_does_not_fit_is_refused():
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
 def test_peak_memory_is_not_that_of_the_process_that_asked():
     large = np.ones(400 * 2**17)  # 400 MB
-    code = "from miniconvit.speed import peak_memory_mb; print(peak_memory_mb())"
+    code = "from miniconvit.engine.speed import peak_memory_mb; print(peak_memory_mb())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 20 < float(found.stdout) < 300 and large[-1] == 1.0

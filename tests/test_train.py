@@ -25,7 +25,7 @@ from miniconvit import (
 )
 from miniconvit.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, epoch_order, normalize
-from miniconvit.parallel import Engine
+from miniconvit.engine.threads import Engine
 from miniconvit.run_folder import RunFolder
 from miniconvit.settings import RECIPES, Settings, make_settings, stored_settings
 from miniconvit.train import Diverged, Interrupted, default_out, evaluate, train

@@ -5,8 +5,8 @@ from dataclasses import replace
 import click
 
 from ..config import VARIANTS
+from ..engine.speed import measure
 from ..report import table
-from ..speed import measure
 from .options import SIZE, device_option, json_option, print_json, threads_option
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from .. import __version__
-from ..device import examine_cuda
+from ..engine.cuda import examine_cuda
 from ..report import table
 from ..system import available_threads
 from .options import json_option, print_json

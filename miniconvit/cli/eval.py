@@ -8,8 +8,8 @@ import click
 from ..ablation import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..data import load_dataset
-from ..device import resolve_device
-from ..device_engine import make_engine
+from ..engine import make_engine
+from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..report import table
 from ..settings import DEFAULT_RECIPE, stored_data_dir, stored_settings

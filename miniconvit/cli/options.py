@@ -9,7 +9,7 @@ import click
 
 from ..config import VARIANTS
 from ..data.imagefolder import BROKEN
-from ..device import DEVICES
+from ..engine.cuda import DEVICES
 
 
 class _Size(click.ParamType):

@@ -8,7 +8,7 @@ import numpy as np
 from ..arrays import to_cpu, to_device
 from ..data import normalize
 from ..data.images import read_image, require_pillow
-from ..device import resolve_device
+from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward

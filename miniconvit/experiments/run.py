@@ -14,8 +14,8 @@ from ..ablation import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoint import load_checkpoint
 from ..data import load_dataset
-from ..device import resolve_device
-from ..device_engine import make_engine
+from ..engine import make_engine
+from ..engine.cuda import resolve_device
 from ..inspection import run_history
 from ..report import BAR, duration
 from ..run_folder import RunFolder

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 import miniconvit as mc
 from miniconvit import analysis, layers
 from miniconvit.data import epoch_order, load_dataset, normalize
-from miniconvit.parallel import Engine
+from miniconvit.engine.threads import Engine
 
 FOLDER = Path(__file__).parent
 # Okabe and Ito's colours, which the colour-blind can tell apart.

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ..layers.ops import REFERENCE
+from ...layers.ops import REFERENCE
 from .attention import (
     gpsa_backward,
     gpsa_forward,

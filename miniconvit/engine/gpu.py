@@ -2,30 +2,17 @@
 
 from contextlib import suppress
 
-import numpy as np
-
-from .arrays import to_cpu
-from .errors import UserError
-from .layers.ops import REFERENCE
-from .model import convit_forward
-from .parallel import Engine, for_inference, train_piece
-from .processes import ProcessEngine, can_fork
-from .system import available_threads
+from ..arrays import to_cpu
+from ..errors import UserError
+from ..layers.ops import REFERENCE
+from ..model import convit_forward
+from .pieces import for_inference, train_piece
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 
 
-def make_engine(config, xp, threads=None):
-    """The engine for arrays of the module xp. threads, by default all cores, are for the CPU alone:
-    processes where these can be forked."""
-    if xp is not np:
-        return DeviceEngine(config, xp)
-    threads = threads or available_threads()
-    return ProcessEngine(config, threads) if threads > 1 and can_fork() else Engine(config, threads)
-
-
 class DeviceEngine:
-    """Runs training steps and inference of one model on one device: parallel.Engine's interface.
+    """Runs training steps and inference of one model on one device: threads.Engine's interface.
 
     The loss and the number of right answers stay on the device; read() fetches many at once.
     """

@@ -1,4 +1,4 @@
-"""Data parallelism over processes: the pieces of parallel.Engine, each computed by a forked worker.
+"""Data parallelism over processes: the pieces of threads.Engine, each computed by a forked worker.
 
 Threads of one interpreter wait for its lock between NumPy's calls, and the narrower the layers, the
 more. Processes do not. The pieces, the functions and the order of the sum are Engine's, and so are
@@ -20,9 +20,10 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from .errors import UserError
-from .model import convit_forward, param_shapes
-from .parallel import CPU, PIECE_ROWS, Engine, cut, train_piece
+from ..errors import UserError
+from ..model import convit_forward, param_shapes
+from .pieces import CPU, PIECE_ROWS, cut, train_piece
+from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
 SPARE_SLOTS = 2  # beside one for each worker: pieces that are loaded, or wait for their turn

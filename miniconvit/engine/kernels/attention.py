@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..layers.block import _branch_backward, _branch_forward
-from ..layers.ops import REFERENCE, part, prefixed
-from ..layers.position import position_attention_forward, relative_positions
+from ...layers.block import _branch_backward, _branch_forward
+from ...layers.ops import REFERENCE, part, prefixed
+from ...layers.position import position_attention_forward, relative_positions
 from .tokenwise import aligned, features_first, product, row_sums, tokens_first
 
 TILE = 2**17  # elements: a tile of maps, 512 KB, stays in the L2 cache

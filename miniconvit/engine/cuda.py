@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")

@@ -8,11 +8,11 @@ from statistics import median
 
 import numpy as np
 
-from .arrays import to_device
-from .device import resolve_device
-from .device_engine import make_engine
-from .model import init_params
-from .optim import AdamW
+from ..arrays import to_device
+from ..model import init_params
+from ..optim import AdamW
+from . import make_engine
+from .cuda import resolve_device
 
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
 

@@ -9,7 +9,7 @@ from math import pi, prod, sqrt
 
 import numpy as np
 
-from ..layers.ops import REFERENCE
+from ...layers.ops import REFERENCE
 
 CACHE_LINE = 64  # bytes
 BLOCK = 32768  # elements: the four arrays of a GELU block, 128 KB each, stay in the L2 cache
