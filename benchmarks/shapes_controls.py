@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 import miniconvit as mc
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import Split, load_dataset
 from miniconvit.data.shapes import flatten_textures, shuffle_patches
 from miniconvit.engine.threads import Engine

@@ -1,14 +1,14 @@
 """miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
 
 from . import layers
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from .checkpoints.weights import open_weights
 from .config import VARIANTS, ConViTConfig
 from .errors import UserError
 from .gradcheck import check_gradients
 from .layers import cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward, init_params, param_shapes
 from .optim import AdamW, clip_grad_norm, warmup_cosine
-from .weights import open_weights
 
 __version__ = "0.1.0"
 

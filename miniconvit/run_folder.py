@@ -6,6 +6,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from .checkpoints.checkpoint import BEST, LAST
 from .errors import UserError
 from .system import cannot_write, write_file
 
@@ -26,7 +27,7 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.last, self.best = self.path / "last.safetensors", self.path / "best.safetensors"
+        self.last, self.best = self.path / LAST, self.path / BEST
         self.metrics, self.curves = self.path / "metrics.jsonl", self.path / "curves.png"
         self._log = None
 
@@ -82,16 +83,6 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
-
-    def checkpoint(self):
-        """The path of best.safetensors, or before the first epoch's end of last.safetensors.
-
-        Raises UserError where there is neither.
-        """
-        for path in (self.best, self.last):
-            if path.exists():
-                return path
-        raise UserError(f"{self.path} holds no checkpoint: give the folder of a run")
 
     def close(self):
         """Ends the log and with it the lock."""

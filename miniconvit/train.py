@@ -18,7 +18,8 @@ import numpy as np
 from .ablation import frozen_names, initial_params
 from .analysis import reading_images, readings
 from .arrays import to_cpu, to_device
-from .checkpoint import load_checkpoint, not_finite, save_checkpoint
+from .checkpoints.checkpoint import load_checkpoint, not_finite, save_checkpoint
+from .checkpoints.weights import read_start
 from .config import is_count, is_number
 from .data import (
     BrokenImage,
@@ -51,7 +52,6 @@ from .settings import (
     stored_sha256,
 )
 from .system import available_threads
-from .weights import read_start
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many

@@ -27,7 +27,7 @@ from miniconvit.ablation import (
     without_branch,
     without_pos_embed,
 )
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE, part
 from miniconvit.settings import make_settings

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from miniconvit import AdamW, ConViTConfig, UserError, init_params
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.system import write_file
 
 CONFIG = ConViTConfig(

@@ -18,7 +18,7 @@ import miniconvit
 import miniconvit.cli.eval as eval_command
 import miniconvit.train as training
 from miniconvit import cli, convit_forward
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
 from miniconvit.report import duration, text_curve
 

@@ -18,7 +18,7 @@ from small_run import FLAGS, small_dataset, stop_after
 import miniconvit as mc
 import miniconvit.train as training
 from miniconvit.arrays import random_bits, to_cpu, to_device
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.cli import program
 from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.engine import cuda as device

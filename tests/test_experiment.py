@@ -20,7 +20,7 @@ import miniconvit.experiments.run as running
 import miniconvit.train as training
 from miniconvit import VARIANTS, UserError, cli
 from miniconvit.ablation import without_branch, without_pos_embed
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import normalize
 from miniconvit.experiments.figures import draw
 from miniconvit.experiments.plan import (

@@ -18,7 +18,7 @@ from small_run import stop_after
 import miniconvit.data.images as views
 import miniconvit.train as training
 from miniconvit import UserError, convit_forward
-from miniconvit.checkpoint import load_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import ImageFiles, feed, imagefolder, load_dataset, training_images
 from miniconvit.data.feed import AHEAD
 from miniconvit.data.images import random_box, read_image

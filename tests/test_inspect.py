@@ -25,7 +25,7 @@ from miniconvit.analysis import (
     readings,
     uniform_nonlocality,
 )
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
 from miniconvit.inspection import inspect, run_history
 from miniconvit.layers.ops import part

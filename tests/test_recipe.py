@@ -19,7 +19,7 @@ from miniconvit import (
     init_params,
 )
 from miniconvit.ablation import initial_params
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, draw_mix, epoch_order, erase, normalize
 from miniconvit.optim import update_average
 from miniconvit.settings import RECIPES, Settings, make_settings

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miniconvit import UserError, torch_file
-from miniconvit.torch_file import read_torch_file
+from miniconvit import UserError
+from miniconvit.checkpoints import torch_file
+from miniconvit.checkpoints.torch_file import read_torch_file
 
 GOLDEN = Path(__file__).parent / "golden"
 LEGACY_BEGIN = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)

@@ -23,7 +23,7 @@ from miniconvit import (
     cross_entropy_forward,
     init_params,
 )
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.engine.threads import Engine
 from miniconvit.run_folder import RunFolder

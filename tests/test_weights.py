@@ -19,20 +19,19 @@ import miniconvit as mc
 import miniconvit.cli.eval as eval_command
 import miniconvit.train as training
 from miniconvit import UserError
-from miniconvit.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.resolution import at_resolution, resample_pos_embed
+from miniconvit.checkpoints.weights import (
+    open_weights,
+    read_start,
+    recognise,
+    timm_call,
+    variant_name,
+)
 from miniconvit.config import IMAGENET_MEAN, VARIANTS, ConViTConfig
 from miniconvit.inspection import run_history
 from miniconvit.model import param_shapes
 from miniconvit.settings import Settings, make_settings
-from miniconvit.weights import (
-    at_resolution,
-    open_weights,
-    read_start,
-    recognise,
-    resample_pos_embed,
-    timm_call,
-    variant_name,
-)
 
 CONFIG = ConViTConfig(12, 4, 3, 5, 8, 3, 4, 2.0, local_up_to_layer=2)
 """Of the model in golden/torch_model.pth."""
@@ -153,7 +152,7 @@ def test_what_training_scripts_wrap_around_a_state_dict(tmp_path, monkeypatch, w
     state["module.blocks.0.attn.rel_indices"] = np.zeros((1, 9, 9, 3), np.float32)
     others = {"model": {}} if wrapper.endswith("ema") else {}
     saved = others | {wrapper: state, "epoch": 3}
-    monkeypatch.setattr("miniconvit.weights.read_torch_file", lambda path: saved)
+    monkeypatch.setattr("miniconvit.checkpoints.weights.read_torch_file", lambda path: saved)
     (tmp_path / "a.pth").write_bytes(b"PK" + bytes(50))
     assert_same(open_weights(tmp_path / "a.pth")[1].params, golden("model"))
 

@@ -7,6 +7,7 @@ import click
 
 from ..ablation import without_branch, without_pos_embed
 from ..arrays import to_device
+from ..checkpoints.weights import open_weights
 from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
@@ -14,7 +15,6 @@ from ..errors import UserError
 from ..report import table
 from ..settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
 from ..train import evaluate
-from ..weights import open_weights
 from .options import (
     broken_option,
     checkpoint_options,

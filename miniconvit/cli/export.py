@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from ..checkpoint import save_checkpoint
+from ..checkpoints.checkpoint import save_checkpoint
+from ..checkpoints.weights import open_weights, timm_call
 from ..errors import UserError
 from ..report import table
-from ..weights import open_weights, timm_call
 from .options import checkpoint_options
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..checkpoints.weights import open_weights
 from ..data.images import read_image
 from ..inspection import CLASS_TOKEN, inspect, run_history, write_inspection
 from ..report import table
 from ..settings import DEFAULT_RECIPE
-from ..weights import open_weights
 from .eval import check_fit, open_dataset
 from .options import (
     broken_option,

@@ -6,13 +6,13 @@ import click
 import numpy as np
 
 from ..arrays import to_cpu, to_device
+from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import read_image, require_pillow
 from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
-from ..weights import open_weights
 from .options import (
     checkpoint_options,
     device_option,

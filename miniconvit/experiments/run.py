@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..ablation import without_branch, without_pos_embed
 from ..arrays import to_device
-from ..checkpoint import load_checkpoint
+from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device

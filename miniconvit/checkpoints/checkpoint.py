@@ -11,12 +11,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .arrays import to_cpu
-from .config import ConViTConfig, is_number
-from .errors import UserError
-from .model import param_shapes
-from .system import write_file
+from ..arrays import to_cpu
+from ..config import ConViTConfig, is_number
+from ..errors import UserError
+from ..model import param_shapes
+from ..system import write_file
 
+LAST, BEST = "last.safetensors", "best.safetensors"
+"""What the folder of a run has: where it stands, and its best epoch."""
 METADATA_KEY = "miniconvit"
 MOMENTS = {"optimizer.exp_avg.": "exp_avg", "optimizer.exp_avg_sq.": "exp_avg_sq"}
 EMA = "ema."
@@ -98,6 +100,17 @@ def load_checkpoint(path):
         raise UserError(
             f"{path} is damaged, or was not written by miniconvit: {error}; use another checkpoint"
         ) from error
+
+
+def checkpoint_of_run(folder):
+    """The path of a run's best checkpoint, or before the first epoch's end of its last one.
+
+    Raises UserError where there is neither.
+    """
+    for name in (BEST, LAST):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"{folder} holds no checkpoint: give the folder of a run")
 
 
 def not_finite(tensors):

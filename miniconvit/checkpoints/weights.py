@@ -15,18 +15,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig
+from ..errors import UserError
+from ..model import param_shapes
 from .checkpoint import (
     METADATA_KEY,
     Checkpoint,
+    checkpoint_of_run,
     find_problem,
     load_checkpoint,
     not_finite,
     read_safetensors,
 )
-from .config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig
-from .errors import UserError
-from .model import param_shapes
-from .run_folder import RunFolder
+from .resolution import at_resolution
 from .torch_file import read_torch_file
 
 PUBLISHED = {"convit_tiny.fb_in1k": 23, "convit_small.fb_in1k": 111, "convit_base.fb_in1k": 346}
@@ -61,38 +62,6 @@ def open_weights(source, model=None, img_size=None):
     if model and (field := _difference(found.config, VARIANTS[model])):
         raise UserError(f"{path} is not {model}: {_told(found.config, VARIANTS[model], field)}")
     return path, found if img_size is None else at_resolution(found, img_size)
-
-
-def at_resolution(checkpoint, img_size):
-    """The Checkpoint for images of another size: pos_embed interpolated, the rest as it is, since
-    positions count in patches. Raises UserError where the patches do not cut that size."""
-    old, config = checkpoint.config, replace(checkpoint.config, img_size=img_size)
-    if config.grid == old.grid or not config.use_pos_embed:
-        return replace(checkpoint, config=config)
-    pos_embed = resample_pos_embed(checkpoint.params["pos_embed"], old.grid, config.grid)
-    params = checkpoint.params | {"pos_embed": pos_embed}
-    return replace(checkpoint, params=params, config=config)
-
-
-def resample_pos_embed(pos_embed, old_grid, new_grid):
-    """Bicubic interpolation with antialiasing of (1, N, D) from one grid (rows, cols) to another:
-    what timm's resample_abs_pos_embed computes."""
-    rows, cols = (_bicubic(old, new) for old, new in zip(old_grid, new_grid, strict=True))
-    grid = pos_embed.reshape(*old_grid, -1).astype("float64")  # (rows, cols, D)
-    grid = np.einsum("ri,cj,ijd->rcd", rows, cols, grid, optimize=True)
-    return grid.reshape(1, -1, grid.shape[2]).astype(pos_embed.dtype)
-
-
-def _bicubic(old, new):
-    """Weights (new, old) of the samples of a line: Keys' kernel with a = -1/2 around each new
-    sample's place, as wide as a new sample where these are coarser, rescaled to sum one."""
-    stretch = max(old / new, 1.0)
-    centre = (np.arange(new) + 0.5) * old / new
-    x = np.abs((np.arange(old) + 0.5 - centre[:, None]) / stretch)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-    return weights / weights.sum(axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +143,7 @@ def _locate(source):
     """The path of the file that a source means."""
     path = Path(source)
     if path.is_dir():
-        return RunFolder(path).checkpoint()
+        return checkpoint_of_run(path)
     if path.exists():
         return path
     if str(source) in PUBLISHED:

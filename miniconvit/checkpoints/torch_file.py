@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MOST_INSTRUCTIONS = 1_000_000  # a state dict of 200 tensors has about 10,000

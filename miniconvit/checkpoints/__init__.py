@@ -1,0 +1,1 @@
+"""Parameters in files: our own checkpoints, published weights, and .pth files of others."""
