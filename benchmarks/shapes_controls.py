@@ -21,8 +21,8 @@ from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import Split, load_dataset
 from miniconvit.data.shapes import flatten_textures, shuffle_patches
 from miniconvit.engine.threads import Engine
-from miniconvit.settings import make_settings
-from miniconvit.train import evaluate, train
+from miniconvit.training.loop import evaluate, train
+from miniconvit.training.settings import make_settings
 
 SEEDS = (0, 1, 2)
 HEADING = """\

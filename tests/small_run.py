@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit.cli import main
 
 OPTIONS = {

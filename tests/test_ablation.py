@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_run import small_dataset
 
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import (
     VARIANTS,
     ConViTConfig,
@@ -21,17 +21,13 @@ from miniconvit import (
     layers,
     param_shapes,
 )
-from miniconvit.ablation import (
-    frozen_names,
-    initial_params,
-    without_branch,
-    without_pos_embed,
-)
+from miniconvit.analysis.masks import without_branch, without_pos_embed
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE, part
-from miniconvit.settings import make_settings
-from miniconvit.train import train
+from miniconvit.training.freeze import frozen_names, initial_params
+from miniconvit.training.loop import train
+from miniconvit.training.settings import make_settings
 
 CONFIG = ConViTConfig(
     img_size=(6, 10), patch_size=2, in_chans=2, num_classes=5, embed_dim=12, depth=4, num_heads=4,

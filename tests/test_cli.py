@@ -16,11 +16,11 @@ from small_run import FLAGS, small_dataset
 
 import miniconvit
 import miniconvit.cli.eval as eval_command
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import cli, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
-from miniconvit.report import duration, text_curve
+from miniconvit.training.report import duration, text_curve
 
 ROOT = Path(__file__).parent.parent
 SHORT = [*FLAGS, "--epochs", "2"]
@@ -75,7 +75,7 @@ def test_train_draws_a_picture_or_a_curve_of_characters(trained, tmp_path, progr
     folder, _ = trained
     pytest.importorskip("matplotlib")
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("miniconvit.report.find_spec", lambda name: None)
+    monkeypatch.setattr("miniconvit.training.report.find_spec", lambda name: None)
     status, out, _ = program("train", *SHORT, "--out", tmp_path / "run")
     assert status == 0
     assert "validation accuracy" in out

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from small_run import FLAGS, small_dataset, stop_after
 
 import miniconvit as mc
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit.arrays import random_bits, to_cpu, to_device
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.cli import program
@@ -27,7 +27,7 @@ from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE
 from miniconvit.optim import clip_grad_norm
-from miniconvit.settings import make_settings
+from miniconvit.training.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"img_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "seed": 3, "drop_path": 0.3,

@@ -17,9 +17,9 @@ from small_run import small_dataset
 import miniconvit.cli.experiment as experiment_command
 import miniconvit.experiments.plan as planning
 import miniconvit.experiments.run as running
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import VARIANTS, UserError, cli
-from miniconvit.ablation import without_branch, without_pos_embed
+from miniconvit.analysis.masks import without_branch, without_pos_embed
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import normalize
 from miniconvit.experiments.figures import draw
@@ -34,7 +34,7 @@ from miniconvit.experiments.plan import (
 )
 from miniconvit.experiments.tables import _pairs, compare, entries_of, write_tables
 from miniconvit.model import convit_forward
-from miniconvit.settings import RECIPES
+from miniconvit.training.settings import RECIPES
 
 SMALL = replace(VARIANTS["convit_micro32"], img_size=8, embed_dim=16, depth=3, local_up_to_layer=2)
 
@@ -528,7 +528,7 @@ def test_without_matplotlib_there_are_tables_and_later_a_picture(
 ):
     argv = command("locality", "x", "--subset", 1, seeds=1, budget=10)
     with monkeypatch.context() as patch:
-        patch.setattr("miniconvit.pictures.find_spec", lambda name: None)
+        patch.setattr("miniconvit.analysis.pictures.find_spec", lambda name: None)
         status, _, err = program(*argv)
     assert status == 0
     assert err == (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import miniconvit as mc
-from miniconvit.analysis import attention_maps, nonlocality
+from miniconvit.analysis.maps import attention_maps, nonlocality
 from miniconvit.layers.ops import REFERENCE
 
 CONFIG = mc.ConViTConfig(

@@ -16,13 +16,13 @@ import pytest
 from small_run import stop_after
 
 import miniconvit.data.images as views
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import UserError, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import ImageFiles, feed, imagefolder, load_dataset, training_images
 from miniconvit.data.feed import AHEAD
 from miniconvit.data.images import random_box, read_image
-from miniconvit.settings import make_settings
+from miniconvit.training.settings import make_settings
 
 Image = pytest.importorskip("PIL.Image")
 SAMPLE = Path(os.environ.get("MINICONVIT_DATA", "/nowhere"), "imagenet-sample")

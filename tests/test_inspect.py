@@ -10,26 +10,24 @@ import numpy as np
 import pytest
 from small_run import FLAGS, small_dataset
 
-import miniconvit.analysis as analysis
+import miniconvit.analysis.maps as attention
 import miniconvit.cli.eval as eval_command
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import ConViTConfig, UserError, cli, init_params, layers, param_shapes
-from miniconvit.analysis import (
+from miniconvit.analysis.inspection import inspect
+from miniconvit.analysis.maps import (
     attention_maps,
-    decode_positions,
-    describe,
-    gates,
     measure_nonlocality,
     nonlocality,
     query_maps,
-    readings,
     uniform_nonlocality,
 )
+from miniconvit.analysis.readings import decode_positions, describe, gates, readings
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
-from miniconvit.inspection import inspect, run_history
 from miniconvit.layers.ops import part
-from miniconvit.settings import stored_settings
+from miniconvit.training.history import run_history
+from miniconvit.training.settings import stored_settings
 
 CONFIG = ConViTConfig(
     img_size=(6, 10), patch_size=2, num_classes=5, embed_dim=12, depth=4, num_heads=4,
@@ -120,7 +118,7 @@ def test_nonlocality_does_not_depend_on_how_many_images_go_at_a_time(monkeypatch
         nonlocality(block.mixture, CONFIG.grid).mean(axis=0)
         for block in attention_maps(images, params, CONFIG)
     ]
-    monkeypatch.setattr(analysis, "MAP_NUMBERS", numbers)
+    monkeypatch.setattr(attention, "MAP_NUMBERS", numbers)
     found = measure_nonlocality(images, params, CONFIG)
     np.testing.assert_allclose([block["mixture"] for block in found], expected, rtol=1e-12)
 
@@ -326,7 +324,7 @@ def test_text(run, tmp_path, program):
 
 
 def test_numbers_come_without_matplotlib(run, tmp_path, program, monkeypatch):
-    monkeypatch.setattr("miniconvit.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("miniconvit.analysis.pictures.find_spec", lambda name: None)
     assert program("inspect", run, "--json")[0] == 0
     status, out, err = program("inspect", run, "--out", tmp_path / "x")
     assert status == 2

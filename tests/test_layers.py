@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from miniconvit import layers
-from miniconvit.analysis import nonlocality
+from miniconvit.analysis.maps import nonlocality
 from miniconvit.checks import CASES, FUNCTIONS
 from miniconvit.layers.position import relative_positions
 from miniconvit.model import local_centres

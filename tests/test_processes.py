@@ -14,7 +14,7 @@ import pytest
 from small_run import FLAGS, small_dataset
 
 import miniconvit.engine.processes as processes
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import UserError, init_params, load_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
 from miniconvit.engine import make_engine
@@ -22,7 +22,7 @@ from miniconvit.engine.pieces import cut
 from miniconvit.engine.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.engine.threads import ONE_BLAS_THREAD, Engine
 from miniconvit.optim import AdamW, clip_grad_norm
-from miniconvit.settings import make_settings
+from miniconvit.training.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
 

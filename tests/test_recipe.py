@@ -8,7 +8,7 @@ import pytest
 from small_run import small_dataset, stop_after
 
 import miniconvit.engine.pieces as engine_pieces
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import (
     AdamW,
     UserError,
@@ -18,12 +18,12 @@ from miniconvit import (
     cross_entropy_forward,
     init_params,
 )
-from miniconvit.ablation import initial_params
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, draw_mix, epoch_order, erase, normalize
 from miniconvit.optim import update_average
-from miniconvit.settings import RECIPES, Settings, make_settings
-from miniconvit.train import Interrupted, train
+from miniconvit.training.freeze import initial_params
+from miniconvit.training.loop import Interrupted, train
+from miniconvit.training.settings import RECIPES, Settings, make_settings
 
 ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8,
        "label_smoothing": 0.2, "drop_path": 0.2, "batch_size": 17, "lr": 3e-3,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from small_run import small_dataset, stop_after
 
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import (
     AdamW,
     ConViTConfig,
@@ -26,9 +26,9 @@ from miniconvit import (
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.engine.threads import Engine
-from miniconvit.run_folder import RunFolder
-from miniconvit.settings import RECIPES, Settings, make_settings, stored_settings
-from miniconvit.train import Diverged, Interrupted, default_out, evaluate, train
+from miniconvit.training.loop import Diverged, Interrupted, default_out, evaluate, train
+from miniconvit.training.run_folder import RunFolder
+from miniconvit.training.settings import RECIPES, Settings, make_settings, stored_settings
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from test_torch_file import GOLDEN, archive, golden, legacy
 
 import miniconvit as mc
 import miniconvit.cli.eval as eval_command
-import miniconvit.train as training
+import miniconvit.training.loop as training
 from miniconvit import UserError
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.checkpoints.resolution import at_resolution, resample_pos_embed
@@ -29,9 +29,9 @@ from miniconvit.checkpoints.weights import (
     variant_name,
 )
 from miniconvit.config import IMAGENET_MEAN, VARIANTS, ConViTConfig
-from miniconvit.inspection import run_history
 from miniconvit.model import param_shapes
-from miniconvit.settings import Settings, make_settings
+from miniconvit.training.history import run_history
+from miniconvit.training.settings import Settings, make_settings
 
 CONFIG = ConViTConfig(12, 4, 3, 5, 8, 3, 4, 2.0, local_up_to_layer=2)
 """Of the model in golden/torch_model.pth."""

@@ -6,7 +6,7 @@ import click
 
 from ..config import VARIANTS
 from ..engine.speed import measure
-from ..report import table
+from ..training.report import table
 from .options import SIZE, device_option, json_option, print_json, threads_option
 
 

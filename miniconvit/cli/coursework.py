@@ -6,7 +6,7 @@ import click
 
 from .. import coursework
 from ..errors import UserError
-from ..report import table
+from ..training.report import table
 
 _PATH = click.Path(path_type=Path)
 

@@ -7,8 +7,8 @@ import click
 from ..data import PRESETS, load_dataset
 from ..data.dataset import SOURCES
 from ..data.preview import draw_preview
-from ..report import table
-from ..settings import make_settings
+from ..training.report import table
+from ..training.settings import make_settings
 from .options import SIZE, broken_option, data_dir_option
 
 IMG_SIZE = make_settings(data="imagefolder").img_size

@@ -13,8 +13,8 @@ from threadpoolctl import threadpool_info
 
 from .. import __version__
 from ..engine.cuda import examine_cuda
-from ..report import table
 from ..system import available_threads
+from ..training.report import table
 from .options import json_option, print_json
 
 MATMUL = 1024

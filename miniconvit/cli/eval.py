@@ -5,16 +5,16 @@ from pathlib import Path
 
 import click
 
-from ..ablation import without_branch, without_pos_embed
+from ..analysis.masks import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoints.weights import open_weights
 from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
-from ..report import table
-from ..settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
-from ..train import evaluate
+from ..training.loop import evaluate
+from ..training.report import table
+from ..training.settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
 from .options import (
     broken_option,
     checkpoint_options,

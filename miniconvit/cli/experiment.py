@@ -8,16 +8,16 @@ from shlex import quote
 
 import click
 
+from ..analysis.pictures import require_matplotlib
 from ..data.dataset import SOURCES
 from ..errors import UserError
 from ..experiments.figures import draw
 from ..experiments.plan import EXPERIMENTS, PLAN, complete, load_plan, refuse_other
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
-from ..pictures import require_matplotlib
-from ..settings import flag
 from ..system import write_file
-from ..train import Interrupted
+from ..training.loop import Interrupted
+from ..training.settings import flag
 from .options import data_dir_option, device_option, threads_option
 
 DATA_DIR = "data_dir.txt"  # beside the plan, which may be replayed where the data lie elsewhere

@@ -7,7 +7,7 @@ import click
 from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.weights import open_weights, timm_call
 from ..errors import UserError
-from ..report import table
+from ..training.report import table
 from .options import checkpoint_options
 
 

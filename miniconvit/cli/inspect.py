@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..analysis.inspection import CLASS_TOKEN, inspect, write_inspection
 from ..checkpoints.weights import open_weights
 from ..data.images import read_image
-from ..inspection import CLASS_TOKEN, inspect, run_history, write_inspection
-from ..report import table
-from ..settings import DEFAULT_RECIPE
+from ..training.history import run_history
+from ..training.report import table
+from ..training.settings import DEFAULT_RECIPE
 from .eval import check_fit, open_dataset
 from .options import (
     broken_option,

@@ -8,13 +8,19 @@ from shlex import quote
 
 import click
 
-from ..ablation import FREEZE
 from ..config import VARIANTS
 from ..data import PRESETS
-from ..report import draw_curves, duration, table, text_curve
-from ..run_folder import RunFolder
-from ..settings import DEFAULT_RECIPE, RECIPES, make_settings, refuse_difference, stored_settings
-from ..train import Diverged, Interrupted, default_out, train
+from ..training.freeze import FREEZE
+from ..training.loop import Diverged, Interrupted, default_out, train
+from ..training.report import draw_curves, duration, table, text_curve
+from ..training.run_folder import RunFolder
+from ..training.settings import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    make_settings,
+    refuse_difference,
+    stored_settings,
+)
 from .options import SIZE, broken_option, data_dir_option, device_option, threads_option
 
 

@@ -4,9 +4,9 @@ from math import hypot
 
 import numpy as np
 
-from .. import pictures
+from ..analysis import pictures
+from ..analysis.inspection import CLASS_TOKEN
 from ..config import VARIANTS
-from ..inspection import CLASS_TOKEN
 from .plan import STRENGTHS
 from .tables import name, number
 

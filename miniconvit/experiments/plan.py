@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..config import VARIANTS, is_count, is_number
 from ..errors import UserError
-from ..settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 from ..system import write_file
+from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
 PLAN = "plan.json"
 SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0}

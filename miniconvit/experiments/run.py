@@ -10,17 +10,17 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from ..ablation import without_branch, without_pos_embed
+from ..analysis.masks import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
-from ..inspection import run_history
-from ..report import BAR, duration
-from ..run_folder import RunFolder
 from ..system import write_file
-from ..train import Diverged, evaluate, train
+from ..training.history import run_history
+from ..training.loop import Diverged, evaluate, train
+from ..training.report import BAR, duration
+from ..training.run_folder import RunFolder
 from .plan import make_plan, rows_of, speed_key
 
 FIRST_STEPS = 10  # of an epoch of a run that is only timed, the first time

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .ablation import FREEZE
-from .config import VARIANTS, is_count, is_number
-from .data.augment import PRESETS
-from .data.dataset import SOURCES
-from .data.imagefolder import BROKEN
-from .errors import UserError
+from ..config import VARIANTS, is_count, is_number
+from ..data.augment import PRESETS
+from ..data.dataset import SOURCES
+from ..data.imagefolder import BROKEN
+from ..errors import UserError
+from .freeze import FREEZE
 from .run_folder import RunFolder
 
 BASE = {

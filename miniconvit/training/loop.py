@@ -15,13 +15,12 @@ from platform import python_version
 
 import numpy as np
 
-from .ablation import frozen_names, initial_params
-from .analysis import reading_images, readings
-from .arrays import to_cpu, to_device
-from .checkpoints.checkpoint import load_checkpoint, not_finite, save_checkpoint
-from .checkpoints.weights import read_start
-from .config import is_count, is_number
-from .data import (
+from ..analysis.readings import reading_images, readings
+from ..arrays import to_cpu, to_device
+from ..checkpoints.checkpoint import load_checkpoint, not_finite, save_checkpoint
+from ..checkpoints.weights import read_start
+from ..config import is_count, is_number
+from ..data import (
     BrokenImage,
     ImageFiles,
     Split,
@@ -36,22 +35,17 @@ from .data import (
     normalize,
     training_images,
 )
-from .engine import make_engine
-from .engine.cuda import resolve_device
-from .engine.processes import LostWorker
-from .errors import UserError
-from .layers import cross_entropy_forward
-from .optim import AdamW, clip_grad_norm, update_average, warmup_cosine
+from ..engine import make_engine
+from ..engine.cuda import resolve_device
+from ..engine.processes import LostWorker
+from ..errors import UserError
+from ..layers import cross_entropy_forward
+from ..optim import AdamW, clip_grad_norm, update_average, warmup_cosine
+from ..system import available_threads
+from .freeze import frozen_names, initial_params
 from .report import COLUMNS, Report, epoch_line
 from .run_folder import RunFolder
-from .settings import (
-    Settings,
-    refuse_difference,
-    stored_data_dir,
-    stored_settings,
-    stored_sha256,
-)
-from .system import available_threads
+from .settings import Settings, refuse_difference, stored_data_dir, stored_settings, stored_sha256
 
 SAVE_SECONDS = 60.0
 EVALUATION_CHUNK = 1024  # images; a signal is answered after so many

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from .analysis import uniform_nonlocality
-from .errors import UserError
-from .system import write_file
+from ..errors import UserError
+from ..system import write_file
+from .maps import uniform_nonlocality
 
 WIDTH = 7.0  # inches: a page's text
 FAINTEST = 1e-3  # attention below it has the colour of nothing

@@ -6,9 +6,9 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from .checkpoints.checkpoint import BEST, LAST
-from .errors import UserError
-from .system import cannot_write, write_file
+from ..checkpoints.checkpoint import BEST, LAST
+from ..errors import UserError
+from ..system import cannot_write, write_file
 
 try:
     import fcntl

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from tqdm import tqdm
 
-from .system import write_file
+from ..system import write_file
 
 COLUMNS = "epoch   train loss   train acc   val loss   val acc        lr   images/s      time"
 BAR = "{desc} |{bar:20}| {percentage:3.0f} %, {rate_noinv_fmt}, {remaining} left"

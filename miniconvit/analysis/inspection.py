@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..config import ConViTConfig
+from ..data import normalize
+from ..errors import UserError
+from ..system import write_file
 from . import pictures
-from .ablation import initial_params
-from .analysis import describe, plain, query_maps, reading_images, readings, uniform_nonlocality
-from .config import ConViTConfig
-from .data import normalize
-from .errors import UserError
-from .run_folder import RunFolder
-from .settings import stored_settings
-from .system import write_file
+from .maps import query_maps, uniform_nonlocality
+from .readings import describe, plain
 
 CLASS_TOKEN = "MHSA: without the class token's row and column, rows rescaled to sum one"
 
@@ -69,22 +67,6 @@ def inspect(model, pixels=None, query=None, history=()):
         layer["maps"] = maps
     picture = pixels[0].transpose(1, 2, 0) / 255.0
     return Inspection(config, query, layers, len(images), picture, list(history))
-
-
-def run_history(folder, config, dataset):
-    """What the run in the folder has recorded of its attention: a list of (epoch, readings).
-
-    Epoch 0 is measured now, on the initial parameters and the same images; a run that began with
-    parameters from elsewhere has none.
-    """
-    rows = [row for row in RunFolder(folder).finished_epochs() if "nonlocality" in row]
-    settings = stored_settings(folder)
-    if not rows or settings is None:
-        return []
-    start = initial_params(config, settings.seed, settings.freeze)
-    first = readings(reading_images(dataset), start, config)
-    history = [(row["epoch"], {key: row[key] for key in first}) for row in rows]
-    return history if settings.init_from else [(0, first), *history]
 
 
 def write_inspection(inspection, out):

@@ -1,0 +1,1 @@
+"""What a ConViT attends to: maps, distances, gates, masks, and their pictures."""
