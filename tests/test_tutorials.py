@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from miniconvit.cli.tutorial import command
+from miniconvit.coursework.notebooks import find_page, notebook, split_page
 from miniconvit.errors import UserError
 from miniconvit.mutants import MUTANTS
-from miniconvit.tutorial import find_page, notebook, split_page
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 PAGES = sorted(FOLDER.glob("*.md"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from ..tutorial import find_page, write_notebook
+from ..coursework.notebooks import find_page, write_notebook
 
 
 @click.command("tutorial")

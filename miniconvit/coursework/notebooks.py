@@ -11,7 +11,7 @@ from base64 import b64encode
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
 
 FOLDER = Path("tutorials")
 """The pages of the checkout in which one stands; an installed package has none."""
