@@ -27,8 +27,8 @@ from miniconvit.coursework.judge import complain, judge
 from miniconvit.coursework.runner import OPS, Watched
 from miniconvit.coursework.skeleton import kit_source, skeleton, skeleton_hash, solution
 from miniconvit.coursework.submission import pack, read_submission, source_problem
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant
 from miniconvit.layers.ops import REFERENCE
-from miniconvit.mutants import MUTANTS, Mutant
 
 SECRET = "a secret of the test suite"
 ADAMW_MUTANTS = [

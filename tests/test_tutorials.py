@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from miniconvit.cli.tutorial import command
 from miniconvit.errors import UserError
-from miniconvit.mutants import MUTANTS
+from miniconvit.gradcheck.mutants import MUTANTS
 from miniconvit.tutorial import find_page, notebook, split_page
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
