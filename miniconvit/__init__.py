@@ -1,14 +1,14 @@
 """miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
 
+from importlib import import_module
+
 from . import layers
-from .checkpoint import load_checkpoint, save_checkpoint
 from .config import VARIANTS, ConViTConfig
 from .errors import UserError
 from .gradcheck import check_gradients
 from .layers import cross_entropy_backward, cross_entropy_forward
 from .model import convit_backward, convit_forward, init_params, param_shapes
 from .optim import AdamW, clip_grad_norm, warmup_cosine
-from .weights import open_weights
 
 __version__ = "0.1.0"
 
@@ -31,3 +31,16 @@ __all__ = [
     "save_checkpoint",
     "warmup_cosine",
 ]
+
+_ON_DEMAND = {
+    "load_checkpoint": "checkpoint",
+    "open_weights": "weights",
+    "save_checkpoint": "checkpoint",
+}
+"""What is not the lesson, with the module that is imported when somebody asks for it."""
+
+
+def __getattr__(name):
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)
