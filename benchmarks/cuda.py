@@ -36,11 +36,11 @@ import numpy as np
 
 import miniconvit as mc
 from miniconvit.arrays import to_cpu, to_device
-from miniconvit.checks import CASES, FUNCTIONS
 from miniconvit.config import VARIANTS
 from miniconvit.engine.cuda import examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.threads import Engine
+from miniconvit.gradcheck.cases import CASES, FUNCTIONS
 
 CHECKED_MODEL = "convit_mini32"
 TOLERANCES = {"float64": (1e-10, 1e-8), "float32": (1e-5, 1e-3)}  # of tensors, of losses

@@ -1,8 +1,8 @@
 """miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
 
+from importlib import import_module
+
 from . import layers
-from .checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from .checkpoints.weights import open_weights
 from .config import VARIANTS, ConViTConfig
 from .errors import UserError
 from .gradcheck import check_gradients
@@ -31,3 +31,16 @@ __all__ = [
     "save_checkpoint",
     "warmup_cosine",
 ]
+
+_ON_DEMAND = {
+    "load_checkpoint": "checkpoints.checkpoint",
+    "open_weights": "checkpoints.weights",
+    "save_checkpoint": "checkpoints.checkpoint",
+}
+"""What is not the lesson, with the module that is imported when somebody asks for it."""
+
+
+def __getattr__(name):
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ON_DEMAND[name]}", __name__), name)

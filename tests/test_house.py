@@ -3,6 +3,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -120,3 +122,13 @@ def test_no_framework_is_imported():
                 assert name.partition(".")[0] not in {"torch", "jax", "tensorflow", "autograd"}, (
                     path
                 )
+
+
+def test_the_import_loads_the_lesson_and_the_checker_alone():
+    code = "import sys, miniconvit; print(*(n for n in sys.modules if n.startswith('miniconvit.')))"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    names = {name.removeprefix("miniconvit.") for name in loaded}
+    assert {"layers.gpsa", "model", "optim", "gradcheck.checker"} <= names
+    unasked = {"checkpoint", "weights", "torch_file", "data", "engine"}
+    assert not names & (unasked | {"gradcheck.cases", "gradcheck.mutants"})

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from miniconvit.cli.tutorial import command
 from miniconvit.coursework.notebooks import find_page, notebook, split_page
 from miniconvit.errors import UserError
-from miniconvit.mutants import MUTANTS
+from miniconvit.gradcheck.mutants import MUTANTS
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 PAGES = sorted(FOLDER.glob("*.md"))

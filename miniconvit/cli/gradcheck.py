@@ -4,9 +4,9 @@ from math import isfinite
 
 import click
 
-from ..checks import CASES, catch, check_layer
 from ..errors import UserError
-from ..mutants import MUTANTS
+from ..gradcheck.cases import CASES, catch, check_layer
+from ..gradcheck.mutants import MUTANTS
 from .options import json_option, print_json
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UserError
-from ..mutants import MUTANTS
+from ..gradcheck.mutants import MUTANTS
 from .exercises import exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 import miniconvit as mc
 from miniconvit import layers
-from miniconvit.analysis.maps import attention_maps
+from miniconvit.analysis import maps as analysis
 from miniconvit.data import epoch_order, load_dataset, normalize
 from miniconvit.engine.threads import Engine
 
@@ -304,7 +304,7 @@ def attention_maps():
     params, config, *_ = _trained()
     data, query, block = load_dataset("shapes"), (5, 6), 2
     image = data.val.images[4:5]
-    maps = attention_maps(normalize(image, data.mean, data.std), params, config)[block]
+    maps = analysis.attention_maps(normalize(image, data.mean, data.std), params, config)[block]
     q = query[0] * 8 + query[1]
     figure, panels = plt.subplots(config.num_heads, 4, figsize=(7.5, 7.4))
     for head, row in enumerate(panels):

@@ -15,7 +15,7 @@ from math import inf, sqrt
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 STEP = 1e-5  # balances truncation (h^2) and round-off (1 / h) in float64
 TOLERANCE = 1e-7  # relative; correct code stays near 1e-9

@@ -15,7 +15,7 @@ import pytest
 
 import miniconvit as mc
 from miniconvit import layers
-from miniconvit.mutants import MUTANTS, Mutant, mutate
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant, mutate
 
 AT_LEAST = dict.fromkeys(
     (

@@ -27,8 +27,8 @@ from miniconvit.coursework.judge import complain, judge
 from miniconvit.coursework.runner import OPS, Watched
 from miniconvit.coursework.skeleton import kit_source, skeleton, skeleton_hash, solution
 from miniconvit.coursework.submission import pack, read_submission, source_problem
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant
 from miniconvit.layers.ops import REFERENCE
-from miniconvit.mutants import MUTANTS, Mutant
 
 SECRET = "a secret of the test suite"
 ADAMW_MUTANTS = [
@@ -520,7 +520,7 @@ def test_autograder_runs_from_its_own_wheel(kit, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "venv" / "site")
     (licensed,) = (tmp_path / "venv" / "site").glob("miniconvit-*.dist-info/licenses/LICENSE")
-    assert licensed.read_text() == (Path(__file__).parents[1] / "LICENSE").read_text()
+    assert licensed.read_text() == (Path(__file__).parents[2] / "LICENSE").read_text()
     (tmp_path / "run_autograder").write_bytes((source / "run_autograder").read_bytes())
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir()
@@ -595,7 +595,7 @@ def test_source_check_passes_honest_code():
 
 def test_the_documented_example_runs(tmp_path):
     """docs/coursework.md: a layer written elsewhere, and its test, which notices a bug."""
-    page = Path(__file__).parents[1] / "docs" / "coursework.md"
+    page = Path(__file__).parents[2] / "docs" / "coursework.md"
     blocks = page.read_text().split("```python\n")[1:]
     files = {}
     for block in (block.partition("```")[0] for block in blocks):

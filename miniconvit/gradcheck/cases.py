@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .config import ConViTConfig
-from .errors import UserError
-from .gradcheck import check_gradients
-from .layers.ops import REFERENCE
-from .model import convit_backward, convit_forward, drop_path_masks, param_shapes
+from ..config import ConViTConfig
+from ..errors import UserError
+from ..layers.ops import REFERENCE
+from ..model import convit_backward, convit_forward, drop_path_masks, param_shapes
+from .checker import check_gradients
 from .mutants import mutate
 
 FUNCTIONS = SimpleNamespace(

@@ -8,7 +8,7 @@ import pytest
 
 from miniconvit import layers
 from miniconvit.analysis.maps import nonlocality
-from miniconvit.checks import CASES, FUNCTIONS
+from miniconvit.gradcheck.cases import CASES, FUNCTIONS
 from miniconvit.layers.position import relative_positions
 from miniconvit.model import local_centres
 

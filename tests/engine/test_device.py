@@ -29,7 +29,7 @@ from miniconvit.layers.ops import REFERENCE
 from miniconvit.optim import clip_grad_norm
 from miniconvit.training.settings import make_settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"img_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "seed": 3, "drop_path": 0.3,
             "label_smoothing": 0.2, "clip_grad": 0.5, "augment": "crop-flip"}  # fmt: skip
 CONFIG = mc.ConViTConfig(

@@ -26,7 +26,7 @@ from miniconvit.training.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = ConViTConfig((24, 32), (4, 8), 2, 5, 12, 4, 4, 2.0, True, 3, drop_path_rate=0.3)
 """24 patches: 42 images a piece."""
 N = 300  # eight pieces, and more than there are slots

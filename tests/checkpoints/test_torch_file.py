@@ -19,7 +19,7 @@ from miniconvit import UserError
 from miniconvit.checkpoints import torch_file
 from miniconvit.checkpoints.torch_file import read_torch_file
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LEGACY_BEGIN = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
 LEGACY_BEGIN += pickle.dumps({"protocol_version": 1001, "little_endian": True}, 2)
 

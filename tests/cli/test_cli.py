@@ -22,7 +22,7 @@ from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
 from miniconvit.training.report import duration, text_curve
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = [*FLAGS, "--epochs", "2"]
 
 

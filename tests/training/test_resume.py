@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from small_run import FLAGS
 
-PROGRAM = Path(__file__).with_name("small_run.py")
+PROGRAM = Path(__file__).parents[1] / "small_run.py"
 ROOT = PROGRAM.parent.parent
 
 

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 import miniconvit as mc
-from miniconvit import checks
-from miniconvit.checks import CASES, check_layer
 from miniconvit.cli import program
-from miniconvit.mutants import MUTANTS, Mutant
+from miniconvit.gradcheck import cases
+from miniconvit.gradcheck.cases import CASES, check_layer
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant
 
 
 def square_forward(x, weight):
@@ -280,8 +280,8 @@ def test_the_command_exits_with_1_where_a_layer_is_wrong(monkeypatch):
     right = command("--layer", "gelu")
     assert right.return_value == 0
     assert "all right" in right.stdout
-    half = checks.FUNCTIONS.gelu_backward
-    monkeypatch.setattr(checks.FUNCTIONS, "gelu_backward", lambda dy, c: 0.5 * half(dy, c))
+    half = cases.FUNCTIONS.gelu_backward
+    monkeypatch.setattr(cases.FUNCTIONS, "gelu_backward", lambda dy, c: 0.5 * half(dy, c))
     wrong = command("--layer", "gelu")
     assert wrong.return_value == 1
     assert "WRONG" in wrong.stdout
@@ -315,12 +315,12 @@ def test_the_command_exits_with_1_where_a_planted_bug_gets_away(monkeypatch):
 
 
 def test_mutants_of_a_layer_that_fails_itself_cannot_be_judged(monkeypatch):
-    checks._is_right.cache_clear()
-    half = checks.FUNCTIONS.gate_backward
-    monkeypatch.setattr(checks.FUNCTIONS, "gate_backward", lambda dy, c: half(2 * dy, c))
+    cases._is_right.cache_clear()
+    half = cases.FUNCTIONS.gate_backward
+    monkeypatch.setattr(cases.FUNCTIONS, "gate_backward", lambda dy, c: half(2 * dy, c))
     with pytest.raises(RuntimeError, match="no mutant of it can be judged"):
-        checks.catch(next(m for m in MUTANTS if m.function == "gate_backward"), seed=3)
-    checks._is_right.cache_clear()
+        cases.catch(next(m for m in MUTANTS if m.function == "gate_backward"), seed=3)
+    cases._is_right.cache_clear()
 
 
 def test_unknown_layer():

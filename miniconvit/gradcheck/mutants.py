@@ -1,0 +1,97 @@
+"""Mutants: wrong versions of our own backward passes, each with one plausible bug planted.
+
+Whoever checks gradients, with our checker or another, can run it on these and count what it
+catches. The bugs are those that students and real projects make; many are right at initial values,
+for one image, one head or a square grid, and so slip through a check that looks only there.
+They stand in mutants.toml; `python -m miniconvit.gradcheck.mutants` prints them as docs/mutants.md.
+"""
+
+import inspect
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+
+from .. import layers, model
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug as a change of text: `before`, which occurs once, becomes `after`.
+
+    function: the public function that goes wrong, of miniconvit.layers, or convit_backward.
+    story: the bug in one line, as one would say it to a student.
+    helper: the function of the same module that holds the text, where it is not `function`.
+    """
+
+    name: str
+    function: str
+    before: str
+    after: str
+    story: str
+    helper: str = ""
+
+
+def _load():
+    """The catalogue: mutants.toml has a list of bugs under each function."""
+    text = files(__package__).joinpath("mutants.toml").read_text(encoding="utf-8")
+    catalogue = tomllib.loads(text).items()
+    return tuple(Mutant(function=function, **bug) for function, bugs in catalogue for bug in bugs)
+
+
+MUTANTS = _load()
+
+
+def mutate(mutant):
+    """The mutant's function with the bug in it, of the same signature; the original stays as it is.
+
+    The whole module is compiled anew, so that the function sees a changed helper. To run the mutant
+    inside a composite or the model, put it in an ops namespace:
+    SimpleNamespace(**vars(REFERENCE) | {mutant.function: mutate(mutant)}).
+    Raises ValueError where `before` does not occur exactly once.
+    """
+    home = model if mutant.function == "convit_backward" else layers
+    module = sys.modules[getattr(home, mutant.function).__module__]
+    text = inspect.getsource(getattr(module, mutant.helper or mutant.function))
+    if text.count(mutant.before) != 1:
+        raise ValueError(
+            f"mutant {mutant.name}: its text must occur once in the source of "
+            f"{mutant.helper or mutant.function}, but occurs {text.count(mutant.before)} times"
+        )
+    wrong_text = text.replace(mutant.before, mutant.after)
+    source = inspect.getsource(module).replace(text, wrong_text)
+    namespace = {"__name__": module.__name__, "__package__": module.__package__}
+    exec(compile(source, f"<mutant {mutant.name}>", "exec"), namespace)
+    return namespace[mutant.function]
+
+
+def page():
+    """The catalogue as Markdown: docs/mutants.md."""
+    lines = [
+        "# The bugs that the gradient checker is tested on",
+        "",
+        "A checker that has never failed proves nothing. So we planted bugs in our own backward "
+        f"passes, {len(MUTANTS)} of them, one at a time. A reader of the layers wrote them without "
+        "seeing the checker. You can watch it catch every one, with the tensor that gives it away:",
+        "",
+        "```sh",
+        "miniconvit gradcheck --mutants",
+        "```",
+        "",
+        "What each bug changes stands in "
+        "[`mutants.toml`](../miniconvit/gradcheck/mutants.toml). You can plant one yourself with "
+        "`miniconvit.gradcheck.mutants.mutate`. If you add a bug there, print this page anew:",
+        "",
+        "```sh",
+        "python -m miniconvit.gradcheck.mutants > docs/mutants.md",
+        "```",
+    ]
+    for function, mutants in groupby(MUTANTS, lambda mutant: mutant.function):
+        lines += ["", f"## `{function}`", ""]
+        lines += [f"- `{mutant.name}`: {mutant.story}" for mutant in mutants]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(page())
