@@ -23,7 +23,7 @@ from .options import (
     json_option,
     overflow_is_answered,
     print_json,
-    threads_option,
+    workers_option,
 )
 
 
@@ -49,7 +49,7 @@ from .options import (
 )
 @checkpoint_options
 @device_option
-@threads_option
+@workers_option
 @json_option
 def command(
     checkpoint,
@@ -62,7 +62,7 @@ def command(
     variant,
     img_size,
     device,
-    threads,
+    workers,
     as_json,
 ):
     """Loss, top-1 and top-5 accuracy of a model on a data set."""
@@ -80,7 +80,7 @@ def command(
         )
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
-    with make_engine(model.config, xp, threads) as engine, overflow_is_answered():
+    with make_engine(model.config, xp, workers) as engine, overflow_is_answered():
         loss, top1, top5 = evaluate(
             engine, images, model.mean or dataset.mean, model.std or dataset.std, params
         )

@@ -18,7 +18,7 @@ from ..experiments.tables import write_tables
 from ..system import write_file
 from ..training.loop import Interrupted
 from ..training.settings import flag
-from .options import data_dir_option, device_option, threads_option
+from .options import data_dir_option, device_option, workers_option
 
 DATA_DIR = "data_dir.txt"  # beside the plan, which may be replayed where the data lie elsewhere
 BEFORE_PLAN = {DATA_DIR, DATA_DIR + ".partial", PLAN + ".partial"}  # what a kill leaves behind
@@ -55,7 +55,7 @@ class _Fractions(click.ParamType):
     help="The others: train on this share of each class.  [default: 0.1; masking, escape: 1.0]",
 )
 @device_option
-@threads_option
+@workers_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/NAME-...]")
 @click.option(
     "--plan",
@@ -64,7 +64,7 @@ class _Fractions(click.ParamType):
     help="Replay this plan.json, measuring nothing; it stands for the options above --device.",
 )
 @click.pass_context
-def command(ctx, name, data_dir, device, threads, out, plan_file, **flags):
+def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     """One of the paper's experiments, at a size that fits into --budget.
 
     \b
@@ -85,7 +85,7 @@ def command(ctx, name, data_dir, device, threads, out, plan_file, **flags):
         _refuse_flags(replayed, name, given)
     asked = replayed.asked if replayed else complete(name, given)
     out = out or Path("runs", f"{name}-{asked['data']}-{asked['model']}")
-    where = {"data_dir": _kept_data_dir(out, data_dir), "threads": threads, "device": device}
+    where = {"data_dir": _kept_data_dir(out, data_dir), "workers": workers, "device": device}
     try:
         with _sigterm_too():
             plan = _stored_plan(out, replayed, given, name)

@@ -39,11 +39,13 @@ broken_option = click.option(
     help="Image files that cannot be read: refuse the data, or skip and name them.  "
     "[default: refuse; of a run what it began with]",
 )
-threads_option = click.option(
+workers_option = click.option(
+    "--workers",
     "--threads",
+    "workers",
     type=click.IntRange(1),
-    help="Workers on the CPU, processes on Linux; any number gives the same bits.  [default: all "
-    "cores]",
+    help="How many processes share the work on a CPU. Any number gives the same bits.  "
+    "[default: all cores]",
 )
 device_option = click.option(
     "--device",

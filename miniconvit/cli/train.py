@@ -21,7 +21,7 @@ from ..training.settings import (
     refuse_difference,
     stored_settings,
 )
-from .options import SIZE, broken_option, data_dir_option, device_option, threads_option
+from .options import SIZE, broken_option, data_dir_option, device_option, workers_option
 
 
 def _absolute(ctx, param, value):
@@ -112,12 +112,12 @@ def _absolute(ctx, param, value):
 )
 @click.option("--seed", type=int, help="Of all that is random.")
 @device_option
-@threads_option
+@workers_option
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/...]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to the bit.")
 @click.option("--quiet", is_flag=True, help="Show only the end.")
 @click.pass_context
-def command(ctx, data_dir, no_download, device, threads, out, resume, quiet, **flags):
+def command(ctx, data_dir, no_download, device, workers, out, resume, quiet, **flags):
     """Train a model; keep metrics and checkpoints in a run folder.
 
     Without flags: a small ConViT on `shapes`, images drawn by the program itself. Your own images:
@@ -138,7 +138,7 @@ def command(ctx, data_dir, no_download, device, threads, out, resume, quiet, **f
             resume=resume,
             data_dir=data_dir,
             download=not no_download,
-            threads=threads,
+            workers=workers,
             device=device,
             quiet=quiet,
         )

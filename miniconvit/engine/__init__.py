@@ -8,10 +8,10 @@ from .processes import ProcessEngine, can_fork
 from .threads import Engine
 
 
-def make_engine(config, xp, threads=None):
-    """The engine for arrays of the module xp. threads, by default all cores, are for the CPU alone:
+def make_engine(config, xp, workers=None):
+    """The engine for arrays of the module xp. workers, by default all cores, are for the CPU alone:
     processes where these can be forked."""
     if xp is not np:
         return DeviceEngine(config, xp)
-    threads = threads or available_threads()
-    return ProcessEngine(config, threads) if threads > 1 and can_fork() else Engine(config, threads)
+    workers = workers or available_threads()
+    return ProcessEngine(config, workers) if workers > 1 and can_fork() else Engine(config, workers)

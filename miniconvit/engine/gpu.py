@@ -17,7 +17,7 @@ class DeviceEngine:
     The loss and the number of right answers stay on the device; read() fetches many at once.
     """
 
-    threads = None
+    workers = None
     steps_between_reads = 50
 
     def __init__(self, config, xp, ops=REFERENCE):

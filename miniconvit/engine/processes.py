@@ -50,7 +50,7 @@ def can_fork():
 
 
 class ProcessEngine(Engine):
-    """Runs training steps and inference of one model, as Engine, on `threads` processes.
+    """Runs training steps and inference of one model, as Engine, on `workers` processes.
 
     The workers are forked at once, before this process has much to share with them, and live until
     close() or its end. Images, parameters and gradients lie in memory that all of them share;
@@ -58,9 +58,9 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, config, threads, ops=CPU):
+    def __init__(self, config, workers, ops=CPU):
         super().__init__(config, 1, ops)
-        self.threads = threads
+        self.workers = workers
         self._shapes = param_shapes(config)
         images = max(1, PIECE_ROWS // config.num_patches)
         numbers = config.in_chans * prod(config.image) + config.num_classes
@@ -157,7 +157,7 @@ class ProcessEngine(Engine):
 
     def _share_out(self, work, params, *arguments):
         """Has each worker do this work for its share of the parameters."""
-        for connection, names in zip(self._workers, _shares(params, self.threads), strict=True):
+        for connection, names in zip(self._workers, _shares(params, self.workers), strict=True):
             self._ask(connection, work, names, *arguments)
         for connection in self._workers:
             self._received(connection)
@@ -175,7 +175,7 @@ class ProcessEngine(Engine):
                 shared[...] = params[name]
         pieces = cut(n, self.config.num_patches)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
-        slots = list(range(self.threads + SPARE_SLOTS))
+        slots = list(range(self.workers + SPARE_SLOTS))
         sent, running, found = 0, {}, {}  # running: connection to [(piece, slot, place)]
         try:
             for number in range(len(pieces)):
@@ -228,7 +228,7 @@ class ProcessEngine(Engine):
         return described
 
     def _in_place(self, slot):
-        places = SLOTS + self.threads + SPARE_SLOTS
+        places = SLOTS + self.workers + SPARE_SLOTS
         return places * self._out_size + slot * self._in_size
 
     def _views(self, begin, described):
@@ -258,13 +258,13 @@ class ProcessEngine(Engine):
     # the workers
 
     def _start(self):
-        size = self._in_place(self.threads + SPARE_SLOTS)
+        size = self._in_place(self.workers + SPARE_SLOTS)
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NO_RESERVE
         signals = {signal.SIGINT, signal.SIGTERM}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
             self._memory = self._memory or mmap.mmap(-1, size, flags=flags)
-            for _ in range(self.threads):
+            for _ in range(self.workers):
                 ours, theirs = Pipe()
                 with warnings.catch_warnings():
                     # of locks that other threads hold: a worker touches NumPy alone
@@ -277,7 +277,7 @@ class ProcessEngine(Engine):
         except OSError as error:
             self._stop()
             raise UserError(
-                f"no worker process can be started ({error.strerror}): add --threads 1"
+                f"no worker process can be started ({error.strerror}): add --workers 1"
             ) from error
         except BaseException:  # an interruption that another thread has let through
             self._stop()
@@ -366,7 +366,7 @@ def _answered():
         yield
     except (EOFError, ConnectionError):
         raise LostWorker(
-            "a worker process was killed, perhaps for want of memory: a smaller --threads or "
+            "a worker process was killed, perhaps for want of memory: a smaller --workers or "
             "--model may help"
         ) from None
 

@@ -53,7 +53,7 @@ ONE_BLAS_THREAD = _OneBlasThread()
 class Engine:
     """Runs training steps and inference of one model over pieces of a batch.
 
-    threads: workers, by default all available cores; BLAS runs at one thread inside each.
+    workers: threads, by default on all available cores; BLAS runs at one thread inside each.
     ops: the namespace of functions to run, by default the fast ones for the CPU.
     Use as a context manager, or close() it.
     """
@@ -61,14 +61,14 @@ class Engine:
     xp = np
     steps_between_reads = 1
 
-    def __init__(self, config, threads=None, ops=CPU):
+    def __init__(self, config, workers=None, ops=CPU):
         self.config, self.ops = config, ops
-        self.threads = threads or available_threads()
+        self.workers = workers or available_threads()
         self._inference_ops = for_inference(ops)
         keep_freed_memory()
         ONE_BLAS_THREAD.want()
         self._closed = False
-        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        self._pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
 
     def close(self):
         """Ends the workers and gives BLAS its threads back. A second call does nothing."""
@@ -88,7 +88,7 @@ class Engine:
     def _map(self, function, n):
         """function(start, stop) of every piece of n images, in order.
 
-        Only `threads` + 1 results wait at a time, so that memory does not grow with the batch.
+        Only `workers` + 1 results wait at a time, so that memory does not grow with the batch.
         """
         pieces = cut(n, self.config.num_patches)
         if self._pool is None:
@@ -99,7 +99,7 @@ class Engine:
         try:
             for piece in pieces:
                 waiting.append(self._pool.submit(function, *piece))
-                if len(waiting) > self.threads:
+                if len(waiting) > self.workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

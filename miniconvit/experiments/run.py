@@ -48,7 +48,7 @@ def measure(settings, images, **where):
     """How fast such a run is: images_per_second and validation_seconds, medians over short epochs,
     and start_seconds, what else a run takes.
 
-    images: how many the data set has to train on; where: train's data_dir, threads and device.
+    images: how many the data set has to train on; where: train's data_dir, workers and device.
     """
     _, warm, _ = _time(settings, images, FIRST_STEPS, 2, where)
     share = TIMED_SECONDS / TIMED_EPOCHS
@@ -118,7 +118,7 @@ def run_plan(plan, out, say, show, **where):
     """Trains, or goes on with, every run of the plan in out/ROW/seedN. Returns their Outcomes.
 
     say(text) prints a line; show(outcomes) is called after every run that was trained now, but for
-    the last; where: train's data_dir, threads and device. A run that diverges is an outcome; what
+    the last; where: train's data_dir, workers and device. A run that diverges is an outcome; what
     train raises otherwise ends it, and calling again goes on.
     """
     runs, outcomes = plan.runs, []
@@ -182,7 +182,7 @@ def _masked(folder, row, where):
     dataset = _dataset(row.settings, where)
     xp, _ = resolve_device(where["device"])
     found = {}
-    with make_engine(model.config, xp, where["threads"]) as engine:
+    with make_engine(model.config, xp, where["workers"]) as engine:
         for mask in row.masks:
             masked = (
                 without_pos_embed(model.params)

@@ -96,7 +96,7 @@ def train(
     resume=False,
     data_dir=None,
     download=True,
-    threads=None,
+    workers=None,
     device="cpu",
     quiet=False,
     report=Report,
@@ -117,8 +117,8 @@ def train(
     if stored is not None:
         refuse_difference(stored, asdict(settings), out)
         data_dir, download = data_dir or stored_data_dir(out), False
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads must be at least 1, not {threads}")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = resolve_device(device)
     s = settings
     dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
@@ -132,21 +132,21 @@ def train(
     frozen = frozen_names(config, settings.freeze)
     folder.open(resume)
     try:
-        with make_engine(config, xp, threads) as engine:
+        with make_engine(config, xp, workers) as engine:
             run = _Run(settings, dataset, engine, folder, frozen)
             if resume and folder.last.exists():
                 run.load()
             else:
                 fingerprints["init_sha256"] = run.begin(stored_sha256(out, "init_sha256"))
                 folder.cut_metrics(0)
-                about = _about(settings, config, data_dir, engine.threads, place)
+                about = _about(settings, config, data_dir, engine.workers, place)
                 folder.write_config(about | {k: v for k, v in fingerprints.items() if v})
             return run.train(quiet, place, report)
     finally:
         folder.close()
 
 
-def _about(settings, config, data_dir, threads, place):
+def _about(settings, config, data_dir, workers, place):
     """config.json: what decides the run, and where it was made."""
     versions = {name: version(name) for name in ("numpy", "scipy", "safetensors")}
     return {
@@ -154,7 +154,7 @@ def _about(settings, config, data_dir, threads, place):
         "model": config.to_dict(),
         "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
-        "threads": threads,
+        "workers": workers,
         "versions": {"python": python_version()} | versions,
     }
 
@@ -194,7 +194,7 @@ def _decoders(images, engine):
     """How many threads load images ahead of the step: files take as many as there are workers,
     arrays one, and arrays on a GPU none."""
     if isinstance(images, ImageFiles):
-        return engine.threads or available_threads()
+        return engine.workers or available_threads()
     return int(engine.xp is np)
 
 
@@ -361,14 +361,14 @@ class _Run:
         return Result(self.folder.path, self.step, rows, best, was_finished, has_test)
 
     def _introduce(self, place):
-        dataset, threads = self.dataset, self.engine.threads
+        dataset, workers = self.dataset, self.engine.workers
         parameters = sum(p.size for p in self.params.values())
         self._say(
             f"{self.settings.model}, {parameters:,} parameters, on {dataset.name}: "
             f"{len(dataset.train.labels):,} images to train, {len(dataset.val.labels):,} "
             f"to validate, {len(dataset.classes)} classes",
             f"{self.total_steps:,} steps of {self.batch_size} images in {self.epochs} "
-            f"epoch{'s' * (self.epochs > 1)}{f' on {threads} threads' * bool(threads)}, kept in "
+            f"epoch{'s' * (self.epochs > 1)}{_on_workers(workers)}, kept in "
             f"{self.folder.path}",
             *self.origin,
             place,
@@ -544,6 +544,11 @@ class _Run:
             f"stopped at step {step + 1} (epoch {self.epoch + 1}): {finding}; {advice}; "
             "a smaller --lr, a longer --warmup-epochs or --clip-grad 1 may help"
         )
+
+
+def _on_workers(count):
+    """ " on 1 worker", or nothing where there are none, as on a GPU."""
+    return f" on {count} worker{'s' * (count > 1)}" if count else ""
 
 
 def _is_best(best, epoch):

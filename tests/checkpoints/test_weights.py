@@ -349,7 +349,7 @@ def one_still_step(tmp_path, monkeypatch, capsys):
     def begin(device="cpu", **given):
         still = {"lr": 1e-30, "weight_decay": 0.0, "drop_path": 0.2}
         capsys.readouterr()
-        training.train(settings_of(**still, **given), tmp_path / "run", threads=1, device=device)
+        training.train(settings_of(**still, **given), tmp_path / "run", workers=1, device=device)
         params = load_checkpoint(tmp_path / "run" / "last.safetensors").params
         return params, capsys.readouterr().out
 
@@ -431,7 +431,7 @@ def test_as_many_classes_of_other_names_begin_fresh_too(tmp_path, classes, fresh
 
 def test_a_run_folder_and_a_file_of_others_serve_too(tmp_path, one_still_step):
     first = tmp_path / "first"
-    training.train(settings_of(lr=0.1), first, threads=1, quiet=True)
+    training.train(settings_of(lr=0.1), first, workers=1, quiet=True)
     best = load_checkpoint(first / "best.safetensors")
     found, _ = one_still_step(init_from=str(first))
     for name, value in best.params.items():
@@ -518,7 +518,7 @@ def test_resume_needs_the_file_until_the_first_checkpoint_and_no_longer(tmp_path
     settings = settings_of(init_from=str(path), lr=0.01, steps=8)
 
     def go_on(out, settings=settings):
-        training.train(settings, out, resume=True, threads=1, quiet=True)
+        training.train(settings, out, resume=True, workers=1, quiet=True)
 
     go_on(whole)
     go_on(run)
@@ -761,7 +761,7 @@ def test_the_best_checkpoint_of_a_run_loads_into_timm_as_it_is(timm, tmp_path, m
     import torch
 
     monkeypatch.setattr(training, "load_dataset", small_dataset)
-    training.train(settings_of(lr=0.1), tmp_path / "run", threads=1, quiet=True)
+    training.train(settings_of(lr=0.1), tmp_path / "run", workers=1, quiet=True)
     best = tmp_path / "run" / "best.safetensors"
     model = eval(timm_call(load_checkpoint(best).config), {"timm": timm}).eval()
     model.load_state_dict(safetensors.torch.load_file(best), strict=True)

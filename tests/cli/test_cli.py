@@ -330,7 +330,7 @@ MISTAKES = {
     "value missing": (["train", "--lr"], "--lr"),
     "not a number": (["train", "--lr", "fast"], "fast"),
     "out of range": (["train", "--lr", -1], "--lr must be a positive number"),
-    "no threads": (["train", "--threads", 0], "--threads"),
+    "no workers": (["train", "--workers", 0], "--workers"),
     "not a size": (["train", "--img-size", "8by8"], "8by8"),
     "unknown data": (["train", "--data", "mnist"], "mnist"),
     "unknown model": (["train", "--model", "resnet"], "resnet"),
@@ -365,7 +365,7 @@ def test_a_different_setting_is_named(trained, program):
     assert_sentence(*answer, "began with --seed 3 and cannot go on with --seed 4")
     answer = program("train", "--resume", "--out", folder, "--steps", 4)
     assert_sentence(*answer, "began without --steps")
-    assert program("train", "--resume", "--out", folder, "--seed", 3, "--threads", 1)[0] == 0
+    assert program("train", "--resume", "--out", folder, "--seed", 3, "--workers", 1)[0] == 0
 
 
 def test_divergence_exits_with_1(tmp_path, program):

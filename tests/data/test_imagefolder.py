@@ -551,12 +551,12 @@ def test_what_a_worker_raises_reaches_the_step(workers):
 # training
 
 
-def run(root, out, device="cpu", threads=2, resume=False, **given):
+def run(root, out, device="cpu", workers=2, resume=False, **given):
     small = {"data": "imagefolder", "model": "convit_micro32", "img_size": 16, "epochs": 2,
              "batch_size": 8, "seed": 3, "drop_path": 0.1}  # fmt: skip
     settings = make_settings(**small | given)
     return training.train(
-        settings, out, resume=resume, data_dir=root, threads=threads, device=device, quiet=True
+        settings, out, resume=resume, data_dir=root, workers=workers, device=device, quiet=True
     )
 
 
@@ -576,9 +576,9 @@ def same_run(a, b):
 def test_a_run_has_the_same_bits_for_any_number_of_threads_and_goes_on_to_the_bit(
     folder, tmp_path, monkeypatch
 ):
-    result = run(folder, tmp_path / "one", threads=1)
+    result = run(folder, tmp_path / "one", workers=1)
     assert not result.has_test and result.step == 8
-    run(folder, tmp_path / "three", threads=3)
+    run(folder, tmp_path / "three", workers=3)
     same_run(tmp_path / "one", tmp_path / "three")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)

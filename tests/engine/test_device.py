@@ -44,7 +44,7 @@ def small_data(monkeypatch):
 
 def run(folder, device="cuda", resume=False, **given):
     settings = make_settings(**SETTINGS | given)
-    return training.train(settings, folder, resume=resume, quiet=True, threads=2, device=device)
+    return training.train(settings, folder, resume=resume, quiet=True, workers=2, device=device)
 
 
 def without_times(rows):
@@ -454,7 +454,7 @@ def test_the_commands_on_a_device(cupy, tmp_path, monkeypatch):
 
     out = tmp_path / "run"
     shown = call("train", *FLAGS, "--epochs", 2, "--out", out)  # --device auto
-    assert "on the GPU: Stand-in" in shown and "threads" not in shown
+    assert "on the GPU: Stand-in" in shown and "worker" not in shown
     assert "on the GPU: Stand-in" in (out / "log.txt").read_text()
     answers = {d: json.loads(call("eval", out, "--device", d, "--json")) for d in ("auto", "cpu")}
     assert answers["auto"]["computed"].startswith("on the GPU: ")
@@ -471,7 +471,7 @@ def test_the_commands_on_a_device(cupy, tmp_path, monkeypatch):
         assert found["probability"] == pytest.approx(true["probability"], rel=1e-5)
     small = ["--model", "convit_micro32", "--img-size", 8, "--batch-size", 6, "--steps", 2]
     found = json.loads(call("bench", *small, "--device", "cuda", "--json"))
-    assert found["threads"] is None and 0 < found["peak_memory_mb"] < 50
+    assert found["workers"] is None and 0 < found["peak_memory_mb"] < 50
     assert "on the GPU: Stand-in" in call("bench", *small)
     found = json.loads(call("doctor", "--json"))
     expected = {"cupy": "cupy-cuda13x 14.2.0", "cuda_driver": "13.0", "cuda_runtime": "13.2",

@@ -317,11 +317,11 @@ def test_workers_begin_and_end_with_the_engine():
 
 def test_make_engine_takes_processes_for_more_than_one_worker(monkeypatch):
     with make_engine(CONFIG, np, 1) as one, make_engine(CONFIG, np, 3) as three:
-        assert (type(one), one.threads) == (Engine, 1)
-        assert (type(three), three.threads) == (ProcessEngine, 3)
+        assert (type(one), one.workers) == (Engine, 1)
+        assert (type(three), three.workers) == (ProcessEngine, 3)
     monkeypatch.setattr(sys, "platform", "darwin")
     with make_engine(CONFIG, np, 3) as three:
-        assert (type(three), three.threads) == (Engine, 3)
+        assert (type(three), three.workers) == (Engine, 3)
 
 
 def test_an_error_while_loading_or_computing_is_raised_and_the_next_call_works(engine):
@@ -425,7 +425,7 @@ def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(processes.os, "fork", fail)
-        with pytest.raises(UserError, match=r"\(Resource temporarily .*\): add --threads 1"):
+        with pytest.raises(UserError, match=r"\(Resource temporarily .*\): add --workers 1"):
             ProcessEngine(CONFIG, 2)
     assert is_gone(forked[0])
     assert ONE_BLAS_THREAD._wanted == wanted
@@ -439,7 +439,7 @@ def train(tmp_path, monkeypatch):
     settings = make_settings(model="convit_micro32", **small)
 
     def run(name, **options):
-        return training.train(settings, tmp_path / name, threads=2, quiet=True, **options)
+        return training.train(settings, tmp_path / name, workers=2, quiet=True, **options)
 
     return run
 
@@ -527,7 +527,7 @@ def test_workers_end_with_the_process_that_asks(signum):
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, signum, status):
     """As Ctrl-C in a terminal, and some cluster's end of a job, reach the workers too."""
-    small = {"--patch-size": 1, "--batch-size": 64, "--epochs": 2000, "--threads": 2}
+    small = {"--patch-size": 1, "--batch-size": 64, "--epochs": 2000, "--workers": 2}
     flags = [*FLAGS, *(str(word) for pair in small.items() for word in pair)]
     command = [sys.executable, ROOT / "tests" / "small_run.py", "train", *flags]
     with subprocess.Popen(

@@ -19,12 +19,12 @@ def run(*arguments):
 
 def test_json_holds_the_promised_numbers():
     for mode in ([], ["--inference"]):
-        found = json.loads(run("--steps", "3", "--threads", "1", "--json", *mode).stdout)
+        found = json.loads(run("--steps", "3", "--workers", "1", "--json", *mode).stdout)
         assert len(found["step_ms"]) == 3
         assert found["step_ms_median"] == sorted(found["step_ms"])[1]
         assert found["images_per_second"] == pytest.approx(6 / found["step_ms_median"] * 1000)
         assert 20 < found["peak_memory_mb"] < 10_000
-        assert found["threads"] == 1
+        assert found["workers"] == 1
         assert found["inference"] == bool(mode)
 
 

@@ -79,7 +79,7 @@ def program(capsys):
     def call(*argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main(["experiment", *map(str, argv), "--device", "cpu", "--threads", "1"])
+            cli.main(["experiment", *map(str, argv), "--device", "cpu", "--workers", "1"])
         return end.value.code, *capsys.readouterr()
 
     return call
@@ -618,7 +618,7 @@ def test_measuring_really_trains(small, monkeypatch):
     monkeypatch.setitem(VARIANTS, "convit_micro32", SMALL)
     row = rows_of(complete("escape", {"data": "shapes"}))[0]
     settings = replace(row.settings, batch_size=16)
-    found = running.measure(settings, 100, data_dir=None, threads=1, device="cpu")
+    found = running.measure(settings, 100, data_dir=None, workers=1, device="cpu")
     assert set(found) == {"images_per_second", "validation_seconds", "start_seconds"}
     assert all(value > 0 for value in found.values())
 
@@ -632,7 +632,7 @@ def test_the_row_of_which_everything_is_trained_is_timed(small, monkeypatch):
 
     monkeypatch.setattr(running, "measure", measure)
     asked = complete("ablation", {"data": "shapes", "budget": 500.0, "subset": 1.0})
-    running.new_plan(asked, str, data_dir=None, threads=1, device="cpu")
+    running.new_plan(asked, str, data_dir=None, workers=1, device="cpu")
     assert [(s.model, s.freeze) for s in seen] == [("convit_micro32", None), ("vit_micro32", None)]
 
 

@@ -213,7 +213,7 @@ def settings(**given):
 
 
 def run(folder, resume=False, **given):
-    return train(settings(**given), folder, resume=resume, quiet=True, threads=1)
+    return train(settings(**given), folder, resume=resume, quiet=True, workers=1)
 
 
 def saved(folder):

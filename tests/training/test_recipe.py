@@ -41,9 +41,9 @@ def settings(**given):
     return make_settings(**{"img_size": 8, "epochs": 3, "batch_size": 16, "seed": 3} | given)
 
 
-def run(folder, resume=False, threads=2, device="cpu", **given):
+def run(folder, resume=False, workers=2, device="cpu", **given):
     return train(
-        settings(**given), folder, resume=resume, quiet=True, threads=threads, device=device
+        settings(**given), folder, resume=resume, quiet=True, workers=workers, device=device
     )
 
 
@@ -122,10 +122,10 @@ def test_equals_a_plain_loop(tmp_path, given):
 
 
 def test_any_number_of_threads_gives_the_same_bits(tmp_path):
-    for threads in (1, 2, 3):
-        run(tmp_path / str(threads), threads=threads, **ALL)
+    for workers in (1, 2, 3):
+        run(tmp_path / str(workers), workers=workers, **ALL)
     for name in ("last", "best"):
-        contents = [stored(tmp_path / str(threads), name)[1] for threads in (1, 2, 3)]
+        contents = [stored(tmp_path / str(workers), name)[1] for workers in (1, 2, 3)]
         assert contents[0] == contents[1] == contents[2]
 
 

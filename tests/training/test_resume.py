@@ -59,7 +59,7 @@ def resume(folder, *argv):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    status, _, err = finish(start(*FLAGS, "--out", folder, "--threads", 2))
+    status, _, err = finish(start(*FLAGS, "--out", folder, "--workers", 2))
     assert status == 0, err
     checkpoints, rows = outcome(folder)
     assert [row["step"] for row in rows] == [6 * epoch for epoch in range(1, 17)]
@@ -109,7 +109,7 @@ def kill_in_save(folder, event):
 def test_killed_at_a_random_moment(tmp_path, uninterrupted, seed):
     folder = tmp_path / "run"
     killed_run(folder, random.Random(seed))
-    resume(folder, "--threads", 1)
+    resume(folder, "--workers", 1)
     assert outcome(folder) == uninterrupted
 
 

@@ -42,7 +42,7 @@ def settings(**given):
 
 
 def run(folder, resume=False, **given):
-    return train(settings(**given), folder, resume=resume, quiet=True, threads=2)
+    return train(settings(**given), folder, resume=resume, quiet=True, workers=2)
 
 
 def rows(folder):
@@ -155,14 +155,14 @@ def test_the_first_of_equally_good_epochs_is_the_best(tmp_path, monkeypatch):
 def test_config_json_repeats_the_run(tmp_path):
     run(tmp_path / "a", drop_path=0.1)
     about = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert (about["threads"], about["data_dir"]) == (2, None)
+    assert (about["workers"], about["data_dir"]) == (2, None)
     assert about["versions"]["numpy"] == np.__version__
     assert ConViTConfig.from_dict(about["model"]) == settings(drop_path=0.1).model_config(
         small_dataset()
     )
     again = stored_settings(tmp_path / "a")
     assert again == settings(drop_path=0.1)
-    train(again, tmp_path / "b", quiet=True, threads=1)
+    train(again, tmp_path / "b", quiet=True, workers=1)
     for name in ("last.safetensors", "best.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -181,7 +181,7 @@ def test_two_passes_are_an_epoch(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 9, signal.SIGTERM)
         with pytest.raises(Interrupted):
-            train(settings(**given), tmp_path / "two", quiet=True, threads=1)
+            train(settings(**given), tmp_path / "two", quiet=True, workers=1)
     found = run(tmp_path / "two", resume=True, **given)
     assert [row["step"] for row in found.rows] == [12, 24]
     for ours, pair in zip(found.rows, (expected.rows[:2], expected.rows[2:]), strict=True):
@@ -466,7 +466,7 @@ def test_a_damaged_state_is_a_sentence(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 9, signal.SIGTERM)
         with pytest.raises(Interrupted):
-            train(settings(), folder, quiet=True, threads=1)
+            train(settings(), folder, quiet=True, workers=1)
     last = folder / "last.safetensors"
     whole = load_checkpoint(last)
     assert (whole.state["step"], whole.state["epoch"]) == (9, 1)
