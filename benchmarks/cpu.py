@@ -192,13 +192,14 @@ def table(results):
         lines.append(f"| {' | '.join(cells)} |")
         if speed[COMPILED]:
             after.append(
-                f"{name}: timm's ConViT under torch.compile {speed[COMPILED]:.1f} images/s, ours "
-                f"{_with_quartiles(ratio[COMPILED])} times that."
+                f"{name}: timm's ConViT under torch.compile makes {speed[COMPILED]:.1f} images/s, "
+                f"ours {_with_quartiles(ratio[COMPILED])} times that."
             )
     after.insert(
         0,
-        "Medians of the turns, and of the ratios of ours to the other side within a round, with "
-        "their quartiles. Peak memory: of the process; ours with what its workers hold in the end.",
+        "Speeds are medians of the turns. A ratio is the median of the rounds' ratios of ours to "
+        "the other side, with its quartiles. Peak memory is that of the process. Ours includes "
+        "what its workers hold in the end.",
     )
     return "\n\n".join(["\n".join(lines), *after]) + "\n", rows
 

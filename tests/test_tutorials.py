@@ -117,19 +117,7 @@ def test_no_fence_escapes_the_runner(page):
     assert text.count("```") % 2 == 0
 
 
-# Links, pictures and formulas.
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
-        file = page.parent / target if target else page
-        assert file.exists(), f"{page.name} links to {target}"
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-            assert anchor in anchors, f"{page.name} links to {target}#{anchor}"
+# Neighbours, pictures and formulas.
 
 
 @pytest.mark.parametrize("page", NUMBERED, ids=lambda page: page.name)

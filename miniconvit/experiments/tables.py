@@ -40,18 +40,20 @@ TABLE_6 = {3: (62.3, 63.5), 5: (35.0, 53.1), 10: (1.3, 46.8)}
 """GPSA layers masked to ConViT-Ti's top-1 with content and with position masked."""
 
 NOTES = {
-    "sample-efficiency": "Paper: its table 2, ConViT-S and DeiT-S on ImageNet.",
-    "ablation": "Paper: its table 3, ConViT-S+ on ImageNet{}. Gates frozen stand at 0: content and "
-    "position have equal shares.",
-    "locality": "Paper: its figure 8a, first 100 classes of ImageNet, whose colour scale runs from "
-    "77 to 81: accuracy increases with both the strength and the number of layers.",
-    "masking": "Paper: its tables 5 and 6, ConViT-Ti and DeiT-Ti on ImageNet; 3, 5 and 10 of its "
-    "10 GPSA layers are compared with the same share of ours.",
-    "escape": "Paper: its figures 5 and 6, which have no numbers to read. Nonlocality grows from "
-    "its local start in all GPSA layers and ends below DeiT's; the mean of the gates falls in "
-    "every layer, in layers 6 to 10 to about 0, while some heads of the first five keep high "
-    "gates. Nonlocality in patches, mean over heads; for MHSA without the class token's row and "
-    "column, rows rescaled to sum one.",
+    "sample-efficiency": "The paper's numbers are those of its table 2: ConViT-S and DeiT-S on "
+    "ImageNet.",
+    "ablation": "The paper's numbers are those of its table 3: ConViT-S+ on ImageNet{}. Gates "
+    "frozen stand at 0, so content and position have equal shares.",
+    "locality": "The paper shows this in its figure 8a, on the first 100 classes of ImageNet. "
+    "There accuracy increases with both the strength and the number of layers. Its colour scale "
+    "runs from 77 to 81.",
+    "masking": "The paper's numbers are those of its tables 5 and 6: ConViT-Ti and DeiT-Ti on "
+    "ImageNet. Of its 10 GPSA layers 3, 5 and 10 are masked there, here the same share of ours.",
+    "escape": "The paper shows this in its figures 5 and 6, which have no numbers to read. There "
+    "nonlocality grows from its local start in all GPSA layers and ends below DeiT's. The mean of "
+    "the gates falls in every layer, in layers 6 to 10 to about 0. Some heads of the first five "
+    "layers keep high gates. Nonlocality is in patches, the mean over heads. For MHSA it leaves "
+    "out the class token's row and column, with rows rescaled to sum one.",
 }
 
 
@@ -159,10 +161,9 @@ def compare(first, second):
             why = "diverged" if entry["diverged"] else "is still to come"
             return f"{names}: no comparison, as every run of {name(entry)} {why}"
     text = f"{names}: {_difference(first['mean'] - second['mean'], first['unit'])}"
-    text += f" ({number(first)} against {number(second)})"
     text += _verdict(first["mean"] - second["mean"], _spread(first, second), first, second)
     if first["paper"] is not None and second["paper"] is not None:
-        text += f"; paper {first['paper'] - second['paper']:+.1f}"
+        text += f" (paper {first['paper'] - second['paper']:+.1f})"
     return text
 
 
@@ -208,7 +209,7 @@ def _gaps(plan, entries):
     text += f"{_difference(small - large, '%')}{_verdict(small - large, spread, *four)}"
     if all(entry["paper"] is not None for entry in four):
         papers = c1["paper"] - v1["paper"], c2["paper"] - v2["paper"]
-        text += "; paper {:+.1f} and {:+.1f}".format(*papers)
+        text += " (paper {:+.1f} and {:+.1f})".format(*papers)
     return [text]
 
 
@@ -227,6 +228,11 @@ def number(entry):
     if entry["spread"] is not None:
         text += f" ± {entry['spread']:.{digits}f}"
     return text + f" ({lost} diverged)" * (lost > 0)
+
+
+def _each_seed(entry):
+    digits = DIGITS[entry["unit"]]
+    return ", ".join("-" if v is None else f"{v:.{digits}f}" for v in entry["values"])
 
 
 def write_tables(plan, outcomes, out):
@@ -257,20 +263,20 @@ def _markdown(plan, outcomes, entries, sentences):
     lines = [
         f"# {plan.experiment}: {plan.asked['model']} on {data}",
         "",
-        f"{len(outcomes)} of {len(plan.runs)} runs, each of {plan.steps:,} steps and "
-        f"{plan.images_seen:,} images seen, trained {'; '.join(devices)}; {plan.recipe}. "
-        "Accuracies: top-1 in %, on the validation split, after the last step; the test set is not "
-        f"read. {_about_spread(plan)}",
+        f"{len(outcomes)} of {len(plan.runs)} runs were trained {' and '.join(devices)}. Each has "
+        f"{plan.steps:,} steps and sees {plan.images_seen:,} images. All follow the "
+        f"{plan.recipe}. Accuracies are top-1 in % on the validation split, after the last step. "
+        f"The test set is not read. {_about_spread(plan)}",
         "",
-        "| row | ours | seeds | training images | passes over the data | paper |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | ours | seeds | training images | passes over the data | paper | each seed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in entries:
         unit = f" ({entry['unit']})" if entry["unit"] == "patches" else ""
         paper = "" if entry["paper"] is None else f"{entry['paper']:.1f}"
         lines.append(
             f"| {name(entry)}{unit} | {number(entry)} | {entry['seeds']} | {entry['images']:,} "
-            f"| {entry['passes']:.1f} | {paper} |"
+            f"| {entry['passes']:.1f} | {paper} | {_each_seed(entry)} |"
         )
     note = NOTES[plan.experiment].format(", 10 % of each class" * (subset == 0.1))
     lines += ["", note, "", *(f"- {sentence}." for sentence in sentences)]
@@ -281,10 +287,10 @@ def _about_spread(plan):
     """What ± is, and how often it misleads: Student's t of equal rows passes sqrt(n)."""
     n = len(plan.seeds)
     if n == 1:
-        return "One seed: no spread."
+        return "There is one seed, so there is no spread."
     between, within = (200 * float(stdtr(df, -(n**0.5))) for df in (2 * n - 2, n - 1))
     return (
-        f"± is the sample standard deviation over {n} seeds, without the choice of the subset and "
-        "of the validation images; a difference is called beyond the spread where there is none "
-        f"in {between:.0f} % of comparisons of two rows, {within:.0f} % within a row."
+        f"± is the sample standard deviation over {n} seeds. It holds neither the choice of the "
+        "subset nor that of the validation images. Chance alone goes beyond the spread in "
+        f"{between:.0f} % of comparisons of two rows, {within:.0f} % within a row."
     )
