@@ -8,6 +8,10 @@ from scipy.special import erf as scipy_erf
 
 from .errors import UserError
 
+Array = np.ndarray  # or cupy.ndarray
+Params = dict[str, Array]
+"""Parameters or gradients under the official names."""
+
 DROP_PATH, DATA_ORDER, AUGMENTATION, RANDAUGMENT, ERASING, MIXING = range(1, 7)
 RANDOM_CROP, HOLD_OUT = 8, 9
 """The first counter after the seed says what is drawn, so that no two uses share random bits."""

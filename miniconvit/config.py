@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from sys import float_info
+from typing import Any, Self
 
 from .errors import UserError
 
@@ -10,7 +11,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel, where white is 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def as_pair(size):
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an int, which means a square, or of a pair of ints."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -78,41 +79,41 @@ class ConViTConfig:
             raise UserError(f"locality_strength must be finite, not {self.locality_strength}")
 
     @property
-    def image(self):
+    def image(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return as_pair(self.img_size)
 
     @property
-    def patch(self):
+    def patch(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
         return as_pair(self.patch_size)
 
     @property
-    def grid(self):
+    def grid(self) -> tuple[int, int]:
         """(rows, cols) of patches."""
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
         """N = rows * cols."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def hidden_dim(self):
+    def hidden_dim(self) -> int:
         """Width of the MLP's hidden layer."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property
-    def has_cls_token(self):
+    def has_cls_token(self) -> bool:
         """Whether the class token ever joins the patch tokens."""
         return self.local_up_to_layer < self.depth
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of to_dict. Raises UserError on an unknown field."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
@@ -121,12 +122,12 @@ class ConViTConfig:
         return cls(**values)
 
 
-def is_count(value, least=0):
+def is_count(value: object, least: int = 0) -> bool:
     """Whether value is an integer, no bool, and at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     """Whether value is a finite number, no bool."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) <= float_info.max
@@ -158,7 +159,7 @@ def _variants():
     return convits | twins
 
 
-VARIANTS = _variants()
+VARIANTS: dict[str, ConViTConfig] = _variants()
 """Name to configuration: the six published ConViTs (224 px, 1000 classes), three sizes for 32 px
 images, one for 64 px, and of each the plain ViT twin `vit_*`: same widths, same heads, no GPSA
 block."""

@@ -4,7 +4,7 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from .arrays import array_module
+from .arrays import Params, array_module
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -16,13 +16,20 @@ class AdamW:
     State: the two moments of each parameter, `exp_avg` and `exp_avg_sq`, and the step count.
     """
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.step_count = 0
         self.exp_avg = {name: _zeros_like(p) for name, p in params.items()}
         self.exp_avg_sq = {name: _zeros_like(p) for name, p in params.items()}
 
-    def step(self, params, grads, lr=None):
+    def step(self, params: Params, grads: Params, lr: float | None = None) -> None:
         """p -= lr * decay * p;  p -= lr * mhat / (sqrt(vhat) + eps), for every parameter.
 
         mhat and vhat are the moments divided by 1 - beta^t, which undoes their start at zero.
@@ -47,7 +54,7 @@ class AdamW:
             p -= (lr / correction1) * m / denominator
 
 
-def update_average(average, params, decay):
+def update_average(average: Params, params: Params, decay: float) -> None:
     """average = decay average + (1 - decay) params, in place: the exponential moving average.
 
     Written as a difference, so that what does not change stays what it is.
@@ -56,7 +63,7 @@ def update_average(average, params, decay):
         value += (1.0 - decay) * (params[name] - value)
 
 
-def clip_grad_norm(grads, max_norm):
+def clip_grad_norm(grads: Params, max_norm: float) -> float:
     """Scales all gradients in place so that their joint L2 norm is at most max_norm.
 
     Returns the norm before: a float, or a scalar on the device, for which nobody has waited.
@@ -81,7 +88,14 @@ def _zeros_like(p):
     return array_module(p).zeros_like(p)
 
 
-def warmup_cosine(t, total, peak, warmup, start=1e-6, minimum=1e-5):
+def warmup_cosine(
+    t: float,
+    total: float,
+    peak: float,
+    warmup: float,
+    start: float = 1e-6,
+    minimum: float = 1e-5,
+) -> float:
     """Linear warm-up from `start` to `peak` over `warmup`, then a cosine down to `minimum`.
 
     t, total and warmup in one unit (epochs or steps; fractions are fine). The cosine is a function

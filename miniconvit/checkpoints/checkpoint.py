@@ -5,16 +5,20 @@ known of normalisation, classes, data set and the state of the training.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..arrays import to_cpu
+from ..arrays import Params, to_cpu
 from ..config import ConViTConfig, is_number
 from ..errors import UserError
 from ..model import param_shapes
+from ..optim import AdamW
 from ..system import write_file
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -32,30 +36,30 @@ class Checkpoint:
     ema: the parameters' moving average, or None; mean, std (per channel), classes (names), data
     (name of the data set) and state: None where the file says nothing of them."""
 
-    params: dict
+    params: Params
     config: ConViTConfig
-    moments: dict | None = None
-    mean: list | None = None
-    std: list | None = None
-    classes: list | None = None
+    moments: dict[str, Params] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    classes: list[str] | None = None
     data: str | None = None
-    state: dict | None = None
-    ema: dict | None = None
+    state: dict[str, Any] | None = None
+    ema: Params | None = None
 
 
 def save_checkpoint(
-    path,
-    params,
-    config,
+    path: str | Path,
+    params: Params,
+    config: ConViTConfig,
     *,
-    optimizer=None,
-    ema=None,
-    mean=None,
-    std=None,
-    classes=None,
-    data=None,
-    state=None,
-):
+    optimizer: AdamW | None = None,
+    ema: Params | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    data: str | None = None,
+    state: dict[str, Any] | None = None,
+) -> None:
     """Writes params under their official names, the moments of `optimizer` under
     `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`, their average `ema` under `ema.`, and the rest
     as metadata (JSON types).
@@ -76,7 +80,7 @@ def save_checkpoint(
     write_file(path, save(tensors, {METADATA_KEY: text}))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """The Checkpoint in the file at path, on the CPU, arrays fresh and writable.
 
     Raises UserError, naming the file, where it is missing, damaged, not a checkpoint of miniconvit,
@@ -102,7 +106,7 @@ def load_checkpoint(path):
         ) from error
 
 
-def checkpoint_of_run(folder):
+def checkpoint_of_run(folder: Path) -> Path:
     """The path of a run's best checkpoint, or before the first epoch's end of its last one.
 
     Raises UserError where there is neither.
@@ -113,7 +117,7 @@ def checkpoint_of_run(folder):
     raise UserError(f"{folder} holds no checkpoint: give the folder of a run")
 
 
-def not_finite(tensors):
+def not_finite(tensors: Params) -> str | None:
     """What is wrong, naming the first tensor with an infinity or a NaN; None where all is well."""
     for name, value in tensors.items():
         if not np.isfinite(value).all():
@@ -133,7 +137,7 @@ def _flat(params, more):
     return tensors
 
 
-def find_problem(tensors, shapes, more=()):
+def find_problem(tensors: Params, shapes: dict[str, tuple], more: Iterable[str] = ()) -> str | None:
     """What is wrong with names, shapes (a dict) or dtypes: the first finding, or None.
 
     more: prefixes under which all names and shapes are expected again.
@@ -173,7 +177,7 @@ def _is_list(values, length, holds):
     return isinstance(values, list) and len(values) == length and all(map(holds, values))
 
 
-def read_safetensors(path):
+def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
     """({name: array}, the text of our metadata entry or None) of any .safetensors file.
 
     Raises UserError, naming the file, where it is missing or damaged.

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from .checkpoint import Checkpoint
 
-def at_resolution(checkpoint, img_size):
+
+def at_resolution(checkpoint: Checkpoint, img_size: int | tuple[int, int]) -> Checkpoint:
     """The Checkpoint for images of another size: pos_embed interpolated, the rest as it is, since
     positions count in patches. Raises UserError where the patches do not cut that size."""
     old, config = checkpoint.config, replace(checkpoint.config, img_size=img_size)
@@ -16,7 +18,9 @@ def at_resolution(checkpoint, img_size):
     return replace(checkpoint, params=params, config=config)
 
 
-def resample_pos_embed(pos_embed, old_grid, new_grid):
+def resample_pos_embed(
+    pos_embed: np.ndarray, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> np.ndarray:
     """Bicubic interpolation with antialiasing of (1, N, D) from one grid (rows, cols) to another:
     what timm's resample_abs_pos_embed computes."""
     rows, cols = (_bicubic(old, new) for old, new in zip(old_grid, new_grid, strict=True))

@@ -11,6 +11,8 @@ import zipfile
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +81,7 @@ class Tensor:
     stride: tuple
 
 
-def read_torch_file(path):
+def read_torch_file(path: str | Path) -> Any:
     """The object in a .pth, .pt or .bin file: dicts, with NumPy arrays for the tensors in them.
 
     Both of PyTorch's formats are read, the zip archive and the older one. Half precision becomes

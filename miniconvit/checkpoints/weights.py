@@ -8,6 +8,7 @@ their shapes.
 import hashlib
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, nextafter
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig
 from ..errors import UserError
 from ..model import param_shapes
@@ -46,7 +48,9 @@ NOT_OF_THE_ARCHITECTURE = {
 """Fields of a configuration in which two models may differ and share all but pos_embed and head."""
 
 
-def open_weights(source, model=None, img_size=None):
+def open_weights(
+    source: str | Path, model: str | None = None, img_size: int | tuple[int, int] | None = None
+) -> tuple[Path, Checkpoint]:
     """(path, Checkpoint) of a checkpoint file, the best one of a run folder, a .safetensors or .pth
     file with the official names, or a name of PUBLISHED, which is fetched from the hub.
 
@@ -69,12 +73,14 @@ class Start:
     """What a training takes from elsewhere. params: by name, without what begins fresh; sha256: of
     the file; text: one line for the user."""
 
-    params: dict
+    params: Params
     sha256: str
     text: str
 
 
-def read_start(source, config, classes, sha256=None):
+def read_start(
+    source: str | Path, config: ConViTConfig, classes: Sequence[str], sha256: str | None = None
+) -> Start:
     """The Start of a training of the model `config` on `classes` from any source of open_weights.
 
     pos_embed is interpolated to config's grid. The head begins fresh where the classes are others.
@@ -111,7 +117,7 @@ def read_start(source, config, classes, sha256=None):
     return Start(params, found_sha256, text)
 
 
-def variant_name(config):
+def variant_name(config: ConViTConfig) -> str | None:
     """The name in VARIANTS of this architecture, with img_size and patch_size as given there or
     not; None where it has none."""
     names = [name for name, variant in VARIANTS.items() if not _difference(config, variant)]
@@ -119,7 +125,7 @@ def variant_name(config):
     return next(iter(same or names), None)
 
 
-def timm_call(config):
+def timm_call(config: ConViTConfig) -> str:
     """The call that makes this model in timm, as text, with what differs from timm's own values.
 
     Raises UserError for models that timm does not have.
@@ -246,7 +252,11 @@ def _unwrapped(value, path):
     return tensors
 
 
-def recognise(tensors, num_heads=None, img_size=None):
+def recognise(
+    tensors: Params,
+    num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> ConViTConfig:
     """The ConViTConfig that the shapes of official tensors (a dict by name) tell.
 
     num_heads is asked for where no block is GPSA; img_size where the patches do not lie on a square

@@ -10,6 +10,7 @@ the floor is the round-off of the difference itself. Where the numeric gradient 
 verdict is `zero`, which passes only where it was expected: nothing passes by showing nothing.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import inf, sqrt
 
@@ -45,11 +46,11 @@ class Report:
     problems: tuple[str, ...] = ()
 
     @property
-    def ok(self):
+    def ok(self) -> bool:
         """True where every row is right, every zero was expected, and nothing else was wrong."""
         return not self.problems and all(row.verdict != "WRONG" for row in self.rows)
 
-    def __str__(self):
+    def __str__(self) -> str:
         width = max([len("tensor"), *(len(row.name) for row in self.rows)])
         lines = [f"{'tensor':{width}}  {'shape':14} {'|analytic|':>10} {'|numeric|':>10}  error"]
         about = "" if self.every_entry else "~"
@@ -62,7 +63,14 @@ class Report:
         return "\n".join([*lines, *self.problems])
 
 
-def check_gradients(forward, backward, inputs, seed=0, every_entry=False, expect_zero=()):
+def check_gradients(
+    forward: Callable[..., tuple],
+    backward: Callable[..., dict[str, np.ndarray] | tuple | np.ndarray],
+    inputs: dict[str, np.ndarray],
+    seed: int = 0,
+    every_entry: bool = False,
+    expect_zero: Collection[str] = (),
+) -> Report:
     """Compares backward's gradients with central differences of forward, tensor by tensor.
 
     forward(**inputs) -> (y, cache), with y an array, a number, or a tuple of arrays;
