@@ -1,11 +1,13 @@
-"""ConViT in one file: forward, every gradient by hand, AdamW, and a training, all in NumPy.
+"""ConViT in one file: forward pass, every gradient by hand, AdamW and a training, in NumPy.
 
-A vision transformer cuts an image into patches, makes a vector ("token") of each, and lets the
-tokens look at each other. ConViT (d'Ascoli et al. 2021) tells its first blocks where to look: each
-head starts as a soft convolution, at a fixed offset, and a gate learns how far to leave it.
-Each layer is a pair: y, cache = x_forward(...), and x_backward(dy, cache) from dy = dL/dy to the
-gradients of its inputs. The chain rule is then nothing but the layers in reverse.
-Run `python examples/convit_in_one_file.py`.
+A vision transformer cuts an image into patches, makes a vector (a token) of each, and lets tokens
+look at each other. In ConViT (d'Ascoli et al. 2021) the first blocks are told where to look. Each
+head starts as one soft tap of a convolution's kernel, and a gate learns how far to leave it.
+Every layer is a pair: y, cache = x_forward(...) and x_backward(dy, cache), where dy means dL/dy.
+Run `python examples/convit_in_one_file.py`. It takes two and a half minutes of a processor core;
+where others use the cores too, put OPENBLAS_NUM_THREADS=1 before it. The loss stays at 2.3, that of
+guessing, for 50 steps. It rests at 1.2, with 30 % of the unseen images right, when the network
+knows the texture but not its place. Then it falls below 0.05, and 99.9 % are right.
 """
 
 import time
@@ -22,7 +24,8 @@ HEADS = 4  # H, each of d = D / H features; a square number, for the k x k offse
 HIDDEN = 4 * WIDTH  # M, inside the MLP
 DEPTH = 4  # blocks
 GPSA = 3  # the first so many are gated positional self-attention, the rest plain
-EPOCHS, BATCH, PEAK, DECAY = 5, 64, 2e-3, 0.05
+EPOCHS, BATCH, PEAK, DECAY = 5, 64, 2e-3, 0.05  # PEAK: of the learning rate; DECAY: of weights
+# In shapes: B images, N tokens, R = B N rows, C, P, A (B, H, N, N) attention: a row per query.
 
 
 def linear_forward(x, weight, bias=0):
@@ -129,7 +132,9 @@ def content_backward(dC, cache):
     """With dS the gradient of the scores: (1) dq = dS k / sqrt d.  (2) dk = dS^T q / sqrt d."""
     cache_softmax, scaled, k, scale = cache
     dS = softmax_backward(dC, cache_softmax)  # (B, H, N, N)
-    return (dS @ k) * scale, dS.swapaxes(-1, -2) @ scaled  # (1) (2) (B, H, N, d) each
+    dq = (dS @ k) * scale  # (1) (B, H, N, d)
+    dk = dS.swapaxes(-1, -2) @ scaled  # (2) (B, H, N, d); scaled is q / sqrt d
+    return dq, dk
 
 
 def mhsa_forward(x, params, num_heads):
@@ -159,11 +164,11 @@ def mhsa_backward(dy, cache):
 def position_forward(weight, bias, grid):
     """P = softmax(R w + b),  R = (dx, dy, dx^2 + dy^2), key minus query: look at one offset.
 
-    With w = s (2 cx, 2 cy, -1) the score is -s |offset - centre|^2 and a constant: a soft pixel of
-    a convolution. weight (H, 3), bias (H,), grid (rows, cols). Returns P (H, N, N).
+    With w = s (2 cx, 2 cy, -1) the score is -s |offset - centre|^2 and a constant: one soft tap.
+    weight (H, 3), bias (H,), grid (rows, cols). Returns P (H, N, N).
     """
     row, col = np.divmod(np.arange(grid[0] * grid[1]), grid[1])  # (N,) each
-    dx, dy = col - col[:, None], row - row[:, None]  # (N, N) each: [query, key]
+    dx, dy = col - col[:, None], row - row[:, None]  # (N, N) each: offsets, no gradients
     R = np.stack([dx, dy, dx * dx + dy * dy], axis=-1).astype(weight.dtype)  # (N, N, 3)
     P, cache = softmax_forward((R @ weight.T + bias).transpose(2, 0, 1))  # (H, N, N)
     return P, (cache, R)
@@ -442,7 +447,4 @@ def train(data, epochs=EPOCHS):
 
 
 if __name__ == "__main__":
-    params, _ = train(load_dataset("shapes"))
-    for i in range(GPSA):
-        gates = 1 / (1 + np.exp(-params[f"blocks.{i}.attn.gating_param"]))
-        print(f"block {i + 1}: its heads look by position to {gates.round(2)}")
+    train(load_dataset("shapes"))

@@ -7,7 +7,7 @@ from functools import partial
 
 import miniconvit as mc
 from miniconvit.data import augment, epoch_order, load_dataset, normalize
-from miniconvit.parallel import Engine
+from miniconvit.engine.threads import Engine
 
 EPOCHS, BATCH, PEAK = 6, 64, 2e-3
 
