@@ -12,6 +12,7 @@ from ..system import write_file
 from . import pictures
 from .maps import query_maps, uniform_nonlocality
 from .readings import describe, plain
+from .style import require_matplotlib
 
 CLASS_TOKEN = "MHSA: without the class token's row and column, rows rescaled to sum one"
 
@@ -79,7 +80,7 @@ def write_inspection(inspection, out):
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(inspection.to_dict(), allow_nan=False)
     write_file(out / "inspect.json", text.encode() + b"\n")
-    pictures.require_matplotlib()
+    require_matplotlib()
     names = ["inspect.json"]
 
     def draw(function, name, *args):

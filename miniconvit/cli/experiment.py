@@ -8,7 +8,7 @@ from shlex import quote
 
 import click
 
-from ..analysis.pictures import require_matplotlib
+from ..analysis.style import require_matplotlib
 from ..data.dataset import SOURCES
 from ..errors import UserError
 from ..experiments.figures import draw

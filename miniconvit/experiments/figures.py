@@ -4,24 +4,21 @@ from math import hypot
 
 import numpy as np
 
-from ..analysis import pictures
+from ..analysis import pictures, style
 from ..analysis.inspection import CLASS_TOKEN
 from ..config import VARIANTS
 from .plan import STRENGTHS
 from .tables import name, number
 
-# Of Okabe and Ito: all eyes tell them apart.
-BLUE, ORANGE = "#0072B2", "#D55E00"
-COLORS = {"convit": BLUE, "vit": ORANGE}
 YLABEL = "validation top-1 (%)"
 
 
+@style.look()
 def draw(plan, outcomes, entries, out):
     """Draws NAME.png (and for escape escape-gates.png) into the folder out. Returns their names.
 
     Raises UserError where matplotlib is missing.
     """
-    pictures.require_matplotlib()
     path = out / f"{plan.experiment}.png"
     if plan.experiment == "escape":
         return _draw_escape(plan, outcomes, path)
@@ -29,42 +26,43 @@ def draw(plan, outcomes, entries, out):
     figure = function.get(plan.experiment, _draw_dots)(plan, entries)
     if len(plan.seeds) > 1:
         note = f"±: sample standard deviation over {len(plan.seeds)} seeds"
-        figure.supxlabel(note, fontsize=6)
-    pictures.save(figure, path)
+        figure.supxlabel(note, fontsize=7)
+    style.save(figure, path)
     return [path.name]
 
 
 def _draw_sample_efficiency(plan, entries):
     """Figure 2a: accuracy over the share of the images; and the gain, beside the paper's."""
-    figure, ((left, right),) = pictures.new_figure(1, 2, height=3.0)
+    figure, ((left, right),) = style.new_figure(1, 2, height=3.0)
     percent = [100 * fraction for fraction in plan.asked["fractions"]]
     ordered = sorted(entries, key=lambda entry: entry["images"])
     convit, vit = ordered[::2], ordered[1::2]
-    for kind, rows, marker in (("convit", convit, "o-"), ("vit", vit, "s--")):
+    for rows, marker, color in ((convit, "o-", style.CONVIT), (vit, "s--", style.VIT)):
         points = [(p, e["mean"], e["spread"] or 0.0) for p, e in zip(percent, rows, strict=True)]
         label = rows[0]["label"].partition(",")[0]
-        _bars(left, points, fmt=marker, color=COLORS[kind], label=label)
+        _bars(left, points, fmt=marker, color=color, label=label)
     pairs = list(zip(percent, convit, vit, strict=True))
-    _bars(right, [(p, *_gain(c, v)) for p, c, v in pairs], fmt="ko-", label="ours")
+    _bars(
+        right, [(p, *_gain(c, v)) for p, c, v in pairs], fmt="o-", color=style.BLACK, label="ours"
+    )
     papers = [(p, c["paper"] and 100 * (c["paper"] / v["paper"] - 1), 0.0) for p, c, v in pairs]
-    _bars(right, papers, fmt="D:", color="0.45", label="paper (ImageNet, S)")
-    left.set_ylabel(YLABEL, fontsize=8)
+    _bars(right, papers, fmt="D:", color=style.GREY, label="paper (ImageNet, S)")
+    left.set_ylabel(YLABEL)
     right.axhline(0, color="0.7", linewidth=0.8)
-    right.set_ylabel("gain of ConViT over ViT (% of ViT's)", fontsize=8)
+    right.set_ylabel("gain of ConViT over ViT (% of ViT's)")
     for axis in (left, right):
         axis.set_xscale("log")
         axis.set_xticks(percent, [f"{p:g}" for p in percent])
         axis.minorticks_off()
-        axis.set_xlabel("images kept of each class (%)", fontsize=8)
-        _finish(axis)
-        axis.legend(fontsize=7, frameon=False)
+        axis.set_xlabel("images kept of each class (%)")
+        axis.legend()
     return figure
 
 
-def _bars(axis, points, **style):
+def _bars(axis, points, **options):
     """(x, mean, spread) of what has a mean."""
     points = [[np.nan if value is None else value for value in point] for point in points]
-    axis.errorbar(*zip(*points, strict=True), capsize=3, linewidth=1.3, markersize=4, **style)
+    axis.errorbar(*zip(*points, strict=True), **options)
 
 
 def _gain(first, second):
@@ -78,33 +76,28 @@ def _gain(first, second):
 
 def _draw_dots(plan, entries):
     """Tables 3, 5 and 6 as dots: ours with its spread, the paper's beside it."""
-    figure, axes = pictures.new_figure(1, 2, height=0.8 + 0.28 * len(entries), sharey=True)
+    figure, axes = style.new_figure(1, 2, height=0.8 + 0.28 * len(entries), sharey=True)
     left, right = axes[0]
     heights = range(len(entries), 0, -1)
     for y, entry in zip(heights, entries, strict=True):
-        color = ORANGE if entry["row"] in ("e", "vit") else BLUE
+        color = style.VIT if entry["row"] in ("e", "vit") else style.CONVIT
         if entry["paper"] is not None:
-            right.plot(entry["paper"], y, "D", color=color, markersize=4)
+            right.plot(entry["paper"], y, "D", color=color)
         if entry["mean"] is None:
             left.annotate(number(entry), (0.5, y), xycoords=("axes fraction", "data"), fontsize=7,
                           ha="center", va="center")  # fmt: skip
         else:
-            left.errorbar(entry["mean"], y, xerr=entry["spread"], fmt="o", color=color, capsize=3,
-                          markersize=4)  # fmt: skip
+            left.errorbar(entry["mean"], y, xerr=entry["spread"], fmt="o", color=color)
     left.set_yticks(list(heights), [name(entry) for entry in entries])
     left.set_ylim(0.4, len(entries) + 0.6)
-    left.set_xlabel(YLABEL, fontsize=8)
+    left.set_xlabel(YLABEL)
     share = "all images" if plan.asked["subset"] == 1 else f"{100 * plan.asked['subset']:g} %"
-    right.set_xlabel(f"paper: ImageNet top-1 (%), {share}", fontsize=8)
-    for axis in (left, right):
-        _finish(axis)
+    right.set_xlabel(f"paper: ImageNet top-1 (%), {share}")
     return figure
 
 
 def _draw_locality(plan, entries):
     """Figure 8a: accuracy over locality strength and number of GPSA layers."""
-    from matplotlib.ticker import NullLocator
-
     by_row = {entry["row"]: entry for entry in entries}
     layers = sorted({row.settings.local_up_to_layer for row in plan.rows})
     values = np.full((len(STRENGTHS), len(layers)), np.nan)
@@ -116,20 +109,18 @@ def _draw_locality(plan, entries):
             place = i, layers.index(s.local_up_to_layer)
             values[place] = np.nan if entry["mean"] is None else entry["mean"]
             texts[place] = number(entry).replace(" ", "\n", 1)
-    figure, ((axis,),) = pictures.new_figure(1, 1, height=3.0, width=4.6)
+    figure, ((axis,),) = style.new_figure(1, 1, height=3.0, width=4.6)
     shown = axis.imshow(values, cmap="cividis", origin="lower", aspect="auto")
     for (i, j), text in texts.items():
         color = "w" if shown.norm(values[i, j]) < 0.5 else "k"
         axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(range(len(layers)), layers)
     axis.set_yticks(range(len(STRENGTHS)), [f"{strength:g}" for strength in STRENGTHS])
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params(labelsize=7)
-    axis.set_xlabel("GPSA layers (0: plain ViT, which has no strength)", fontsize=8)
-    axis.set_ylabel("locality strength", fontsize=8)
+    axis.grid(False)
+    axis.set_xlabel("GPSA layers (0: plain ViT, which has no strength)")
+    axis.set_ylabel("locality strength")
     bar = figure.colorbar(shown, ax=axis)
-    bar.set_label(YLABEL, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label(YLABEL)
     return figure
 
 
@@ -156,8 +147,3 @@ def _draw_escape(plan, outcomes, path):
         pictures.draw_nonlocality(panels, f"{note}; {CLASS_TOKEN}", path, xlabel)
         names.insert(0, path.name)
     return names
-
-
-def _finish(axis):
-    axis.grid(alpha=0.3, linewidth=0.5)
-    axis.tick_params(labelsize=7)

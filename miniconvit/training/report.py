@@ -1,12 +1,11 @@
 """What a training run shows: a progress bar, a line per epoch, a summary, curves."""
 
-import io
 import sys
 from importlib.util import find_spec
 
 from tqdm import tqdm
 
-from ..system import write_file
+from ..analysis import style
 
 COLUMNS = "epoch   train loss   train acc   val loss   val acc        lr   images/s      time"
 BAR = "{desc} |{bar:20}| {percentage:3.0f} %, {rate_noinv_fmt}, {remaining} left"
@@ -79,25 +78,19 @@ def draw_curves(rows, path):
     """A picture of losses and accuracies by epoch. False where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    for axis, name, scale in ((axes[0], "loss", 1), (axes[1], "top1", 100)):
-        for split in ("train", "val"):
-            values = [scale * row[f"{split}_{name}"] for row in rows]
-            axis.plot(epochs, values, marker="o", markersize=3, label=split)
-        axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_title("loss")
-    axes[1].set_title("accuracy in %")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
+    with style.look():
+        figure, ((left, right),) = style.new_figure(1, 2, height=2.8)
+        epochs = [row["epoch"] for row in rows]
+        for axis, name, scale in ((left, "loss", 1), (right, "top1", 100)):
+            for split, line, color in (("train", "o--", style.TRAIN), ("val", "o-", style.VAL)):
+                values = [scale * row[f"{split}_{name}"] for row in rows]
+                axis.plot(epochs, values, line, color=color, label=split)
+            axis.set_xlabel("epoch")
+            style.whole_numbers(axis)
+            axis.legend()
+        left.set_ylabel("loss")
+        right.set_ylabel("accuracy (%)")
+        style.save(figure, path, style.SCREEN)
     return True
 
 

@@ -324,7 +324,7 @@ def test_text(run, tmp_path, program):
 
 
 def test_numbers_come_without_matplotlib(run, tmp_path, program, monkeypatch):
-    monkeypatch.setattr("miniconvit.analysis.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("miniconvit.analysis.style.find_spec", lambda name: None)
     assert program("inspect", run, "--json")[0] == 0
     status, out, err = program("inspect", run, "--out", tmp_path / "x")
     assert status == 2

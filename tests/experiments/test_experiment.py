@@ -530,7 +530,7 @@ def test_without_matplotlib_there_are_tables_and_later_a_picture(
 ):
     argv = command("locality", "x", "--subset", 1, seeds=1, budget=10)
     with monkeypatch.context() as patch:
-        patch.setattr("miniconvit.analysis.pictures.find_spec", lambda name: None)
+        patch.setattr("miniconvit.analysis.style.find_spec", lambda name: None)
         status, _, err = program(*argv)
     assert status == 0
     assert err == (
