@@ -136,11 +136,11 @@ def test_pictures_are_small_described_drawn_by_the_script_and_used():
         used |= {link: alt for alt, link in pictures}
     assert all(len(alt) > 30 for alt in used.values())
     files = {f"figures/{file.name}" for file in (FOLDER / "figures").glob("*.[ps][nv]g")}
-    assert files == set(used)
+    assert files | {"../docs/architecture.svg", "../docs/heads.png"} == set(used)
     script = (FOLDER / "figures" / "draw.py").read_text(encoding="utf-8")
     for link in used:
         assert (FOLDER / link).stat().st_size < 60_000
-        assert f"\ndef {Path(link).stem}(" in script
+        assert link.endswith(".svg") or f"\ndef {Path(link).stem}(" in script
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -188,7 +188,8 @@ def test_notebook_follows_format_4_5(page):
 
 def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     (tmp_path / "dot.png").write_bytes(b"PNG")
-    more = "\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png)\n"
+    (tmp_path / "line.svg").write_bytes(b"SVG")
+    more = "\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png) ![A line](line.svg)\n"
     page = write_page(tmp_path, SAMPLE.replace("{x}", "2") + more)
     assert CliRunner().invoke(command, [str(page), str(tmp_path / "a.ipynb")]).exit_code == 0
     cells = json.loads((tmp_path / "a.ipynb").read_text())["cells"]
@@ -198,9 +199,12 @@ def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     assert cells[1]["outputs"][0]["text"] == ["0.667"]
     assert "raise SystemExit" in "".join(cells[2]["source"])
     assert "".join(cells[4]["source"]) == (
-        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png)"
+        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png) ![A line](attachment:line.svg)"
     )
-    assert cells[4]["attachments"] == {"dot.png": {"image/png": "UE5H"}}
+    assert cells[4]["attachments"] == {
+        "dot.png": {"image/png": "UE5H"},
+        "line.svg": {"image/svg+xml": "U1ZH"},
+    }
 
 
 def test_notebook_is_not_overwritten(tmp_path):

@@ -62,8 +62,8 @@ def draw_gates(epochs, values, path, xlabel="epoch", note=""):
                               linewidth=1.2 if seeds == 1 else 0.9)  # fmt: skip
             lines[0].set_label(f"{h + 1}")
         axis.plot(epochs, values[:, :, i].mean(axis=(0, 2)), "--", color=style.BLACK, label="mean")
-        # Whole tenths around what the gates do.
-        axis.set(ylim=(np.floor(10 * values.min()) / 10, np.ceil(10 * values.max()) / 10))
+        tenths = np.floor(10 * values)  # the axis ends at tenths around what the gates do
+        axis.set(ylim=(tenths.min() / 10, (tenths.max() + 1) / 10))
         axis.set(title=style.layer_name(i), xlabel=xlabel if i + columns >= layers else "")
         axis.tick_params(labelbottom=i + columns >= layers)
         style.whole_numbers(axis)

@@ -9,6 +9,7 @@ import json
 import re
 from base64 import b64encode
 from dataclasses import dataclass, replace
+from mimetypes import guess_type
 from pathlib import Path
 
 from ..errors import UserError
@@ -18,7 +19,7 @@ FOLDER = Path("tutorials")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
-_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.png)\)")
+_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.(?:png|svg))\)")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _prose_cell(cell, folder):
     attachments = {}
     for _, link in _IMAGE.findall(text):
         data = b64encode((folder / link).read_bytes()).decode()
-        attachments[Path(link).name] = {"image/png": data}
+        attachments[Path(link).name] = {guess_type(link)[0]: data}
     text = _IMAGE.sub(lambda image: f"![{image[1]}](attachment:{Path(image[2]).name})", text)
     prose = {"cell_type": "markdown", "source": _lines(text)}
     return prose | ({"attachments": attachments} if attachments else {})
