@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from miniconvit import pictures, style
+from miniconvit.analysis import pictures, style
+from miniconvit.analysis.inspection import inspect
 from miniconvit.cli.inspect import _text
 from miniconvit.config import VARIANTS
 from miniconvit.data import load_dataset
-from miniconvit.inspection import inspect
 from miniconvit.model import init_params
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -102,7 +102,7 @@ def test_more_attention_is_darker(kind):
 
 
 def test_the_drawing_of_the_architecture_holds_by_itself():
-    path = Path(__file__).parents[1] / "docs" / "architecture.svg"
+    path = Path(__file__).parents[2] / "docs" / "architecture.svg"
     root = ElementTree.parse(path).getroot()
     names = [element.tag.rpartition("}")[2] for element in root.iter()]
     assert {"title", "desc"} <= set(names) and not {"image", "script", "style"} & set(names)
