@@ -17,10 +17,11 @@ from scipy.optimize import minimize
 
 import miniconvit as mc
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.data import Split, load_dataset
+from miniconvit.data import ImageArray, Split, load_dataset
 from miniconvit.data.shapes import flatten_textures, shuffle_patches
 from miniconvit.engine.threads import Engine
-from miniconvit.training.loop import evaluate, train
+from miniconvit.training.evaluate import evaluate
+from miniconvit.training.loop import train
 from miniconvit.training.settings import make_settings
 
 SEEDS = (0, 1, 2)
@@ -48,7 +49,7 @@ def linear_accuracy(dataset):
     """The best validation accuracy of multinomial logistic regression over its regularisation."""
 
     def pixels(split):
-        x = split.images.reshape(len(split.labels), -1).astype("float32") / 255 - 0.5
+        x = split.images[:].reshape(len(split.labels), -1).astype("float32") / 255 - 0.5
         return np.concatenate([x, np.ones((len(x), 1), "float32")], axis=1)
 
     x, labels, x_val = pixels(dataset.train), dataset.train.labels, pixels(dataset.val)
@@ -80,7 +81,9 @@ def accuracy_on(images, labels, path):
     """Top-1 accuracy of a checkpoint."""
     found = load_checkpoint(path)
     with Engine(found.config) as engine:
-        return evaluate(engine, Split(images, labels), found.mean, found.std, found.params)[1]
+        return evaluate(
+            engine, Split(ImageArray(images), labels), found.mean, found.std, found.params
+        )[1]
 
 
 def main(folder):
@@ -92,7 +95,7 @@ def main(folder):
         path, accuracy = trained_accuracy("convit_micro32", seed)
         rows["ConViT"].append(accuracy)
         rows["plain ViT twin"].append(trained_accuracy("vit_micro32", seed)[1])
-        shuffled = shuffle_patches(dataset.val.images, seed)
+        shuffled = shuffle_patches(dataset.val.images[:], seed)
         rows["patches shuffled"].append(accuracy_on(shuffled, dataset.val.labels, path))
         rows["textures flat"].append(accuracy_on(flat, dataset.val.labels, path))
     rows["linear classifier"] = [linear_accuracy(dataset)]

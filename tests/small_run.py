@@ -15,6 +15,8 @@ import numpy as np
 
 import miniconvit.training.loop as training
 from miniconvit.cli import main
+from miniconvit.data import ImageArray, Split
+from miniconvit.training import run
 
 OPTIONS = {
     "--model": "convit_micro32",
@@ -33,14 +35,14 @@ FLAGS = [str(word) for pair in OPTIONS.items() for word in pair]
 
 def stop_after(patch, step, signum=signal.SIGINT):
     """Sends this process the signal in the given step of the next run."""
-    once = training._Run._train_step
+    once = training.train_step
 
-    def stopping(self, draws, pixels):
-        once(self, draws, pixels)
-        if self.step == step:
+    def stopping(run, state, load):
+        once(run, state, load)
+        if state.step == step:
             signal.raise_signal(signum)
 
-    patch.setattr(training._Run, "_train_step", stopping)
+    patch.setattr(training, "train_step", stopping)
 
 
 def small_dataset(*_args, **_kwargs):
@@ -51,7 +53,7 @@ def small_dataset(*_args, **_kwargs):
         labels = np.arange(n) % 3
         images = rng.integers(0, 160, (n, 3, 8, 8))
         images[np.arange(n), labels] += 14
-        return SimpleNamespace(images=images.astype(np.uint8), labels=labels.astype(np.int64))
+        return Split(ImageArray(images.astype(np.uint8)), labels.astype(np.int64))
 
     return SimpleNamespace(
         name="shapes",
@@ -97,7 +99,7 @@ def kill_at(event):
 
 
 if __name__ == "__main__":
-    training.load_dataset = small_dataset
+    run.load_dataset = small_dataset
     training.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS))
     kill_at(int(os.environ.get("KILL_AT", "0")))
     main(sys.argv[1:])

@@ -12,7 +12,7 @@ from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
-from ..training.loop import evaluate
+from ..training.evaluate import evaluate
 from ..training.report import table
 from ..training.settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
 from .options import (

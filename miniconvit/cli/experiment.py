@@ -16,7 +16,7 @@ from ..experiments.plan import EXPERIMENTS, PLAN, complete, load_plan, refuse_ot
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
 from ..system import write_file
-from ..training.loop import Interrupted
+from ..training.interrupt import Interrupted
 from ..training.settings import flag
 from .options import data_dir_option, device_option, workers_option
 

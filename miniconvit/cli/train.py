@@ -11,9 +11,10 @@ import click
 from ..config import VARIANTS
 from ..data import PRESETS
 from ..training.freeze import FREEZE
-from ..training.loop import Diverged, Interrupted, default_out, train
+from ..training.interrupt import Diverged, Interrupted
+from ..training.loop import train
 from ..training.report import draw_curves, duration, table, text_curve
-from ..training.run_folder import RunFolder
+from ..training.run_folder import RunFolder, default_out
 from ..training.settings import (
     DEFAULT_RECIPE,
     RECIPES,

@@ -1,10 +1,10 @@
-"""Data sets, augmentation and normalisation: uint8 images (n, 3, H, W), or files that
-are decoded into them, and int64 labels (n,)."""
+"""Data sets, augmentation and normalisation: uint8 images (n, 3, H, W) in memory or in files, and
+int64 labels (n,)."""
 
 from .augment import PRESETS, augment, epoch_order, erase, normalize
-from .dataset import Dataset, Split, fingerprint, load_dataset
-from .feed import feed, training_images
-from .imagefolder import ImageFiles
+from .dataset import Dataset, Split, fingerprint, load_dataset, on_device
+from .feed import feed
+from .image_sets import ImageArray, ImageFiles
 from .images import BrokenImage
 from .mixing import draw_mix, mix_images, mix_targets
 
@@ -12,6 +12,7 @@ __all__ = [
     "PRESETS",
     "BrokenImage",
     "Dataset",
+    "ImageArray",
     "ImageFiles",
     "Split",
     "augment",
@@ -24,5 +25,5 @@ __all__ = [
     "mix_images",
     "mix_targets",
     "normalize",
-    "training_images",
+    "on_device",
 ]

@@ -107,11 +107,11 @@ def _crop_flip(images, bits):
 def normalize(images, mean, std, dtype="float32"):
     """(images / 255 - mean) / std per channel, computed in dtype throughout.
 
-    images: uint8 (b, 3, H, W); mean and std: one number for each channel, in units where white
-    is 1. Returns (b, 3, H, W) of dtype.
+    images: uint8 (b, 3, H, W), or the Images of a split; mean and std: one number for each channel,
+    in units where white is 1. Returns (b, 3, H, W) of dtype.
     """
-    xp = array_module(images)
-    y = images.astype(dtype)
+    y = images[:].astype(dtype)
+    xp = array_module(y)
     y /= 255
     y -= xp.asarray(mean, dtype=dtype)[:, None, None]
     y /= xp.asarray(std, dtype=dtype)[:, None, None]

@@ -20,6 +20,7 @@ import numpy as np
 import pooch
 
 from ..errors import UserError
+from .image_sets import ImageArray
 
 AUGMENTATION = "crop-flip"
 
@@ -48,7 +49,8 @@ class Cifar:
     AUGMENTATION: str = AUGMENTATION
 
     def read(self, folders, download):
-        """(class names, {"train", "val", "test": (images, labels)}) of the first folder with files.
+        """(class names, {"train", "val", "test": (ImageArray, labels)}) of the first folder with
+        files.
 
         folders: Path or None each; a folder may be the files' own or the one above it. val is the
         last HELD_OUT images of each class of the official training set, train the others, all in
@@ -74,9 +76,9 @@ class Cifar:
         for label in range(len(classes)):
             held_out[np.flatnonzero(labels == label)[-self.HELD_OUT :]] = True
         return classes, {
-            "train": (images[~held_out], labels[~held_out]),
-            "val": (images[held_out], labels[held_out]),
-            "test": test,
+            "train": (ImageArray(images[~held_out]), labels[~held_out]),
+            "val": (ImageArray(images[held_out]), labels[held_out]),
+            "test": (ImageArray(test[0]), test[1]),
         }
 
     def _find(self, folders):

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pooch
 
+from ..arrays import to_device
 from ..errors import UserError
 from . import imagefolder, shapes
 from .cifar import CIFAR10, CIFAR100
-from .imagefolder import ImageFiles
+from .image_sets import Images
 
 SOURCES = {"shapes": shapes, "cifar10": CIFAR10, "cifar100": CIFAR100, "imagefolder": imagefolder}
 """Name to the module or object with MEAN, STD, AUGMENTATION and read(folders, download)."""
@@ -19,9 +20,9 @@ SOURCES = {"shapes": shapes, "cifar10": CIFAR10, "cifar100": CIFAR100, "imagefol
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (n, 3, H, W), or ImageFiles of this shape; labels: int64 (n,)."""
+    """images: uint8 (n, 3, H, W), an ImageArray or ImageFiles; labels: int64 (n,)."""
 
-    images: np.ndarray | ImageFiles
+    images: Images
     labels: np.ndarray
 
 
@@ -63,8 +64,8 @@ def load_dataset(
     source = SOURCES[name]
     options = {"img_size": img_size, "broken": broken, "to_train": to_train}
     options = options if source is imagefolder else {}
-    classes, arrays = source.read(_folders(data_dir), download, **options)
-    splits = {split: Split(*both) if both else None for split, both in arrays.items()}
+    classes, found = source.read(_folders(data_dir), download, **options)
+    splits = {split: Split(*both) if both else None for split, both in found.items()}
     if subset < 1:
         splits["train"] = _first_of_each_class(splits["train"], subset)
     return Dataset(name, classes, source.MEAN, source.STD, source.AUGMENTATION, **splits)
@@ -74,7 +75,7 @@ def fingerprint(dataset):
     """SHA-256 of the names and labels of the image files to train and to validate on, in their
     order; None for arrays, which are always the same. Another picture under the same name changes
     nothing, one file more or less does."""
-    if not isinstance(dataset.val.images, ImageFiles):
+    if dataset.val.images.names() is None:
         return None
     found = hashlib.sha256(repr(dataset.classes).encode())
     for split in (dataset.train, dataset.val):
@@ -82,6 +83,28 @@ def fingerprint(dataset):
             found.update(f"{label} {name}\n".encode(errors="surrogateescape"))
         found.update(b"\n")
     return found.hexdigest()
+
+
+def on_device(dataset, xp):
+    """The data set as a training on arrays of the module xp needs it.
+
+    The images of train and val (but not those in files), the labels of train, and mean and std,
+    float32, are moved.
+    """
+    train, val = dataset.train, dataset.val
+    labels, mean, std = to_device(
+        (train.labels, *(np.asarray(x, "float32") for x in (dataset.mean, dataset.std))), xp
+    )
+    return Dataset(
+        dataset.name,
+        dataset.classes,
+        mean,
+        std,
+        dataset.augmentation,
+        Split(train.images.on(xp), labels),
+        Split(val.images.on(xp), val.labels),
+        dataset.test,
+    )
 
 
 def _folders(data_dir):
@@ -97,6 +120,4 @@ def _first_of_each_class(split, fraction):
         count = max(1, round(fraction * int(counts[label])))
         kept.append(np.flatnonzero(split.labels == label)[:count])
     kept = np.sort(np.concatenate(kept))
-    images = split.images
-    images = images.select(kept) if isinstance(images, ImageFiles) else images[kept]
-    return Split(images, split.labels[kept])
+    return Split(split.images.select(kept), split.labels[kept])

@@ -1,4 +1,4 @@
-"""Images for the training step: loaded where the step asks for them, or ahead of it."""
+"""Images for a step: loaded where it asks for them, or ahead of it."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -6,22 +6,8 @@ from itertools import islice
 
 import numpy as np
 
-from .augment import augment, operate
-from .imagefolder import ImageFiles
-
 AHEAD = 2  # batches that are loaded or wait while one is in use
 PART = 8  # images that one of several workers loads at a time
-
-
-def training_images(images, indices, seed, epoch, preset, repeat=0):
-    """The augmented images with these indices, uint8 (b, 3, H, W): `augment` of an array; of files
-    the random crops at their full size, in place of those of the padded image."""
-    if isinstance(images, ImageFiles):
-        if preset == "none":
-            return images[indices]
-        crops = images.training_view(indices, seed, epoch, repeat)
-        return operate(crops, indices, seed, epoch, preset, repeat)
-    return augment(images[indices], indices, seed, epoch, preset, repeat)
 
 
 def feed(view, batches, workers=0):

@@ -9,7 +9,6 @@ its place. Where there is no test, or one without class folders, the data set ha
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,14 +18,8 @@ from ..arrays import HOLD_OUT, random_bits
 from ..config import IMAGENET_MEAN, IMAGENET_STD, as_pair
 from ..errors import UserError
 from ..system import available_threads
-from .images import (
-    as_array,
-    evaluation_view,
-    finding,
-    open_image,
-    require_pillow,
-    training_view,
-)
+from .image_sets import ImageFiles
+from .images import finding, require_pillow
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = ("train", "val", "test")
@@ -36,57 +29,6 @@ NAMED = 10  # broken files that are named, of those left out
 MEAN, STD = IMAGENET_MEAN, IMAGENET_STD
 AUGMENTATION = "crop-flip"
 BROKEN = ("refuse", "skip")
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files in the place of an array uint8 (n, 3, height, width): indexing decodes them.
-
-    paths: of n files; size: (height, width). What is read from a file is never kept.
-    """
-
-    paths: tuple[str, ...]
-    size: tuple[int, int]
-
-    @property
-    def shape(self):
-        return len(self.paths), 3, *self.size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, which):
-        """The evaluation view of the images with these indices, or in this slice: uint8 (b, 3,
-        height, width). Raises BrokenImage, naming the file, where one cannot be decoded."""
-        indices = range(len(self))[which] if isinstance(which, slice) else which
-        return self._decoded(indices, lambda image, place: evaluation_view(image, self.size))
-
-    def training_view(self, indices, seed, epoch, repeat=0):
-        """Their random parts of this epoch, uint8 (b, 3, height, width): for each image a pure
-        function of (seed, epoch, index, repeat). repeat: the copy, a number or (b,)."""
-        copies = np.broadcast_to(repeat, len(indices))
-
-        def view(image, place):
-            draw = seed, epoch, int(indices[place]), int(copies[place])
-            return training_view(image, self.size, *draw)
-
-        return self._decoded(indices, view)
-
-    def select(self, indices):
-        """The files with these indices, in this order and undecoded."""
-        return ImageFiles(tuple(self.paths[index] for index in indices), self.size)
-
-    def names(self):
-        """The paths without what all of them begin with: the same after the folder has moved."""
-        ends = (os.path.dirname(self.paths[end]) for end in (0, -1))  # they are sorted
-        common = os.path.commonpath(list(ends))
-        return [os.path.relpath(path, common) for path in self.paths]
-
-    def _decoded(self, indices, view):
-        pixels = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        for place, index in enumerate(indices):
-            pixels[place] = as_array(view(open_image(self.paths[index]), place))
-        return pixels
 
 
 def read(folders, download, img_size=224, broken="refuse", to_train=True):

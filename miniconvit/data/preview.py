@@ -5,7 +5,7 @@ import io
 import numpy as np
 
 from ..system import write_file
-from . import PRESETS, draw_mix, erase, mix_images, normalize, training_images
+from . import PRESETS, draw_mix, erase, mix_images, normalize
 from .images import require_pillow
 
 ROWS, COPIES = 8, 7
@@ -47,7 +47,7 @@ def _places(labels):
 def _seen(dataset, places, seed, preset, copy):
     """The images as the first epoch would load this copy of them, normalised."""
     which = places, seed, 0, preset, copy
-    pixels = training_images(dataset.train.images, *which)
+    pixels = dataset.train.images.training_view(*which)
     return erase(normalize(pixels, dataset.mean, dataset.std), *which)
 
 

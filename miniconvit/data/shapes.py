@@ -24,6 +24,7 @@ import numpy as np
 
 from ..arrays import random_bits
 from ..errors import UserError
+from .image_sets import ImageArray
 
 COUNTS = {"train": 10_000, "val": 2_000, "test": 2_000}
 SHA256 = "73458124d24635a9e05eb84a14db453697ec4844174d3da210ea2ec774232745"
@@ -70,8 +71,8 @@ in half pixels from the centre."""
 
 
 def read(folders=(), download=False):
-    """(class names, {"train", "val", "test": (images, labels)}); the arguments have no effect."""
-    return CLASSES, {split: (_render(split), _labels(split)) for split in COUNTS}
+    """(class names, {"train", "val", "test": (ImageArray, labels)}). Nothing is looked for."""
+    return CLASSES, {split: (ImageArray(_render(split)), _labels(split)) for split in COUNTS}
 
 
 def flatten_textures(split):
@@ -103,12 +104,12 @@ def shuffle_patches(images, seed, patch_size=4):
     return tiles.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
-def digest(arrays):
+def digest(splits):
     """SHA-256 of the splits that `read` returns, to compare with SHA256."""
     sha = hashlib.sha256()
     for split in COUNTS:
-        images, labels = arrays[split]
-        sha.update(images.tobytes())
+        images, labels = splits[split]
+        sha.update(images[:].tobytes())
         sha.update(labels.astype("<i8").tobytes())
     return sha.hexdigest()
 

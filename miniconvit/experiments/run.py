@@ -17,8 +17,10 @@ from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..system import write_file
+from ..training.evaluate import evaluate
 from ..training.history import run_history
-from ..training.loop import Diverged, evaluate, train
+from ..training.interrupt import Diverged
+from ..training.loop import train
 from ..training.report import BAR, duration
 from ..training.run_folder import RunFolder
 from .plan import make_plan, rows_of, speed_key

@@ -3,8 +3,12 @@
 import json
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
+from platform import python_version
 
 from ..checkpoints.checkpoint import BEST, LAST
 from ..errors import UserError
@@ -17,6 +21,31 @@ except ImportError:  # Windows: two processes in one folder are then not told ap
 
 CONFIG, LOG = "config.json", "log.txt"
 BEFORE_CONFIG = {LOG, CONFIG + ".partial"}  # what a run that dies at once leaves behind
+
+
+def default_out(settings, resume=False):
+    """runs/DATA-MODEL-seedN, or with -2, -3, ... after it: the first of these folders that does not
+    exist; with resume=True the last that does, if any."""
+    name = f"{settings.data}-{settings.model}-seed{settings.seed}"
+    last = None
+    for candidate in chain([name], (f"{name}-{number}" for number in count(2))):
+        path = Path("runs") / candidate
+        if not path.exists():
+            return last if resume and last else path
+        last = path
+
+
+def describe(settings, config, data_dir, workers, place):
+    """For config.json: what decides a run, and where it was made."""
+    versions = {name: version(name) for name in ("numpy", "scipy", "safetensors")}
+    return {
+        "settings": asdict(settings),
+        "model": config.to_dict(),
+        "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
+        "place": place,
+        "workers": workers,
+        "versions": {"python": python_version()} | versions,
+    }
 
 
 class RunFolder:

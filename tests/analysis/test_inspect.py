@@ -12,7 +12,6 @@ from small_run import FLAGS, small_dataset
 
 import miniconvit.analysis.maps as attention
 import miniconvit.cli.eval as eval_command
-import miniconvit.training.loop as training
 from miniconvit import ConViTConfig, UserError, cli, init_params, layers, param_shapes
 from miniconvit.analysis.inspection import inspect
 from miniconvit.analysis.maps import (
@@ -217,13 +216,13 @@ class Namespace:
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
 
 
 def trained(folder, *flags):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "load_dataset", small_dataset)
+        patch.setattr("miniconvit.training.run.load_dataset", small_dataset)
         patch.setattr(sys, "stdout", io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main(["train", *FLAGS, "--epochs", "3", *flags, "--out", str(folder)])

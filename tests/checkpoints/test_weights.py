@@ -53,7 +53,7 @@ def bare(tmp_path):
 @pytest.fixture
 def program(program, monkeypatch):
     """The command line on the small data set."""
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
     return program
 
@@ -344,7 +344,7 @@ def settings_of(**given):
 @pytest.fixture
 def one_still_step(tmp_path, monkeypatch, capsys):
     """What a run begins from: the parameters after a step that moves nothing, and its lines."""
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
 
     def begin(device="cpu", **given):
         still = {"lr": 1e-30, "weight_decay": 0.0, "drop_path": 0.2}
@@ -512,7 +512,7 @@ def test_the_start_is_kept_as_a_path_that_every_folder_finds(tmp_path, program, 
 
 
 def test_resume_needs_the_file_until_the_first_checkpoint_and_no_longer(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     path, params = start_of(tmp_path)
     run, whole = tmp_path / "run", tmp_path / "whole"
     settings = settings_of(init_from=str(path), lr=0.01, steps=8)
@@ -760,7 +760,7 @@ def test_the_best_checkpoint_of_a_run_loads_into_timm_as_it_is(timm, tmp_path, m
     import safetensors.torch
     import torch
 
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     training.train(settings_of(lr=0.1), tmp_path / "run", workers=1, quiet=True)
     best = tmp_path / "run" / "best.safetensors"
     model = eval(timm_call(load_checkpoint(best).config), {"timm": timm}).eval()

@@ -28,7 +28,7 @@ SHORT = [*FLAGS, "--epochs", "2"]
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     monkeypatch.setattr(eval_command, "load_dataset", small_dataset)
 
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     """A run folder and what training printed."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "load_dataset", small_dataset)
+        patch.setattr("miniconvit.training.run.load_dataset", small_dataset)
         patch.setattr(sys, "stdout", io.StringIO())
         with pytest.raises(SystemExit) as end:
             cli.main(["train", *SHORT, "--out", str(folder)])
@@ -153,7 +153,7 @@ def test_resume_and_eval_look_where_the_data_lay(tmp_path, program, monkeypatch)
         asked.append((data_dir, download))
         return small_dataset()
 
-    monkeypatch.setattr(training, "load_dataset", note)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", note)
     monkeypatch.setattr(eval_command, "load_dataset", note)
     monkeypatch.chdir(tmp_path)
     run, data, elsewhere = tmp_path / "a run", tmp_path / "the data", tmp_path / "elsewhere"

@@ -30,7 +30,7 @@ def splits(dataset):
 
 
 def test_shapes_has_the_pinned_bytes(dataset):
-    arrays = {name: (split.images, split.labels) for name, split in splits(dataset).items()}
+    arrays = {name: (split.images[:], split.labels) for name, split in splits(dataset).items()}
     assert shapes.digest(arrays) == shapes.SHA256
     arrays["test"][0][5, 1, 7, 9] ^= 1
     changed = shapes.digest(arrays)
@@ -61,12 +61,12 @@ def moments(images):
 
 def test_shapes_normalisation_constants_are_those_of_its_training_images(dataset):
     constants = list(zip(dataset.mean, dataset.std, strict=True))
-    np.testing.assert_allclose(constants, list(moments(dataset.train.images)), atol=5e-4)
+    np.testing.assert_allclose(constants, list(moments(dataset.train.images[:])), atol=5e-4)
 
 
 def test_the_class_says_which_texture_is_where(dataset):
     """Stripes are constant along one axis, checks along none, a plain object along both."""
-    gray = dataset.test.images.astype(np.float64).mean(axis=1)
+    gray = dataset.test.images[:].astype(np.float64).mean(axis=1)
     quarters = ("top left", "top right", "bottom left", "bottom right")
     textures = {(True, False): "vertical stripes", (False, True): "horizontal stripes"}
     textures[True, True] = "checks"
@@ -114,7 +114,7 @@ def test_shapes_is_out_of_reach_of_a_linear_classifier(dataset):
 
 def test_flattened_scenes_keep_layout_and_lose_texture(dataset):
     flat = shapes.flatten_textures("val")
-    images = dataset.val.images
+    images = dataset.val.images[:]
     assert flat.shape == images.shape and flat.dtype == np.uint8
     same = (flat == images).all(axis=1)  # all but one object of four, which fills half a quarter
     assert 0.8 < same.mean() < 0.95
@@ -252,7 +252,8 @@ def test_cifar_splits_and_layout(small_cifar):
     check_records(data.train, np.delete(official, held_out, axis=0))
     check_records(data.test, records["test_batch.bin"])
     assert data.train.images.dtype == np.uint8 and data.train.labels.dtype == np.int64
-    assert data.train.images.flags.c_contiguous and data.train.images.flags.writeable
+    flags = data.train.images[:].flags
+    assert flags.c_contiguous and flags.writeable
     assert data.classes == tuple(NAMES)
     assert data.augmentation == "crop-flip"
 

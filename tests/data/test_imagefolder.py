@@ -19,9 +19,10 @@ import miniconvit.data.images as views
 import miniconvit.training.loop as training
 from miniconvit import UserError, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.data import ImageFiles, feed, imagefolder, load_dataset, training_images
+from miniconvit.data import ImageFiles, feed, image_sets, load_dataset
 from miniconvit.data.feed import AHEAD
 from miniconvit.data.images import random_box, read_image
+from miniconvit.training.interrupt import Interrupted
 from miniconvit.training.settings import make_settings
 
 Image = pytest.importorskip("PIL.Image")
@@ -241,7 +242,7 @@ def test_the_training_view_is_a_part_of_the_image_resized(tmp_path, monkeypatch)
     plain = np.asarray(part).transpose(2, 0, 1)
     seen = set()
     for epoch in range(12):
-        found = files.training_view([0], 3, epoch)[0]
+        found = files.training_view([0], 3, epoch, "crop-flip")[0]
         mirrored = np.array_equal(found, plain[:, :, ::-1])
         assert mirrored or np.array_equal(found, plain)
         seen.add(mirrored)
@@ -275,20 +276,20 @@ def test_the_training_views_are_distributed_as_published():
 
 def test_a_training_view_is_a_function_of_seed_epoch_index_and_repeat(folder):
     images = load(folder).train.images
-    whole = images.training_view(np.arange(33), 7, 2)
+    crops = "crop-flip"
+    whole = images.training_view(np.arange(33), 7, 2, crops)
     chosen = np.array([30, 4, 4, 11])
-    np.testing.assert_array_equal(images.training_view(chosen, 7, 2), whole[chosen])
-    np.testing.assert_array_equal(training_images(images, chosen, 7, 2, "crop-flip"), whole[chosen])
-    np.testing.assert_array_equal(training_images(images, chosen, 7, 2, "none"), images[chosen])
+    np.testing.assert_array_equal(images.training_view(chosen, 7, 2, crops), whole[chosen])
+    np.testing.assert_array_equal(images.training_view(chosen, 7, 2, "none"), images[chosen])
     same = ImageFiles((images.paths[5],) * 33, images.size)
-    base = same.training_view(np.arange(33), 7, 2)
+    base = same.training_view(np.arange(33), 7, 2, crops)
     assert len({view.tobytes() for view in base}) == 33  # the index
     for other in ((8, 2, 0), (7, 3, 0), (7, 2, 1)):
         seed, epoch, repeat = other
-        changed = same.training_view(np.arange(33), seed, epoch, repeat)
+        changed = same.training_view(np.arange(33), seed, epoch, crops, repeat)
         assert (changed != base).any(axis=(1, 2, 3)).all(), other
     copies = np.arange(33) % 2
-    found = same.training_view(np.arange(33), 7, 2, copies)
+    found = same.training_view(np.arange(33), 7, 2, crops, copies)
     np.testing.assert_array_equal(found[::2], base[::2])
     np.testing.assert_array_equal(found[1::2], changed[1::2])  # the last of the others: copy 1
 
@@ -324,7 +325,7 @@ def test_indexing_decodes_what_is_asked_for_and_nothing_else(folder, monkeypatch
     opened = []
     true_open = views.open_image
     monkeypatch.setattr(
-        imagefolder, "open_image", lambda path: (opened.append(path), true_open(path))[1]
+        image_sets, "open_image", lambda path: (opened.append(path), true_open(path))[1]
     )
     data = load(folder, subset=0.5)
     images = data.train.images
@@ -450,7 +451,7 @@ def test_what_only_decoding_shows_is_skipped_too_and_else_named_when_it_happens(
     damage_inside(victim)
     images = load(folder).train.images
     place = images.paths.index(str(victim))
-    for use in (lambda: images[:], lambda: images.training_view([3, place], 0, 0)):
+    for use in (lambda: images[:], lambda: images.training_view([3, place], 0, 0, "crop-flip")):
         with pytest.raises(UserError, match=rf"{victim} cannot be read as an image"):
             use()
     images[:place]
@@ -582,7 +583,7 @@ def test_a_run_has_the_same_bits_for_any_number_of_threads_and_goes_on_to_the_bi
     same_run(tmp_path / "one", tmp_path / "three")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(Interrupted):
             run(folder, tmp_path / "parts")
     run(folder, tmp_path / "parts", resume=True)
     same_run(tmp_path / "one", tmp_path / "parts")
@@ -592,25 +593,25 @@ def test_a_run_has_the_same_bits_for_any_number_of_threads_and_goes_on_to_the_bi
 
 def test_on_a_device_threads_decode_ahead_and_change_no_bit(cupy, folder, tmp_path, monkeypatch):
     names = set()
-    true_open = imagefolder.open_image
+    true_open = image_sets.open_image
 
     def note(path):
         names.add(threading.current_thread().name.partition("_")[0])
         return true_open(path)
 
-    monkeypatch.setattr(imagefolder, "open_image", note)
+    monkeypatch.setattr(image_sets, "open_image", note)
     run(folder, tmp_path / "ahead", "cuda")
     assert "decode" in names
     assert not decoders()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_decoders", lambda *_, **__: 0)
+        patch.setattr(ImageFiles, "loaders", lambda *_: 0)
         names.clear()
         run(folder, tmp_path / "plain", "cuda")
         assert "decode" not in names
     same_run(tmp_path / "ahead", tmp_path / "plain")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(Interrupted):
             run(folder, tmp_path / "parts", "cuda")
     assert not decoders()
     run(folder, tmp_path / "parts", "cuda", resume=True)
@@ -623,19 +624,19 @@ def test_on_a_device_threads_decode_ahead_and_change_no_bit(cupy, folder, tmp_pa
 
 def test_mixed_images_are_decoded_once(folder, tmp_path, monkeypatch):
     """Decoding ahead, which mixing asks for, and decoding twice give the same bits."""
-    opened, true_open = [], imagefolder.open_image
+    opened, true_open = [], image_sets.open_image
 
     def note(path):
         opened.append(path)
         return true_open(path)
 
-    monkeypatch.setattr(imagefolder, "open_image", note)
+    monkeypatch.setattr(image_sets, "open_image", note)
     given = {"mixup": 0.8, "augment": "paper"}
     run(folder, tmp_path / "once", **given)
     once = len(opened)
     opened.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_decoders", lambda *_, **__: 0)
+        patch.setattr(ImageFiles, "loaders", lambda *_: 0)
         run(folder, tmp_path / "twice", **given)
     assert len(opened) > once + 20
     same_run(tmp_path / "once", tmp_path / "twice")
@@ -693,7 +694,7 @@ def test_a_run_goes_on_with_the_files_it_began_with_and_no_others(folder, tmp_pa
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(Interrupted):
             run(folder, out)
 
     def refused():

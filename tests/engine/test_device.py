@@ -27,6 +27,7 @@ from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.threads import Engine
 from miniconvit.layers.ops import REFERENCE
 from miniconvit.optim import clip_grad_norm
+from miniconvit.training.interrupt import Diverged, Interrupted
 from miniconvit.training.settings import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ CONFIG = mc.ConViTConfig(
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
 
 
 def run(folder, device="cuda", resume=False, **given):
@@ -358,18 +359,18 @@ def test_planted_bugs_are_refused(cupy, bug):
 
 def test_a_run_is_the_cpus_and_steps_neither_wait_nor_send(cupy, tmp_path, monkeypatch):
     steps = []
-    whole_step = training._Run._train_step
+    whole_step = training.train_step
 
-    def strict_step(self, draws, pixels):
+    def strict_step(run, state, load):
         before = fakecupy.STATE.allocations
         with fakecupy.forbid("wait", "upload", "float64"):
-            whole_step(self, draws, pixels)
+            whole_step(run, state, load)
         steps.append(fakecupy.STATE.allocations - before)
 
-    monkeypatch.setattr(training._Run, "_train_step", strict_step)
+    monkeypatch.setattr(training, "train_step", strict_step)
     on_device = run(tmp_path / "device")
     assert len(steps) == 18 and len(set(steps)) == 1 and steps[0] > 100
-    monkeypatch.setattr(training._Run, "_train_step", whole_step)
+    monkeypatch.setattr(training, "train_step", whole_step)
     on_cpu = run(tmp_path / "cpu", "cpu")
     assert largest_error(tensors(tmp_path / "device"), tensors(tmp_path / "cpu")) < 1e-3
     for row, true in zip(on_device.rows, on_cpu.rows, strict=True):
@@ -411,7 +412,7 @@ def test_interrupted_and_resumed(cupy, tmp_path, monkeypatch, first, second):
     whole = run(tmp_path / "whole", first)
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(Interrupted):
             run(tmp_path / "parts", first)
     resumed = run(tmp_path / "parts", second, resume=True)
     found, true = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
@@ -436,7 +437,7 @@ def test_divergence_names_the_step_that_began_it(cupy, tmp_path, monkeypatch):
 
             engine = {"cpu": Engine, "cuda": DeviceEngine}[place]
             patch.setattr(engine, "loss_and_grads", spoiled)
-            with pytest.raises(training.Diverged, match=r"step 9 \(epoch 2\): .* norm nan"):
+            with pytest.raises(Diverged, match=r"step 9 \(epoch 2\): .* norm nan"):
                 run(tmp_path / place, place)
         kept = load_checkpoint(tmp_path / place / "last.safetensors")
         assert kept.state["step"] == 6

@@ -434,7 +434,7 @@ def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """A function that trains in a folder of this name, on two workers."""
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     small = {"img_size": 8, "patch_size": 1, "batch_size": 48, "epochs": 3, "seed": 3}
     settings = make_settings(model="convit_micro32", **small)
 
@@ -451,15 +451,15 @@ def assert_same_files(one, other):
 
 def test_a_run_that_has_lost_a_worker_is_saved_and_goes_on_to_the_bit(train, monkeypatch):
     whole = train("whole").folder
-    step = training._Run._train_step
+    step = training.train_step
 
-    def lose_a_worker(self, draws, pixels):
-        if self.step == 3:
-            os.kill(next(iter(self.engine._workers.values())), signal.SIGKILL)
-        step(self, draws, pixels)
+    def lose_a_worker(run, state, load):
+        if state.step == 3:
+            os.kill(next(iter(run.engine._workers.values())), signal.SIGKILL)
+        step(run, state, load)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_train_step", lose_a_worker)
+        patch.setattr(training, "train_step", lose_a_worker)
         with pytest.raises(UserError, match="run is saved after step 3: it goes on"):
             train("parts")
     assert_same_files(train("parts", resume=True).folder, whole)

@@ -17,11 +17,10 @@ from small_run import small_dataset
 import miniconvit.cli.experiment as experiment_command
 import miniconvit.experiments.plan as planning
 import miniconvit.experiments.run as running
-import miniconvit.training.loop as training
 from miniconvit import VARIANTS, UserError, cli
 from miniconvit.analysis.masks import without_branch, without_pos_embed
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.data import normalize
+from miniconvit.data import ImageArray, Split, normalize
 from miniconvit.experiments.figures import draw
 from miniconvit.experiments.plan import (
     EXPERIMENTS,
@@ -46,7 +45,7 @@ def without_test(*_args, subset=1.0, **_kwargs):
     nth = np.array([(labels[:i] == label).sum() for i, label in enumerate(labels)])
     total = np.array([(labels == label).sum() for label in labels])
     kept = nth < np.round(subset * total)
-    data.train = SimpleNamespace(images=data.train.images[kept], labels=labels[kept])
+    data.train = Split(data.train.images.select(kept), labels[kept])
     data.test = None
     return data
 
@@ -59,9 +58,10 @@ def fake_speed(settings, *_args, **_where):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "load_dataset", lambda _name, _dir, _download, subset, *_: (
-        without_test(subset=subset)
-    ))  # fmt: skip
+    def load(_name, _dir, _download, subset, *_):
+        return without_test(subset=subset)
+
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", load)
     monkeypatch.setattr(running, "load_dataset", without_test)
     monkeypatch.setattr(running, "measure", fake_speed)
     monkeypatch.setattr("miniconvit.experiments.plan.LEAST_STEPS", 4)
@@ -403,7 +403,7 @@ def test_the_data_are_found_again_where_they_were(small, tmp_path, program, monk
         return without_test(subset=subset)
 
     monkeypatch.setattr(running, "load_dataset", load)
-    monkeypatch.setattr(training, "load_dataset", load)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", load)
     argv = command("escape", "x", "--subset", 1, seeds=1, budget=5)
     assert program(*argv, "--data-dir", "data")[0] == 0
     seen.clear()
@@ -426,7 +426,7 @@ def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
     argv = command("escape", "x", "--subset", 1, budget=8, seeds=1)
     assert program(*[*argv[:-3], "whole", *argv[-2:]])[0] == 0
     assert 4 < load_plan("whole/plan.json").steps < 20  # one moment in each of two runs
-    steps, real = iter(range(1, 999)), training.training_images
+    steps, real = iter(range(1, 999)), ImageArray.training_view
 
     def stop(*arguments):
         if next(steps) == moment:
@@ -436,7 +436,7 @@ def test_killed_and_resumed(small, tmp_path, program, monkeypatch, how, moment):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "training_images", stop)
+        patch.setattr(ImageArray, "training_view", stop)
         if how == "kill":
             with pytest.raises(Kill):
                 program(*argv)
@@ -615,7 +615,7 @@ def test_measuring_takes_medians_of_short_epochs(small, monkeypatch):
 
 def test_measuring_really_trains(small, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(training, "load_dataset", lambda *_: without_test())
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", lambda *_: without_test())
     monkeypatch.setattr(running, "TIMED_SECONDS", 0.1)
     monkeypatch.setitem(VARIANTS, "convit_micro32", SMALL)
     row = rows_of(complete("escape", {"data": "shapes"}))[0]

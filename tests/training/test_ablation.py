@@ -205,7 +205,7 @@ def test_frozen_gates_give_content_and_position_equal_shares(freeze):
 
 @pytest.fixture
 def small_data(monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
 
 
 def settings(**given):
@@ -267,16 +267,15 @@ def test_the_gradient_is_clipped_without_what_is_frozen(tmp_path, small_data):
 @pytest.mark.parametrize("row", ["f", "PSA"])
 def test_an_ablation_resumes_to_the_bit(tmp_path, small_data, monkeypatch, row):
     run(tmp_path / "whole", **TABLE_3[row])
-    steps, train_step = [], training._Run._train_step
+    train_step = training.train_step
 
-    def stop_after_eight(self, draws, pixels):
-        if len(steps) == 8:
+    def stop_after_eight(run, state, load):
+        if state.step == 8:
             raise KeyboardInterrupt
-        steps.append(1)
-        train_step(self, draws, pixels)
+        train_step(run, state, load)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_train_step", stop_after_eight)
+        patch.setattr(training, "train_step", stop_after_eight)
         patch.setattr(training, "SAVE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", **TABLE_3[row])

@@ -19,10 +19,11 @@ from miniconvit import (
     init_params,
 )
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from miniconvit.data import augment, draw_mix, epoch_order, erase, normalize
+from miniconvit.data import ImageArray, augment, draw_mix, epoch_order, erase, normalize
 from miniconvit.optim import update_average
 from miniconvit.training.freeze import initial_params
-from miniconvit.training.loop import Interrupted, train
+from miniconvit.training.interrupt import Interrupted
+from miniconvit.training.loop import train
 from miniconvit.training.settings import RECIPES, Settings, make_settings
 
 ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8,
@@ -33,7 +34,7 @@ ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8
 @pytest.fixture(autouse=True)
 def small_data_in_small_pieces(monkeypatch):
     """Four pieces of four or five images in a batch of 17."""
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
     monkeypatch.setattr(engine_pieces, "PIECE_ROWS", 21)
 
 
@@ -144,7 +145,7 @@ def test_resumed_to_the_bit(tmp_path, monkeypatch, step):
 def test_copies_of_an_image_differ_and_meet_in_a_batch(tmp_path, monkeypatch):
     """Three of an image in a row, and seldom two of them alike."""
     batches = []
-    whole = training.training_images
+    whole = ImageArray.training_view
 
     def noted(images, indices, *which):
         found = whole(images, indices, *which)
@@ -152,7 +153,7 @@ def test_copies_of_an_image_differ_and_meet_in_a_batch(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(engine_pieces, "PIECE_ROWS", 10_000)
-    monkeypatch.setattr(training, "training_images", noted)
+    monkeypatch.setattr(ImageArray, "training_view", noted)
     run(tmp_path / "run", augment="crop-flip", repeats=3, batch_size=30, epochs=2)
     pairs = alike = 0
     for indices, images in batches:
@@ -278,14 +279,14 @@ def test_a_device_sees_the_same_images_and_nobody_waits(cupy, preset):
 
 
 def test_a_run_on_a_device_is_the_cpus(cupy, tmp_path, monkeypatch):
-    whole_step = training._Run._train_step
+    whole_step = training.train_step
 
-    def strict_step(self, draws, pixels):
+    def strict_step(run, state, load):
         with fakecupy.forbid("wait", "upload"):
-            whole_step(self, draws, pixels)
+            whole_step(run, state, load)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_train_step", strict_step)
+        patch.setattr(training, "train_step", strict_step)
         on_device = run(tmp_path / "device", device="cuda", **ALL)
         stop_after(patch, 8)
         with pytest.raises(Interrupted):

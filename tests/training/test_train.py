@@ -24,16 +24,19 @@ from miniconvit import (
     init_params,
 )
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from miniconvit.data import augment, epoch_order, normalize
+from miniconvit.data import ImageArray, augment, epoch_order, normalize
 from miniconvit.engine.threads import Engine
-from miniconvit.training.loop import Diverged, Interrupted, default_out, evaluate, train
-from miniconvit.training.run_folder import RunFolder
+from miniconvit.training.evaluate import evaluate
+from miniconvit.training.interrupt import Diverged, Interrupted, note_signals
+from miniconvit.training.loop import train
+from miniconvit.training.report import Report
+from miniconvit.training.run_folder import RunFolder, default_out
 from miniconvit.training.settings import RECIPES, Settings, make_settings, stored_settings
 
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
-    monkeypatch.setattr(training, "load_dataset", small_dataset)
+    monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
 
 
 def settings(**given):
@@ -199,7 +202,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
 
 def test_evaluate_counts_over_chunks(monkeypatch):
     """Against a count image by image, of a split that the chunks do not divide."""
-    monkeypatch.setattr(training, "EVALUATION_CHUNK", 7)
+    monkeypatch.setattr(ImageArray, "CHUNK", 7)
     rng = np.random.default_rng(2)
     data = small_dataset()
     config = replace(settings().model_config(data), num_classes=9)
@@ -243,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def poison(images, indices, seed, epoch, preset, repeat):
         return images[indices].astype("float32") * (np.nan if epoch >= 1 else 1)
 
-    monkeypatch.setattr(training, "training_images", poison)
+    monkeypatch.setattr(ImageArray, "training_view", poison)
     with pytest.raises(Diverged, match=r"step 7 \(epoch 2\).*last\.safetensors is the last good"):
         run(folder)
     assert load_checkpoint(folder / "last.safetensors").state["step"] == 6
@@ -283,7 +286,7 @@ def test_a_signal_during_the_evaluation_is_answered_before_its_end(tmp_path, mon
 
 def test_a_second_signal_has_its_usual_effect():
     requests, usual = [], signal.getsignal(signal.SIGTERM)
-    with training._signals(requests):
+    with note_signals(requests):
         assert signal.getsignal(signal.SIGTERM) != usual
         signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == usual
@@ -302,7 +305,7 @@ def test_an_epoch_line_that_nobody_reads(tmp_path, monkeypatch, asked, answer):
                 signal.raise_signal(signal.SIGINT)
             raise BrokenPipeError
 
-    monkeypatch.setattr(training.Report, "lines", broken)
+    monkeypatch.setattr(Report, "lines", broken)
     with pytest.raises(answer):
         run(tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "last.safetensors").state["epoch"] == 1

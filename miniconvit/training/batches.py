@@ -1,0 +1,62 @@
+"""The batches of an epoch: drawn, augmented and mixed, and loaded ahead of their step."""
+
+from contextlib import closing
+
+from ..arrays import to_device
+from ..data import draw_mix, epoch_order, erase, feed, mix_images, mix_targets, normalize
+
+
+def batches(run, step, end):
+    """For each step from `step` to `end` of an epoch, its batch: a function load(start, stop).
+
+    load gives that part of the batch where the engine computes: images (b, 3, H, W), normalised,
+    and labels (b,), or where images are mixed targets (b, C). run: a Run. Closing the generator
+    ends the threads that load ahead.
+    """
+    while step < end:
+        number = step // run.schedule.steps_per_pass
+        stop = min((number + 1) * run.schedule.steps_per_pass, end)
+        yield from _batches_of_a_pass(run, number, range(step, stop))
+        step = stop
+
+
+def _batches_of_a_pass(run, number, steps):
+    """The batches of these steps of one pass over the images, which has an order of its own."""
+    s, images = run.settings, run.data.train.images
+    order = epoch_order(len(images), s.seed, number, s.repeats)
+    order = to_device(order, images.xp)
+    first, size = number * run.schedule.steps_per_pass, run.schedule.batch_size
+    drawn = [order[(step - first) * size :][:size] for step in steps]
+
+    def view(draws):
+        indices, copies = divmod(draws, s.repeats)
+        return images.training_view(indices, s.seed, number, s.augment, copies)
+
+    with closing(feed(view, drawn, images.loaders(run.engine.workers))) as fed:
+        for step, draws, pixels in zip(steps, drawn, fed, strict=True):
+            yield _batch(run, step, draws, pixels)
+
+
+def _batch(run, step, draws, pixels):
+    """The function load of one step: what the pass has drawn for it, and a function (start, stop)
+    that gives a part of these images, augmented."""
+    s, n, xp = run.settings, len(draws), run.engine.xp
+    number = step // run.schedule.steps_per_pass
+    mix = draw_mix(s.mixup, s.cutmix, s.seed, step, run.data.train.images.shape[2:])
+
+    def part(start, stop):
+        indices, copies = divmod(to_device(draws[start:stop], xp), s.repeats)
+        images = normalize(to_device(pixels(start, stop), xp), run.data.mean, run.data.std)
+        erase(images, indices, s.seed, number, s.augment, copies)
+        return images, run.data.train.labels[indices]
+
+    def load(start, stop):
+        images, labels = part(start, stop)
+        if mix is None:
+            return images, labels
+        others, other_labels = (x[::-1] for x in part(n - stop, n - start))
+        classes = run.engine.config.num_classes
+        targets = mix_targets(labels, other_labels, mix, classes, s.label_smoothing)
+        return mix_images(images, others, mix), targets
+
+    return load
