@@ -249,7 +249,8 @@ def test_notebook_is_valid_to_jupyter(page):
 
 def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     (tmp_path / "dot.png").write_bytes(b"PNG")
-    more = "\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png)\n"
+    (tmp_path / "line.svg").write_bytes(b"SVG")
+    more = '\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png) ![A "line"](line.svg)\n'
     page = write_page(tmp_path, SAMPLE.replace("{x}", "2") + more)
     assert CliRunner().invoke(command, [str(page), str(tmp_path / "a.ipynb")]).exit_code == 0
     cells = json.loads((tmp_path / "a.ipynb").read_text())["cells"]
@@ -259,7 +260,8 @@ def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     assert cells[1]["outputs"][0]["text"] == ["0.667"]
     assert "raise SystemExit" in "".join(cells[2]["source"])
     assert "".join(cells[4]["source"]) == (
-        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png)"
+        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png) "
+        '<img alt="A &quot;line&quot;" src="data:image/svg+xml;base64,U1ZH">'
     )
     assert cells[4]["attachments"] == {"dot.png": {"image/png": "UE5H"}}
 

@@ -10,6 +10,7 @@ import os
 import re
 from base64 import b64encode
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 
 from ..errors import UserError
@@ -19,7 +20,7 @@ FOLDER = Path("tutorials")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
-_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.png)\)")
+_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.(?:png|svg))\)")
 _LINK = re.compile(r"\]\(([^):#]+)(#[^)]*)?\)")
 
 
@@ -144,14 +145,20 @@ def _code_cell(cell):
 
 
 def _prose_cell(cell, page, folder, all_pages):
-    """Mathematics in Jupyter's notation instead of GitHub's, and pictures as attachments."""
+    """Mathematics in Jupyter's notation instead of GitHub's, and the pictures inside."""
     text = re.sub(r"\$`(.+?)`\$", r"$\1$", cell.source)
     text = re.sub(r"^```math\n(.*?)^```$", r"$$\n\1$$", text, flags=re.MULTILINE | re.DOTALL)
     attachments = {}
-    for _, link in _IMAGE.findall(text):
-        data = b64encode((page.parent / link).read_bytes()).decode()
-        attachments[Path(link).name] = {"image/png": data}
-    text = _IMAGE.sub(lambda image: f"![{image[1]}](attachment:{Path(image[2]).name})", text)
+
+    def embedded(picture):
+        alt, file = picture[1], page.parent / picture[2]
+        data = b64encode(file.read_bytes()).decode()
+        if file.suffix == ".svg":  # JupyterLab shows no SVG that is an attachment
+            return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+        attachments[file.name] = {"image/png": data}
+        return f"![{alt}](attachment:{file.name})"
+
+    text = _IMAGE.sub(embedded, text)
     text = _LINK.sub(lambda link: _moved(link, page, folder, all_pages), text)
     prose = {"cell_type": "markdown", "source": _lines(text)}
     return prose | ({"attachments": attachments} if attachments else {})
