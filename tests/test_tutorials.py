@@ -1,6 +1,7 @@
 """The tutorial pages do what they say: every Python fence runs and prints what the page shows."""
 
 import difflib
+import importlib
 import io
 import json
 import re
@@ -11,11 +12,17 @@ import pytest
 from click.testing import CliRunner
 
 from miniconvit.cli.tutorial import command
-from miniconvit.coursework.notebooks import find_page, notebook, split_page
+from miniconvit.coursework.notebooks import (
+    find_page,
+    notebook,
+    split_page,
+    write_all_notebooks,
+)
 from miniconvit.errors import UserError
 from miniconvit.gradcheck.mutants import MUTANTS
 
-FOLDER = Path(__file__).parents[1] / "tutorials"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tutorials"
 PAGES = sorted(FOLDER.glob("*.md"))
 NUMBERED = [page for page in PAGES if page.name[0].isdigit()]
 # Round-off differs between machines: numbers below 1e-8, and the error of a gradient that is zero.
@@ -153,6 +160,54 @@ def test_formulas_render_on_github(page):
         assert formula.count("{") == formula.count("}"), formula
 
 
+NAMED_FILE = re.compile(r"\b(?:miniconvit|tests|benchmarks|examples)/[\w/.-]*[\w/]")
+NAMED_OBJECT = re.compile(r"(?<![\w/.])miniconvit(?:\.\w+)+")
+
+
+def resolve(name):
+    """The object of a dotted name, or an ImportError or AttributeError."""
+    found = importlib.import_module("miniconvit")
+    for part in name.split(".")[1:]:
+        if not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
+
+
+DOCUMENTS = [ROOT / "README.md", *PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_modules_that_pages_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for file in NAMED_FILE.findall(text):
+        assert (ROOT / file).exists(), file
+    for name in NAMED_OBJECT.findall(text):
+        resolve(name)
+
+
+def test_wrong_names_are_found():
+    assert NAMED_FILE.findall("in `miniconvit/nosuch.py`.") == ["miniconvit/nosuch.py"]
+    assert NAMED_OBJECT.findall("`miniconvit.a_b.c` or miniconvit.d.") == [
+        "miniconvit.a_b.c", "miniconvit.d"
+    ]  # fmt: skip
+    with pytest.raises(ImportError):
+        resolve("miniconvit.parallel")
+    with pytest.raises(ImportError):
+        resolve("miniconvit.layers.linear.linear_sideways")
+
+
+def test_index_tells_the_minutes_of_each_page_and_the_short_path_fits_three_hours():
+    index = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d+)\..*\| (\d+) \|.*\|(.*)\|$", index, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(len(NUMBERED)))
+    for page, (_, minutes, _) in zip(NUMBERED, rows, strict=True):
+        assert f"\n*{minutes} minutes" in page.read_text(encoding="utf-8"), page.name
+    short = {int(number): int(minutes) for number, minutes, mark in rows if mark.strip()}
+    assert set(short) == {0, 1, 2, 7, 8, 10, 12}
+    assert f"about {sum(short.values())} minutes" in index and sum(short.values()) <= 180
+
+
 def test_bugs_that_pages_name_are_in_the_catalogue():
     names = {mutant.name for mutant in MUTANTS}
     for page in PAGES:
@@ -165,7 +220,7 @@ def test_bugs_that_pages_name_are_in_the_catalogue():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_notebook_follows_format_4_5(page):
-    book = json.loads(json.dumps(notebook(page)))
+    book = json.loads(json.dumps(notebook(page, page.parent)))
     assert set(book) == {"cells", "metadata", "nbformat", "nbformat_minor"}
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in book["cells"]]
@@ -186,10 +241,16 @@ def test_notebook_follows_format_4_5(page):
             assert set(cell.get("attachments", {})) == set(pictures) and "](figures" not in text
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_notebook_is_valid_to_jupyter(page):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbformat.validate(notebook(page, page.parent))
+
+
 def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     (tmp_path / "dot.png").write_bytes(b"PNG")
     (tmp_path / "line.svg").write_bytes(b"SVG")
-    more = "\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png) ![A line](line.svg)\n"
+    more = '\nSee $`x^2`$.\n\n```math\ny = x\n```\n\n![A dot](dot.png) ![A "line"](line.svg)\n'
     page = write_page(tmp_path, SAMPLE.replace("{x}", "2") + more)
     assert CliRunner().invoke(command, [str(page), str(tmp_path / "a.ipynb")]).exit_code == 0
     cells = json.loads((tmp_path / "a.ipynb").read_text())["cells"]
@@ -199,12 +260,10 @@ def test_notebook_keeps_code_output_formula_and_picture(tmp_path):
     assert cells[1]["outputs"][0]["text"] == ["0.667"]
     assert "raise SystemExit" in "".join(cells[2]["source"])
     assert "".join(cells[4]["source"]) == (
-        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png) ![A line](attachment:line.svg)"
+        "See $x^2$.\n\n$$\ny = x\n$$\n\n![A dot](attachment:dot.png) "
+        '<img alt="A &quot;line&quot;" src="data:image/svg+xml;base64,U1ZH">'
     )
-    assert cells[4]["attachments"] == {
-        "dot.png": {"image/png": "UE5H"},
-        "line.svg": {"image/svg+xml": "U1ZH"},
-    }
+    assert cells[4]["attachments"] == {"dot.png": {"image/png": "UE5H"}}
 
 
 def test_notebook_is_not_overwritten(tmp_path):
@@ -214,8 +273,60 @@ def test_notebook_is_not_overwritten(tmp_path):
     assert page.read_text() == SAMPLE
 
 
+def links_of(path):
+    """The links between files in a notebook: pairs of a file and an anchor."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.findall(r"\]\(([^):#]+)(?:#([^)]*))?\)", re.sub("```.*?```", "", prose, flags=re.S))
+
+
+def test_all_pages_become_notebooks_that_link_to_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "new" / "notebooks"
+    result = CliRunner().invoke(command, ["all", str(folder)])
+    assert result.exit_code == 0 and f"wrote {len(PAGES)} notebooks" in result.output
+    assert {path.stem for path in folder.iterdir()} == {page.stem for page in PAGES}
+    for path in folder.glob("*.ipynb"):
+        for target, anchor in links_of(path):
+            file = folder / target
+            assert file.exists(), f"{path.name} links to {target}"
+            assert not (file.suffix == ".md" and file.resolve().parent == FOLDER), target
+            if anchor:  # Jupyter: the heading with dashes for blanks
+                headings = "".join(
+                    "".join(cell["source"]) + "\n" for cell in json.loads(file.read_text())["cells"]
+                )
+                assert f"# {anchor.replace('-', ' ')}" in headings.replace("-", " "), anchor
+    links = dict(links_of(folder / "05-gelu.ipynb"))
+    assert links["solutions.ipynb"] == "5.-GELU" and "04-layernorm.ipynb" in links
+
+
+def test_links_of_a_single_notebook_lead_back_to_the_pages(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(command, ["5", str(tmp_path / "gelu.ipynb")])
+    assert result.exit_code == 0
+    links = links_of(tmp_path / "gelu.ipynb")
+    files = [(tmp_path / target).resolve() for target, _ in links]
+    assert FOLDER / "04-layernorm.md" in files and ROOT / "miniconvit/layers/gelu.py" in files
+    assert all(file.exists() for file in files)
+    assert "5-gelu" in dict(links).values()
+
+
+def test_all_notebooks_overwrite_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "solutions.ipynb").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        write_all_notebooks(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["solutions.ipynb"]
+    with pytest.raises(UserError, match="is a file"):
+        write_all_notebooks(tmp_path / "solutions.ipynb")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no tutorial pages here"):
+        write_all_notebooks(tmp_path / "notebooks")
+    assert not (tmp_path / "notebooks").exists()
+
+
 def test_page_is_found_by_its_number(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     assert find_page("4") == find_page("04")
     assert find_page("4").resolve() == FOLDER / "04-layernorm.md"
     with pytest.raises(UserError, match="no tutorial page '99'"):

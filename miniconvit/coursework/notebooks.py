@@ -6,10 +6,11 @@ is not meant to run, because it needs minutes, a download or a GPU, stands under
 """
 
 import json
+import os
 import re
 from base64 import b64encode
 from dataclasses import dataclass, replace
-from mimetypes import guess_type
+from html import escape
 from pathlib import Path
 
 from ..errors import UserError
@@ -20,6 +21,7 @@ FOLDER = Path("tutorials")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.(?:png|svg))\)")
+_LINK = re.compile(r"\]\(([^):#]+)(#[^)]*)?\)")
 
 
 @dataclass(frozen=True)
@@ -75,24 +77,51 @@ def find_page(name):
     return found[0]
 
 
-def write_notebook(page, path):
+def write_notebook(page, path, all_pages=False):
     """Writes the page (a Path) as a notebook, with its pictures inside and the outputs it shows.
 
+    all_pages: the other pages become notebooks in the same folder, so links lead to those.
     Raises UserError where the file exists: a notebook holds its reader's work.
     """
+    _require_free(path)
+    book = notebook(page, path.parent, all_pages)
+    path.write_text(json.dumps(book, indent=1) + "\n", encoding="utf-8")
+
+
+def write_all_notebooks(folder):
+    """Writes every page of the checkout as a notebook into the folder, and returns how many.
+
+    Raises UserError, and writes nothing, where there are no pages or one of the files exists.
+    """
+    notebooks = {page: folder / f"{page.stem}.ipynb" for page in sorted(FOLDER.glob("*.md"))}
+    if not notebooks:
+        raise UserError(f"no tutorial pages here: go to a checkout of the source, above {FOLDER}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder for the notebooks")
+    for path in notebooks.values():
+        _require_free(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for page, path in notebooks.items():
+        write_notebook(page, path, all_pages=True)
+    return len(notebooks)
+
+
+def _require_free(path):
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")
-    path.write_text(json.dumps(notebook(page), indent=1) + "\n", encoding="utf-8")
 
 
-def notebook(page):
-    """The page as a notebook of format 4.5: a dict for JSON."""
+def notebook(page, folder, all_pages=False):
+    """The page as a notebook of format 4.5, with links that are right in the folder: a dict for
+    JSON."""
     cells = split_page(page.read_text(encoding="utf-8"))
-    convert = [_code_cell if cell.is_code else _prose_cell for cell in cells]
+    contents = [
+        _code_cell(cell) if cell.is_code else _prose_cell(cell, page, folder, all_pages)
+        for cell in cells
+    ]
     return {
         "cells": [
-            {"id": f"cell-{i}", "metadata": {}} | convert[i](cell, page.parent)
-            for i, cell in enumerate(cells)
+            {"id": f"cell-{i}", "metadata": {}} | content for i, content in enumerate(contents)
         ],
         "metadata": {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -107,7 +136,7 @@ def _lines(text):
     return text.strip("\n").splitlines(keepends=True)
 
 
-def _code_cell(cell, folder):
+def _code_cell(cell):
     outputs = []
     if cell.output is not None:
         outputs = [{"output_type": "stream", "name": "stdout", "text": _lines(cell.output)}]
@@ -115,14 +144,40 @@ def _code_cell(cell, folder):
     return {"cell_type": "code", "execution_count": None, "source": source, "outputs": outputs}
 
 
-def _prose_cell(cell, folder):
-    """Mathematics in Jupyter's notation instead of GitHub's, and pictures as attachments."""
+def _prose_cell(cell, page, folder, all_pages):
+    """Mathematics in Jupyter's notation instead of GitHub's, and the pictures inside."""
     text = re.sub(r"\$`(.+?)`\$", r"$\1$", cell.source)
     text = re.sub(r"^```math\n(.*?)^```$", r"$$\n\1$$", text, flags=re.MULTILINE | re.DOTALL)
     attachments = {}
-    for _, link in _IMAGE.findall(text):
-        data = b64encode((folder / link).read_bytes()).decode()
-        attachments[Path(link).name] = {guess_type(link)[0]: data}
-    text = _IMAGE.sub(lambda image: f"![{image[1]}](attachment:{Path(image[2]).name})", text)
+
+    def embedded(picture):
+        alt, file = picture[1], page.parent / picture[2]
+        data = b64encode(file.read_bytes()).decode()
+        if file.suffix == ".svg":  # JupyterLab shows no SVG that is an attachment
+            return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+        attachments[file.name] = {"image/png": data}
+        return f"![{alt}](attachment:{file.name})"
+
+    text = _IMAGE.sub(embedded, text)
+    text = _LINK.sub(lambda link: _moved(link, page, folder, all_pages), text)
     prose = {"cell_type": "markdown", "source": _lines(text)}
     return prose | ({"attachments": attachments} if attachments else {})
+
+
+def _moved(link, page, folder, all_pages):
+    """A link of the page, made right for a notebook in the folder. What leads to no file stays."""
+    name, anchor = link[1], link[2] or ""
+    target = page.parent / name
+    if not target.exists():
+        return link[0]
+    if all_pages and target.parent == page.parent and target.suffix == ".md":
+        return f"]({target.stem}.ipynb{_heading_id(target, anchor)})"
+    return f"]({os.path.relpath(target, folder)}{anchor})"
+
+
+def _heading_id(page, anchor):
+    """Jupyter's anchor of the heading for which GitHub has this one."""
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        if "#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") == anchor:
+            return "#" + heading.replace(" ", "-")
+    return anchor
