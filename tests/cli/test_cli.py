@@ -16,11 +16,11 @@ from small_run import FLAGS, small_dataset
 
 import miniconvit
 import miniconvit.cli.eval as eval_command
-import miniconvit.training.loop as training
 from miniconvit import cli, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
 from miniconvit.training.report import duration, text_curve
+from miniconvit.training.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SHORT = [*FLAGS, "--epochs", "2"]
@@ -320,7 +320,7 @@ def test_help_version_and_nothing(program):
 def test_every_flag_of_train_is_explained(program):
     status, out, _ = program("train", "--help")
     assert status == 0
-    for name in training.Settings.__dataclass_fields__:
+    for name in Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in out
 
 

@@ -11,7 +11,15 @@ import threading
 import numpy as np
 import pytest
 
-from miniconvit.data import augment, epoch_order, load_dataset, normalize, shapes
+from miniconvit.data import (
+    ImageArray,
+    ImageFiles,
+    augment,
+    epoch_order,
+    load_dataset,
+    normalize,
+    shapes,
+)
 from miniconvit.data.cifar import CIFAR10 as cifar
 from miniconvit.data.cifar import CIFAR100
 from miniconvit.errors import UserError
@@ -187,6 +195,35 @@ def test_subset_outside_its_range_is_refused(subset):
 def test_unknown_name_is_refused():
     with pytest.raises(UserError, match=r"'mnist'.*shapes, cifar10"):
         load_dataset("mnist")
+
+
+# images in memory
+
+
+def test_images_in_memory_are_as_good_as_an_array():
+    pixels = np.random.default_rng(3).integers(0, 256, (9, 3, 8, 10), dtype=np.uint8)
+    images, chosen = ImageArray(pixels), np.array([7, 2, 2])
+    assert len(images) == 9 and images.shape == pixels.shape and images.dtype == np.uint8
+    for which in (slice(2, 5), chosen, 4, (slice(3), 0)):
+        np.testing.assert_array_equal(images[which], pixels[which])
+    np.testing.assert_array_equal(np.asarray(images), pixels)
+    np.testing.assert_array_equal(list(images), pixels)
+    np.testing.assert_array_equal(images.select(chosen)[:], pixels[chosen])
+    constants = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
+    np.testing.assert_array_equal(normalize(images, *constants), normalize(pixels, *constants))
+    for preset in ("none", "crop-flip", "paper"):
+        found = images.training_view(chosen, 5, 1, preset, 2)
+        np.testing.assert_array_equal(found, augment(pixels[chosen], chosen, 5, 1, preset, 2))
+
+
+def test_images_in_memory_and_in_files_are_asked_the_same():
+    in_memory, in_files = (
+        {name for name in dir(kind) if not name.startswith("_")}
+        for kind in (ImageArray, ImageFiles)
+    )
+    assert in_memory == in_files == {
+        "CHUNK", "dtype", "loaders", "names", "on", "select", "shape", "training_view", "xp"
+    }  # fmt: skip
 
 
 # cifar10, on small files of the same layout

@@ -337,6 +337,7 @@ def test_indexing_decodes_what_is_asked_for_and_nothing_else(folder, monkeypatch
     picked = images[np.array([4, 2])]
     np.testing.assert_array_equal(picked, part[[2, 0]])
     assert images[3:3].shape == (0, 3, 16, 16)
+    np.testing.assert_array_equal(np.asarray(images), images[:])
     assert images.select([4, 2])[:].tobytes() == picked.tobytes()
 
 
