@@ -318,6 +318,14 @@ def test_right_functions_do_not_fill_the_memory(monkeypatch):
     assert "other exercises were called too often" in run(start + attend, MHSA).text
 
 
+def test_a_pair_is_judged_with_right_functions_of_its_own_file():
+    """Attention is wrong, and the MHSA below it, which calls it, is right."""
+    scaled = solution(MHSA).replace("return C @ v, (", "return 2 * C @ v, (")
+    assert scaled != solution(MHSA)
+    wrong = {row.unit for row in run("# scaled\n" + scaled, MHSA).rows if not row.ok}
+    assert wrong == {"attention"}
+
+
 def test_softmax_cannot_be_had_from_attention():
     text = (
         "# a detour\nimport numpy as np\nfrom kit import attention_forward, softmax_forward\n"

@@ -156,6 +156,21 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
     assert peaks[1] - peaks[0] <= 3 * one_set  # two more may wait, depending on the threads' luck
 
 
+@pytest.mark.parametrize("blocks", [kernels, layers], ids=["kernels", "reference"])
+def test_inference_holds_one_block_at_a_time(blocks):
+    """Six blocks take no more memory than one: nothing is kept for a backward pass."""
+    peaks = []
+    for depth in (1, 6):
+        config = mc.ConViTConfig(32, 4, 3, 10, 48, depth, 4, local_up_to_layer=depth)
+        params, batch = random_params(config), make_batch(config, 16)
+        with Engine(config, 1, blocks) as engine:
+            tracemalloc.start()
+            engine.logits(batch, 16, params)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] <= 1.1 * peaks[0]
+
+
 FAULTS = """
 import os
 import sys

@@ -15,7 +15,7 @@ import pytest
 
 import miniconvit as mc
 from miniconvit import layers
-from miniconvit.gradcheck.mutants import MUTANTS, Mutant, mutate
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant, mutate, planted
 from miniconvit.layers.names import part
 
 AT_LEAST = dict.fromkeys(
@@ -211,3 +211,34 @@ def test_mutate_leaves_the_original_alone():
 def test_mutate_refuses_a_text_that_does_not_occur_once(text):
     with pytest.raises(ValueError, match="must occur once"):
         mutate(replace(MUTANTS[0], before=text))
+
+
+def test_a_planted_function_is_called_by_the_whole_lesson_and_then_gone():
+    """One linear layer is called by patches, GPSA, MHSA, MLP and the head, in six modules."""
+    images, params, config, _ = convit(2)
+    calls, right = [], layers.linear_forward
+
+    def counting(x, weight, bias=None):
+        calls.append(weight.shape)
+        return right(x, weight, bias)
+
+    with planted(linear_forward=counting):
+        logits, _ = mc.convit_forward(images, params, config)
+    # patches and head; two blocks of GPSA: qk, v, proj, fc1, fc2; one of MHSA: qkv, proj, fc1, fc2
+    assert len(calls) == 2 + 2 * 5 + 4
+    again, _ = mc.convit_forward(images, params, config)
+    assert len(calls) == 16 and np.array_equal(logits, again)
+    assert layers.linear_forward is layers.gpsa.linear_forward is right
+
+
+def test_a_planted_function_is_gone_after_an_error():
+    right = layers.mlp_backward
+    with pytest.raises(ZeroDivisionError), planted(mlp_backward=None):
+        assert layers.block.mlp_backward is None
+        _ = 1 / 0
+    assert layers.block.mlp_backward is layers.mlp_backward is right
+
+
+def test_a_misspelt_name_is_not_planted():
+    with pytest.raises(ValueError, match="calls no mlp_bakward"), planted(mlp_bakward=None):
+        pass
