@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from miniconvit.config import VARIANTS
-from miniconvit.engine.kernels import CPU, tokenwise
+from miniconvit.engine.kernels import attention, tokenwise
 from miniconvit.engine.threads import keep_freed_memory
 
 ROUNDS = 25
@@ -55,20 +55,22 @@ def calls_of(config, images, rng):
     hidden = drawn(rng, *wide.shape)
     arguments = {
         "norm": (params["norm"]["weight"], params["norm"]["bias"]),
-        "mlp": (params["mlp"], CPU),
-        "gpsa": (params["gpsa"], config.num_heads, config.grid, CPU),
-        "mhsa": (params["mhsa"], config.num_heads, CPU),
+        "mlp": (params["mlp"],),
+        "gpsa": (params["gpsa"], config.num_heads, config.grid),
+        "mhsa": (params["mhsa"], config.num_heads),
     }
     calls = {"fc1 alone": lambda: np.matmul(weight, columns, out=wide)}
     calls["GELU alone, in MLP forward"] = lambda: tokenwise._gelu(hidden.copy(), wide)
     calls["residual addition"] = lambda: x + dy
-    for part, name in (("norm", "layernorm"), ("mlp",) * 2, ("gpsa",) * 2, ("mhsa",) * 2):
+    parts = {"norm": ("layernorm", tokenwise), "mlp": ("mlp", tokenwise)}
+    parts |= {name: (name, attention) for name in ("gpsa", "mhsa")}
+    for part, (name, home) in parts.items():
 
-        def forward(part=part, name=name):
-            _, caches[part] = getattr(CPU, f"{name}_forward")(x, *arguments[part])
+        def forward(part=part, name=name, home=home):
+            _, caches[part] = getattr(home, f"{name}_forward")(x, *arguments[part])
 
-        def backward(part=part, name=name):
-            getattr(CPU, f"{name}_backward")(dy, caches[part])
+        def backward(part=part, name=name, home=home):
+            getattr(home, f"{name}_backward")(dy, caches[part])
 
         calls |= {f"{name} forward": forward, f"{name} backward": backward}
     return calls

@@ -2,9 +2,13 @@
 
 import numpy as np
 
+from . import layers
 from .arrays import DROP_PATH, array_module, to_device, uniform
 from .errors import UserError
-from .layers.ops import REFERENCE, part, prefixed
+from .layers.layernorm import layernorm_backward, layernorm_forward
+from .layers.linear import linear_backward, linear_forward
+from .layers.names import part, prefixed
+from .layers.patch_embed import patch_embed_backward, patch_embed_forward
 
 
 def param_shapes(config):
@@ -100,12 +104,17 @@ def drop_path_masks(i, images, config, seed=0, step=0, first=0):
     return keep, 1.0 - drop_prob
 
 
-def convit_forward(images, params, config, train=False, seed=0, step=0, first=0, ops=REFERENCE):
+def convit_forward(
+    images, params, config, train=False, seed=0, step=0, first=0, blocks=layers, keep_caches=True
+):
     """logits = head(norm(token 0 of the last block)).
 
     images (B, in_chans, height, width), normalised, in the dtype of the parameters. With train=True
     drop path is active, drawn from (seed, step); first is the position of images[0] in the whole
-    batch where these images are a piece of it. Returns logits (B, num_classes) and the cache.
+    batch where these images are a piece of it. blocks: a module with block_forward and
+    last_block_forward and their backwards, whose layernorm, if it has one, is the last norm too.
+    keep_caches=False keeps nothing of the blocks: for inference, with no backward pass.
+    Returns logits (B, num_classes) and the cache.
     """
     if images.ndim != 4 or images.shape[1:] != (config.in_chans, *config.image):
         expected = f"(B, {config.in_chans}, {config.image[0]}, {config.image[1]})"
@@ -116,7 +125,7 @@ def convit_forward(images, params, config, train=False, seed=0, step=0, first=0,
             "normalise the images and cast them to the parameters' dtype"
         )
     B = len(images)
-    x, cache_patch = ops.patch_embed_forward(
+    x, cache_patch = patch_embed_forward(
         images, params["patch_embed.proj.weight"], params["patch_embed.proj.bias"], config.patch
     )  # (B, N, D)
     if config.use_pos_embed:
@@ -130,31 +139,38 @@ def convit_forward(images, params, config, train=False, seed=0, step=0, first=0,
         if train:
             keep, keep_prob = drop_path_masks(i, images, config, seed, step, first)
         is_last = i == config.depth - 1
-        block_forward = ops.last_block_forward if is_last else ops.block_forward
+        block_forward = blocks.last_block_forward if is_last else blocks.block_forward
         block = part(params, f"blocks.{i}.")
-        x, cache = block_forward(x, block, config.num_heads, config.grid, keep, keep_prob, ops)
-        caches.append(cache)
-    x, cache_norm = ops.layernorm_forward(x, params["norm.weight"], params["norm.bias"])  # (B, D)
-    logits, cache_head = ops.linear_forward(x, params["head.weight"], params["head.bias"])
-    return logits, (cache_patch, caches, cache_norm, cache_head, config, ops)
+        x, cache = block_forward(x, block, config.num_heads, config.grid, keep, keep_prob)
+        if keep_caches:
+            caches.append(cache)
+        del cache  # before the next block makes its own
+    norm_forward = getattr(blocks, "layernorm_forward", layernorm_forward)
+    x, cache_norm = norm_forward(x, params["norm.weight"], params["norm.bias"])  # (B, D)
+    logits, cache_head = linear_forward(x, params["head.weight"], params["head.bias"])
+    return logits, (cache_patch, caches, cache_norm, cache_head, config, blocks)
 
 
 def convit_backward(dlogits, cache):
     """Every layer in reverse. Returns the gradient of each parameter under its own name and shape.
 
     The blocks' caches are given up on the way, to free their memory: a cache serves one backward.
-    Raises UserError on a second one.
+    Raises UserError on a second one, and where none was kept.
     """
-    cache_patch, caches, cache_norm, cache_head, config, ops = cache
+    cache_patch, caches, cache_norm, cache_head, config, blocks = cache
     if not caches:
-        raise UserError("this cache has served a backward pass already: run convit_forward again")
+        raise UserError(
+            "this cache has served a backward pass already, or keep_caches was False: "
+            "run convit_forward again"
+        )
     grads = {}
-    dx, grads["head.weight"], grads["head.bias"] = ops.linear_backward(dlogits, cache_head)
-    dx, grads["norm.weight"], grads["norm.bias"] = ops.layernorm_backward(dx, cache_norm)
+    dx, grads["head.weight"], grads["head.bias"] = linear_backward(dlogits, cache_head)
+    norm_backward = getattr(blocks, "layernorm_backward", layernorm_backward)
+    dx, grads["norm.weight"], grads["norm.bias"] = norm_backward(dx, cache_norm)
     dcls_token = array_module(dx).zeros((1, 1, config.embed_dim), dx.dtype)
     for i in reversed(range(config.depth)):
         is_last = i == config.depth - 1
-        block_backward = ops.last_block_backward if is_last else ops.block_backward
+        block_backward = blocks.last_block_backward if is_last else blocks.block_backward
         dx, dblock = block_backward(dx, caches.pop())
         grads |= prefixed(dblock, f"blocks.{i}.")
         if i == config.local_up_to_layer:
@@ -163,6 +179,6 @@ def convit_backward(dlogits, cache):
     grads["cls_token"] = dcls_token
     if config.use_pos_embed:
         grads["pos_embed"] = dx.sum(axis=0, keepdims=True)  # (1, N, D)
-    _, dweight, dbias = ops.patch_embed_backward(dx, cache_patch, need_dimages=False)
+    _, dweight, dbias = patch_embed_backward(dx, cache_patch, need_dimages=False)
     grads |= {"patch_embed.proj.weight": dweight, "patch_embed.proj.bias": dbias}
     return {name: grads[name] for name in param_shapes(config)}

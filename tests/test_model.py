@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import miniconvit as mc
+from miniconvit import layers
 from miniconvit.arrays import random_bits, uniform
 from miniconvit.model import drop_path_masks
 
@@ -279,4 +281,29 @@ def test_a_cache_serves_one_backward():
     logits, cache = mc.convit_forward(images, params, SMALL)
     mc.convit_backward(np.ones_like(logits), cache)
     with pytest.raises(mc.UserError, match="run convit_forward again"):
+        mc.convit_backward(np.ones_like(logits), cache)
+
+
+def test_the_blocks_that_ran_forward_run_backward():
+    """Four functions are all that takes the place of the blocks; each block calls its own pair."""
+    calls = []
+
+    def noted(name):
+        return lambda *args: calls.append(name) or getattr(layers, name)(*args)
+
+    names = ("block_forward", "last_block_forward", "last_block_backward", "block_backward")
+    blocks = SimpleNamespace(**{name: noted(name) for name in names})
+    params, images, labels = random_params(SMALL), images_for(SMALL), np.array([0, 3, 1])
+    loss, grads = loss_and_grads(params, SMALL, images, labels, blocks=blocks)
+    assert calls == [n for name in names for n in [name] * (1 if "last" in name else 2)]
+    true_loss, true_grads = loss_and_grads(params, SMALL, images, labels)
+    assert loss == true_loss
+    assert all(np.array_equal(grads[name], true_grads[name]) for name in true_grads)
+
+
+def test_without_caches_the_logits_are_the_same_and_there_is_no_backward():
+    params, images = random_params(SMALL), images_for(SMALL)
+    logits, cache = mc.convit_forward(images, params, SMALL, keep_caches=False)
+    np.testing.assert_array_equal(logits, mc.convit_forward(images, params, SMALL)[0])
+    with pytest.raises(mc.UserError, match="keep_caches was False"):
         mc.convit_backward(np.ones_like(logits), cache)

@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from ..arrays import array_module
-from ..engine.pieces import CPU
-from ..layers.gpsa import gpsa_dense_forward
-from ..layers.ops import REFERENCE
-from ..layers.position import relative_positions
-from ..layers.psa import psa_forward
+from ..layers.block import block_forward
+from ..layers.gpsa import gate_forward
+from ..layers.position import position_attention_dense_forward, relative_positions
 from ..model import convit_forward
 
 MAP_NUMBERS = 2**22  # in the maps of one block that are held at a time
@@ -44,33 +42,34 @@ def visit_attention(images, params, config, visit):
     parts, content (B, H, N, N), position (H, N, N) and gate (H,), else None.
     """
 
-    def record_gpsa(x, params, num_heads, grid, ops):
-        out, cache = gpsa_dense_forward(x, params, num_heads, grid, ops)
-        (*_, (content, position, gate), _), (*_, mixture), *_ = cache
-        visit(SimpleNamespace(
-            mixture=mixture, content=content, position=position, gate=gate[:, 0, 0]
-        ))  # fmt: skip
-        return out, None
-
-    def record_psa(x, params, num_heads, grid, ops):
-        out, (*_, (_, _, _, mixture), _, _, _) = psa_forward(x, params, num_heads, grid, ops)
-        visit(SimpleNamespace(mixture=mixture, content=None, position=None, gate=None))
-        return out, None
-
-    def record_attention(q, k, v, ops):
-        y, cache = REFERENCE.attention_forward(q, k, v, ops)
-        visit(SimpleNamespace(mixture=cache[1], content=None, position=None, gate=None))
+    def record(x, block, num_heads, grid, *drop_path):
+        y, cache = block_forward(x, block, num_heads, grid, *drop_path)
+        visit(_maps_of_block(cache, block, grid))
         return y, None
 
-    recording = vars(CPU) | {
-        "gpsa_forward": record_gpsa,
-        "psa_forward": record_psa,
-        "mhsa_forward": REFERENCE.mhsa_forward,
-        "attention_forward": record_attention,
-        "block_forward": lambda *args: (REFERENCE.block_forward(*args)[0], None),
-        "last_block_forward": REFERENCE.last_block_forward,
-    }
-    convit_forward(images, params, config, ops=SimpleNamespace(**recording))
+    def record_last(*args):
+        y, _ = record(*args)
+        return y[:, 0], None
+
+    blocks = SimpleNamespace(block_forward=record, last_block_forward=record_last)
+    convit_forward(images, params, config, blocks=blocks, keep_caches=False)
+
+
+def _maps_of_block(cache, block, grid):
+    """visit_attention's namespace from the cache of layers.block_forward and its parameters."""
+    (_, attention, _), _, kind = cache
+    content = position = gate = None
+    if kind == "mhsa":
+        _, (_, mixture, *_), *_ = attention
+    elif kind == "psa":
+        _, _, _, (_, _, _, mixture), *_ = attention
+    else:
+        (_, (_, content, *_), _, _, (_, _, g), _), _ = attention
+        weight, bias = block["attn.pos_proj.weight"], block["attn.pos_proj.bias"]
+        position, _ = position_attention_dense_forward(weight, bias, grid)
+        mixture, _ = gate_forward(content, position, block["attn.gating_param"])
+        gate = g[:, 0, 0]
+    return SimpleNamespace(mixture=mixture, content=content, position=position, gate=gate)
 
 
 def attention_maps(images, params, config):

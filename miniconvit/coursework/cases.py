@@ -7,11 +7,12 @@ from functools import cache
 
 import numpy as np
 
+from .. import layers
 from ..config import ConViTConfig, as_pair
-from ..layers.ops import REFERENCE, part
+from ..layers.names import part
 from ..model import param_shapes
 from ..optim import AdamW
-from .runner import OPS, adamw_steps
+from .runner import adamw_steps
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,11 @@ def _solve(unit, args, rng, size):
     exact = map_arrays(lambda a: a.astype(float) if a.dtype.kind == "f" else a, args)
     if not unit.gradients:
         return Draw(args, adamw_steps(AdamW, *exact))
-    exact = tuple(REFERENCE if a is OPS else a for a in exact)
-    y, kept = getattr(REFERENCE, unit.forward)(*exact)
+    y, kept = getattr(layers, unit.forward)(*exact)
     dy = map_arrays(lambda a: rng.standard_normal(a.shape).astype(size.dtype), y)
     if unit.outputs == ("loss",):
         dy = float(dy)
-    backward = getattr(REFERENCE, unit.backward)
+    backward = getattr(layers, unit.backward)
     exact_dy = map_arrays(lambda a: a.astype(float), dy)
     first = map_arrays(lambda a: _only_first(a, size.B), exact_dy)
     return Draw(args, y, dy, backward(exact_dy, kept), backward(first, kept))
@@ -182,12 +182,12 @@ def _patch_embed(normal, s):
 
 
 def _attention(normal, s):
-    return [(*(normal(s.B, s.H, s.N, s.d) for _ in "qkv"), OPS)]
+    return [tuple(normal(s.B, s.H, s.N, s.d) for _ in "qkv")]
 
 
 def _mhsa(normal, s):
     x = normal(s.B, s.N + 1, s.D)
-    return [(x, _params(normal, s, "attn.", False, bias), s.H, OPS) for bias in (True, False)]
+    return [(x, _params(normal, s, "attn.", False, bias), s.H) for bias in (True, False)]
 
 
 def _position_attention(normal, s):
@@ -207,13 +207,11 @@ def _gate(normal, s):
 
 def _gpsa(normal, s):
     x = normal(s.B, s.N, s.D)
-    return [
-        (x, _params(normal, s, "attn.", True, bias), s.H, s.grid, OPS) for bias in (True, False)
-    ]
+    return [(x, _params(normal, s, "attn.", True, bias), s.H, s.grid) for bias in (True, False)]
 
 
 def _mlp(normal, s):
-    return [(normal(s.B, s.N, s.D), _params(normal, s, "mlp.", False), OPS)]
+    return [(normal(s.B, s.N, s.D), _params(normal, s, "mlp.", False))]
 
 
 def _block(normal, s):
@@ -222,8 +220,8 @@ def _block(normal, s):
     local, plain = (_params(normal, s, "", local) for local in (True, False))
     x, longer = normal(s.B, s.N, s.D), normal(s.B, s.N + 1, s.D)
     return [
-        (x, local, s.H, s.grid, masks, 0.7, OPS),
-        (longer, plain, s.H, s.grid, (None, None), 1.0, OPS),
+        (x, local, s.H, s.grid, masks, 0.7),
+        (longer, plain, s.H, s.grid, (None, None), 1.0),
     ]
 
 

@@ -37,7 +37,7 @@ miniconvit coursework pack         # writes submission.zip
 Rules: import numpy, math and kit only. Leave your arguments as they are. Keep the dtype: float32
 in, float32 out. A function's answer depends on its arguments alone, in any order of calls. Every
 exercise counts by itself, and every tensor by itself; the others' functions, which you reach
-through `ops` or `kit`, are right ones while you are graded. Grading uses other numbers and sizes:
+through `kit`, are right ones while you are graded. Grading uses other numbers and sizes:
 one image and three, one head, grids that are not square.
 
 {table}

@@ -8,7 +8,6 @@ from functools import cache
 
 from .. import layers, optim
 from ..errors import UserError
-from ..layers.ops import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,9 @@ def allowed_functions(unit_name):
     """The right functions that a student's unit may call: those that the library's own uses, and
     whatever these are made of, but never the unit itself."""
     own = {f"{unit_name}_forward", f"{unit_name}_backward"}
-    found, queue = set(), sorted(own & set(vars(REFERENCE)))
+    found, queue = set(), sorted(own & set(vars(layers)))
     while queue:
-        for name in _names_called(vars(REFERENCE)[queue.pop()]):
+        for name in _names_called(getattr(layers, queue.pop())):
             pair = {name, name.replace("_forward", "_backward")} - found - own
             found |= pair
             queue += pair
@@ -178,12 +177,11 @@ def allowed_functions(unit_name):
 
 
 def _names_called(function):
-    """Names of the reference functions in the body of `function` and of its module's helpers."""
+    """Names of the layers' functions in the body of `function` and of its module's helpers."""
     module = sys.modules[function.__module__]
     tree = ast.parse(inspect.getsource(function))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for helper in [name for name in names if name.startswith("_") and hasattr(module, name)]:
         if callable(getattr(module, helper)):
             names |= _names_called(getattr(module, helper))
-    return {name for name in names if name in vars(REFERENCE)}
+    return {n for n in names if n in vars(layers) and n.endswith(("_forward", "_backward"))}

@@ -8,15 +8,15 @@ from functools import cache
 from .. import arrays as backend
 from .. import config
 from ..errors import UserError
-from ..layers import attention, drop_path, ops
+from ..layers import attention, drop_path, names
 from .exercises import EXERCISES
 
 GIVEN = (
     (backend, "array_module"),
     (backend, "erf"),
     (config, "as_pair"),
-    (ops, "part"),
-    (ops, "prefixed"),
+    (names, "part"),
+    (names, "prefixed"),
     (attention, "split_heads"),
     (attention, "merge_heads"),
     (drop_path, "drop_path_forward"),
@@ -26,9 +26,9 @@ GIVEN = (
 
 KIT = '''"""What the exercises have in common: import from here, and change nothing.
 
-The functions of the other exercises can be imported from here too, and REFERENCE.name is the same:
-yours, from the files in this folder. While your work is checked they are right ones instead, so
-every exercise counts by itself.
+The functions of the other exercises can be imported from here too: yours, from the files in this
+folder. While your work is checked they are right ones instead, and so are the other pairs of the
+same file: every pair counts by itself.
 """
 
 import sys
@@ -39,21 +39,13 @@ import numpy as np
 FILES = {files}
 
 
-class _Others:
-    drop_path_forward = staticmethod(lambda *args: drop_path_forward(*args))
-    drop_path_backward = staticmethod(lambda *args: drop_path_backward(*args))
-
-    def __getattr__(self, name):
-        if name not in FILES:
-            raise AttributeError(name)
-        return getattr(import_module(FILES[name]), name)
-
-
-REFERENCE = _Others()
+psa_forward = psa_backward = None  # positional attention without gates is no exercise
 
 
 def __getattr__(name):
-    return getattr(REFERENCE, name)
+    if name not in FILES:
+        raise AttributeError(name)
+    return getattr(import_module(FILES[name]), name)
 
 
 def scipy_erf(x):
@@ -95,8 +87,8 @@ def _cut(exercise, blank):
     for node in reversed(tree.body):
         first, last = node.lineno - 1, node.end_lineno
         if isinstance(node, ast.ImportFrom) and node.level:
-            names = ", ".join(alias.name for alias in node.names)
-            lines[first:last] = [f"from kit import {names}"]
+            imported = ", ".join(alias.name for alias in node.names)
+            lines[first:last] = [f"from kit import {imported}"]
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             if _is_foreign(node.name, units, exercise):
                 del lines[first:last]

@@ -134,7 +134,7 @@ def source_problem(text):
             if module.partition(".")[0] not in WHITELIST:
                 return (
                     f"imports {module} in line {node.lineno}: allowed are {', '.join(WHITELIST)}; "
-                    "other exercises come through ops or kit"
+                    "other exercises come through kit"
                 )
         name = getattr(node, "id", None) or getattr(node, "attr", None) or ""
         dunder = isinstance(node, ast.Attribute) and name.startswith("__") and name not in HARMLESS

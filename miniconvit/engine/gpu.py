@@ -2,11 +2,10 @@
 
 from contextlib import suppress
 
+from .. import layers
 from ..arrays import to_cpu
 from ..errors import UserError
-from ..layers.ops import REFERENCE
-from ..model import convit_forward
-from .pieces import for_inference, train_piece
+from .pieces import answer_piece, train_piece
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 
@@ -20,9 +19,8 @@ class DeviceEngine:
     workers = None
     steps_between_reads = 50
 
-    def __init__(self, config, xp, ops=REFERENCE):
-        self.config, self.xp, self.ops = config, xp, ops
-        self._inference_ops = for_inference(ops)
+    def __init__(self, config, xp):
+        self.config, self.xp = config, xp
 
     def close(self):
         """Gives the memory that is not in use back to the device."""
@@ -43,7 +41,7 @@ class DeviceEngine:
 
         def run(n):
             return train_piece(
-                self.config, self.ops, load, 0, n, n, params, label_smoothing, seed, step
+                self.config, layers, load, 0, n, n, params, label_smoothing, seed, step
             )
 
         with suppress(MemoryError):
@@ -81,7 +79,7 @@ class DeviceEngine:
         def run(start, stop):
             loaded = load(start, stop)
             images = loaded[0] if isinstance(loaded, tuple) else loaded
-            return convit_forward(images, params, self.config, ops=self._inference_ops)[0]
+            return answer_piece(self.config, layers, images, params)
 
         size = max(1, min(n, INFERENCE_ROWS // self.config.num_patches))
         while True:

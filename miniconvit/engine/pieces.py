@@ -5,15 +5,16 @@ number of workers, so any number of workers gives the same bits.
 """
 
 from math import ceil
-from types import SimpleNamespace
 
-from ..layers import REFERENCE, cross_entropy_backward, cross_entropy_forward
+from .. import layers
+from ..layers import cross_entropy_backward, cross_entropy_forward
 from ..model import convit_backward, convit_forward
 
 try:
-    from .kernels import CPU, INFERENCE
-except ModuleNotFoundError:  # the folder was deleted: everything works, only slower
-    CPU, INFERENCE = REFERENCE, {}
+    from . import kernels
+    from .kernels import inference
+except ImportError:  # the folder was deleted: everything works, only slower
+    kernels = inference = layers
 
 PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
 
@@ -34,7 +35,14 @@ def cut(n, rows_per_image):
     return [(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
-def train_piece(config, ops, load, start, stop, n, params, label_smoothing, seed, step):
+def answer_piece(config, blocks, images, params):
+    """The logits of this piece in evaluation mode; nothing is kept for a backward pass."""
+    if blocks is kernels:
+        blocks = inference
+    return convit_forward(images, params, config, blocks=blocks, keep_caches=False)[0]
+
+
+def train_piece(config, blocks, load, start, stop, n, params, label_smoothing, seed, step):
     """Mean loss, number of right answers, and gradients of this piece's share in a batch of n; of
     targets that are mixed, the class with the largest share is the right one.
 
@@ -42,22 +50,9 @@ def train_piece(config, ops, load, start, stop, n, params, label_smoothing, seed
     path. The two numbers are scalar arrays.
     """
     images, targets = load(start, stop)
-    logits, cache = convit_forward(images, params, config, True, seed, step, start, ops)
+    logits, cache = convit_forward(images, params, config, True, seed, step, start, blocks)
     loss, cache_loss = cross_entropy_forward(logits, targets, label_smoothing)
     dlogits = cross_entropy_backward((stop - start) / n, cache_loss)
     labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
     correct = (logits.argmax(axis=1) == labels).sum()
     return loss, correct, convit_backward(dlogits, cache)
-
-
-def for_inference(ops):
-    """The same functions, but nothing is kept for a backward pass."""
-    names = ("block_forward", "last_block_forward")
-    changed = {name: _without_cache(getattr(ops, name)) for name in names}
-    if ops is CPU:
-        changed |= INFERENCE
-    return SimpleNamespace(**vars(ops) | changed)
-
-
-def _without_cache(forward):
-    return lambda *args, **kwargs: (forward(*args, **kwargs)[0], None)

@@ -21,8 +21,8 @@ from multiprocessing.connection import wait
 import numpy as np
 
 from ..errors import UserError
-from ..model import convit_forward, param_shapes
-from .pieces import CPU, PIECE_ROWS, cut, train_piece
+from ..model import param_shapes
+from .pieces import PIECE_ROWS, answer_piece, cut, kernels, train_piece
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
@@ -58,8 +58,8 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, config, workers, ops=CPU):
-        super().__init__(config, 1, ops)
+    def __init__(self, config, workers, blocks=kernels):
+        super().__init__(config, 1, blocks)
         self.workers = workers
         self._shapes = param_shapes(config)
         images = max(1, PIECE_ROWS // config.num_patches)
@@ -319,10 +319,13 @@ class ProcessEngine(Engine):
     def _train(self, options, piece, given, slot, arrays, place, dtype):
         """A piece's scalars and its gradients' names; the gradients are left at their place."""
         n, label_smoothing, seed, step = options
-        loaded = tuple(self._views(self._in_place(slot), arrays))
         params = self._tensors(given, dtype)
+
+        def load(*_):
+            return tuple(self._views(self._in_place(slot), arrays))
+
         loss, correct, grads = train_piece(
-            self.config, self.ops, lambda *_: loaded, *piece, n, params, label_smoothing, seed, step
+            self.config, self.blocks, load, *piece, n, params, label_smoothing, seed, step
         )
         for name, shared in self._tensors(place, dtype).items():
             shared[...] = grads[name]
@@ -333,7 +336,7 @@ class ProcessEngine(Engine):
         """The shape of a piece's logits, which are left at their place."""
         images = next(self._views(self._in_place(slot), arrays))
         params = self._tensors(given, dtype)
-        y = convit_forward(images, params, self.config, ops=self._inference_ops)[0]
+        y = answer_piece(self.config, self.blocks, images, params)
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 

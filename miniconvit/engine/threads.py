@@ -9,9 +9,8 @@ from threading import Lock
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..model import convit_forward
 from ..system import available_threads
-from .pieces import CPU, cut, for_inference, train_piece
+from .pieces import answer_piece, cut, kernels, train_piece
 
 
 def keep_freed_memory():
@@ -54,17 +53,16 @@ class Engine:
     """Runs training steps and inference of one model over pieces of a batch.
 
     workers: threads, by default on all available cores; BLAS runs at one thread inside each.
-    ops: the namespace of functions to run, by default the fast ones for the CPU.
+    blocks: what the model's blocks run on, by default the kernels for the CPU.
     Use as a context manager, or close() it.
     """
 
     xp = np
     steps_between_reads = 1
 
-    def __init__(self, config, workers=None, ops=CPU):
-        self.config, self.ops = config, ops
+    def __init__(self, config, workers=None, blocks=kernels):
+        self.config, self.blocks = config, blocks
         self.workers = workers or available_threads()
-        self._inference_ops = for_inference(ops)
         keep_freed_memory()
         ONE_BLAS_THREAD.want()
         self._closed = False
@@ -118,7 +116,7 @@ class Engine:
 
         def run(start, stop):
             loss, correct, grads = train_piece(
-                self.config, self.ops, load, start, stop, n, params, label_smoothing, seed, step
+                self.config, self.blocks, load, start, stop, n, params, label_smoothing, seed, step
             )
             return float(loss) * ((stop - start) / n), int(correct), grads
 
@@ -158,7 +156,7 @@ class Engine:
         def run(start, stop):
             loaded = load(start, stop)
             images = loaded[0] if isinstance(loaded, tuple) else loaded
-            return convit_forward(images, params, self.config, ops=self._inference_ops)[0]
+            return answer_piece(self.config, self.blocks, images, params)
 
         return np.concatenate(list(self._map(run, n)))
 

@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from .. import layers
 from ..config import ConViTConfig
 from ..errors import UserError
-from ..layers.ops import REFERENCE
 from ..model import convit_backward, convit_forward, drop_path_masks, param_shapes
 from .checker import check_gradients
 from .mutants import mutate
 
 FUNCTIONS = SimpleNamespace(
-    **vars(REFERENCE), convit_forward=convit_forward, convit_backward=convit_backward
+    **{n: f for n, f in vars(layers).items() if n.endswith(("_forward", "_backward"))},
+    convit_forward=convit_forward,
+    convit_backward=convit_backward,
 )
 """The layers and the model by name: what the cases check, and what a mutant replaces."""
 
@@ -49,78 +51,78 @@ def _draw_params(rng, shapes):
     }
 
 
-def _composite(name, ops, rng, shapes, *args, tokens=TOKENS, expect_zero=()):
-    """A case for x_forward(x, params, *args, ops) and its backward, which returns dx and grads."""
-    forward, backward = (getattr(ops, f"{name}_{way}") for way in ("forward", "backward"))
+def _composite(name, functions, rng, shapes, *args, tokens=TOKENS, expect_zero=()):
+    """A case for x_forward(x, params, *args) and its backward, which returns dx and grads."""
+    forward, backward = (getattr(functions, f"{name}_{way}") for way in ("forward", "backward"))
 
     def by_name(dy, cache):
         dx, grads = backward(dy, cache)
         return {"x": dx} | grads
 
     inputs = _draw(rng, x=(B, tokens, DIM)) | _draw_params(rng, shapes)
-    return Case(lambda x, **params: forward(x, params, *args, ops), by_name, inputs, expect_zero)
+    return Case(lambda x, **params: forward(x, params, *args), by_name, inputs, expect_zero)
 
 
-def _linear(rng, ops):
+def _linear(rng, functions):
     inputs = _draw(rng, x=(B, TOKENS, DIM), weight=(HIDDEN, DIM), bias=(HIDDEN,))
-    yield Case(ops.linear_forward, ops.linear_backward, inputs)
+    yield Case(functions.linear_forward, functions.linear_backward, inputs)
     without_bias = {name: inputs[name] for name in ("x", "weight")}
-    yield Case(ops.linear_forward, ops.linear_backward, without_bias)
+    yield Case(functions.linear_forward, functions.linear_backward, without_bias)
 
 
-def _layernorm(rng, ops):
+def _layernorm(rng, functions):
     inputs = _draw(rng, x=(B, TOKENS, DIM), weight=(DIM,), bias=(DIM,))
-    yield Case(ops.layernorm_forward, ops.layernorm_backward, inputs)
+    yield Case(functions.layernorm_forward, functions.layernorm_backward, inputs)
 
 
-def _gelu(rng, ops):
-    yield Case(ops.gelu_forward, ops.gelu_backward, _draw(rng, x=(B, TOKENS, DIM)))
+def _gelu(rng, functions):
+    yield Case(functions.gelu_forward, functions.gelu_backward, _draw(rng, x=(B, TOKENS, DIM)))
 
 
-def _softmax(rng, ops):
+def _softmax(rng, functions):
     inputs = _draw(rng, x=(B, HEADS, TOKENS, HIDDEN))
-    yield Case(ops.softmax_forward, ops.softmax_backward, inputs)
+    yield Case(functions.softmax_forward, functions.softmax_backward, inputs)
 
 
-def _patch_embed(rng, ops):
+def _patch_embed(rng, functions):
     C, ph, pw = 2, 3, 2
     images = (B, C, GRID[0] * ph, GRID[1] * pw)
     inputs = _draw(rng, images=images, weight=(DIM, C, ph, pw), bias=(DIM,))
     yield Case(
-        lambda images, weight, bias: ops.patch_embed_forward(images, weight, bias, (ph, pw)),
-        ops.patch_embed_backward,
+        lambda images, weight, bias: functions.patch_embed_forward(images, weight, bias, (ph, pw)),
+        functions.patch_embed_backward,
         inputs,
     )
 
 
-def _position_attention(rng, ops, name="position_attention"):
-    forward, backward = (getattr(ops, f"{name}_{way}") for way in ("forward", "backward"))
+def _position_attention(rng, functions, name="position_attention"):
+    forward, backward = (getattr(functions, f"{name}_{way}") for way in ("forward", "backward"))
     inputs = _draw(rng, weight=(HEADS, 3), bias=(HEADS,))
     yield Case(lambda weight, bias: forward(weight, bias, GRID), backward, inputs, ("bias",))
 
 
-def _position_attention_dense(rng, ops):
-    yield from _position_attention(rng, ops, "position_attention_dense")
+def _position_attention_dense(rng, functions):
+    yield from _position_attention(rng, functions, "position_attention_dense")
 
 
-def _position_values(rng, ops):
+def _position_values(rng, functions):
     rows, cols = GRID
     inputs = _draw(
         rng, v=(B, HEADS, TOKENS, HIDDEN), py=(HEADS, rows, rows), px=(HEADS, cols, cols)
     )
-    yield Case(ops.position_values_forward, ops.position_values_backward, inputs)
+    yield Case(functions.position_values_forward, functions.position_values_backward, inputs)
 
 
-def _gate(rng, ops):
+def _gate(rng, functions):
     branch = (B, HEADS, TOKENS, HIDDEN)
     inputs = _draw(rng, content=branch, position=branch, gating_param=(HEADS,))
-    yield Case(ops.gate_forward, ops.gate_backward, inputs)
+    yield Case(functions.gate_forward, functions.gate_backward, inputs)
 
 
-def _attention(rng, ops):
+def _attention(rng, functions):
     heads = (B, HEADS, TOKENS, HIDDEN)
     inputs = _draw(rng, q=heads, k=heads, v=heads)
-    yield Case(lambda q, k, v: ops.attention_forward(q, k, v, ops), ops.attention_backward, inputs)
+    yield Case(functions.attention_forward, functions.attention_backward, inputs)
 
 
 def _block_shapes(qkv_bias, local, prefix, attention="gpsa"):
@@ -133,64 +135,64 @@ def _block_shapes(qkv_bias, local, prefix, attention="gpsa"):
     return {k.removeprefix(prefix): s for k, s in param_shapes(config).items() if prefix in k}
 
 
-def _gpsa(rng, ops, name="gpsa"):
+def _gpsa(rng, functions, name="gpsa"):
     zero = ("pos_proj.bias",)
     for bias in (True, False):
         shapes = _block_shapes(bias, True, "attn.", "psa" if name == "psa" else "gpsa")
-        yield _composite(name, ops, rng, shapes, HEADS, GRID, expect_zero=zero)
+        yield _composite(name, functions, rng, shapes, HEADS, GRID, expect_zero=zero)
 
 
-def _gpsa_dense(rng, ops):
-    yield from _gpsa(rng, ops, "gpsa_dense")
+def _gpsa_dense(rng, functions):
+    yield from _gpsa(rng, functions, "gpsa_dense")
 
 
-def _psa(rng, ops):
-    yield from _gpsa(rng, ops, "psa")
+def _psa(rng, functions):
+    yield from _gpsa(rng, functions, "psa")
 
 
-def _mhsa(rng, ops):
+def _mhsa(rng, functions):
     for bias in (True, False):
-        yield _composite("mhsa", ops, rng, _block_shapes(bias, False, "attn."), HEADS)
+        yield _composite("mhsa", functions, rng, _block_shapes(bias, False, "attn."), HEADS)
 
 
-def _mlp(rng, ops):
-    yield _composite("mlp", ops, rng, _block_shapes(False, False, "mlp."))
+def _mlp(rng, functions):
+    yield _composite("mlp", functions, rng, _block_shapes(False, False, "mlp."))
 
 
-def _drop_path(rng, ops):
+def _drop_path(rng, functions):
     keep = np.array([1, 1, 0])
     yield Case(
-        lambda x: ops.drop_path_forward(x, keep, 0.7),
-        ops.drop_path_backward,
+        lambda x: functions.drop_path_forward(x, keep, 0.7),
+        functions.drop_path_backward,
         _draw(rng, x=(B, TOKENS, DIM)),
     )
 
 
-def _block(rng, ops, name="block"):
+def _block(rng, functions, name="block"):
     keep = np.array([1, 1, 0]), np.array([0, 1, 1])
     zero = ("attn.pos_proj.bias",)
     for masks in (keep, (None, None)):
         args = (HEADS, GRID, masks, 0.7)
         local, plain = (_block_shapes(True, local, "") for local in (True, False))
         ungated = _block_shapes(True, True, "", "psa")
-        yield _composite(name, ops, rng, local, *args, expect_zero=zero)
-        yield _composite(name, ops, rng, plain, *args, tokens=TOKENS + 1)
-        yield _composite(name, ops, rng, ungated, *args, expect_zero=zero)
+        yield _composite(name, functions, rng, local, *args, expect_zero=zero)
+        yield _composite(name, functions, rng, plain, *args, tokens=TOKENS + 1)
+        yield _composite(name, functions, rng, ungated, *args, expect_zero=zero)
 
 
-def _last_block(rng, ops):
-    yield from _block(rng, ops, "last_block")
+def _last_block(rng, functions):
+    yield from _block(rng, functions, "last_block")
 
 
-def _cross_entropy(rng, ops):
+def _cross_entropy(rng, functions):
     labels = rng.integers(CLASSES, size=B)
     soft = rng.uniform(size=(B, CLASSES))  # rows need not sum to one: taken as they are
     for targets, smoothing in ((labels, 0.0), (labels, 0.1), (soft, 0.0)):
         yield Case(
-            lambda logits, targets=targets, smoothing=smoothing: ops.cross_entropy_forward(
+            lambda logits, targets=targets, smoothing=smoothing: functions.cross_entropy_forward(
                 logits, targets, smoothing
             ),
-            ops.cross_entropy_backward,
+            functions.cross_entropy_backward,
             _draw(rng, logits=(B, CLASSES)),
         )
 
@@ -208,7 +210,7 @@ def _mixed_seed(seed, images, config):
         seed += 1
 
 
-def _convit(rng, ops):
+def _convit(rng, functions):
     """A whole model at training time: GPSA and plain blocks, drop path; then no GPSA; then all."""
     for local, bias, pos_embed in ((2, True, True), (0, False, False), (3, False, True)):
         config = ConViTConfig(
@@ -223,11 +225,11 @@ def _convit(rng, ops):
 
         def forward(images=images, config=config, seed=seed, **params):
             images = images.astype(params["head.bias"].dtype)
-            return ops.convit_forward(images, params, config, True, seed=seed, ops=ops)
+            return functions.convit_forward(images, params, config, True, seed=seed)
 
         if not config.has_cls_token:
             zero.append("cls_token")
-        yield Case(forward, ops.convit_backward, inputs, tuple(zero))
+        yield Case(forward, functions.convit_backward, inputs, tuple(zero))
 
 
 CASES = {
@@ -252,14 +254,14 @@ CASES = {
     "last_block": _last_block,
     "convit": _convit,
 }
-"""Layer to the function (rng, ops) that yields its cases."""
+"""Layer to the function (rng, functions) that yields its cases."""
 
 
-def check_layer(name, seed=0, every_entry=False, ops=FUNCTIONS):
+def check_layer(name, seed=0, every_entry=False, functions=FUNCTIONS):
     """The Reports of one layer's cases, drawn from seed. Raises UserError for an unknown name."""
     if name not in CASES:
         raise UserError(f"unknown layer {name!r}: choose one of {', '.join(CASES)}")
-    cases = CASES[name](np.random.default_rng(seed), ops)
+    cases = CASES[name](np.random.default_rng(seed), functions)
     return [
         check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)
         for c in cases
@@ -277,9 +279,9 @@ def catch(mutant, seed=0, every_entry=False):
     layer = mutant.function.removesuffix("_backward")
     if not _is_right(layer, seed, every_entry):
         raise RuntimeError(f"{layer} itself fails its check: no mutant of it can be judged")
-    ops = SimpleNamespace(**(vars(FUNCTIONS) | {mutant.function: mutate(mutant)}))
+    functions = SimpleNamespace(**(vars(FUNCTIONS) | {mutant.function: mutate(mutant)}))
     try:
-        reports = check_layer(layer, seed, every_entry, ops)
+        reports = check_layer(layer, seed, every_entry, functions)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         return f"raises {type(error).__name__}"
     for report in reports:

@@ -9,6 +9,7 @@ They stand in mutants.toml; `python -m miniconvit.gradcheck.mutants` prints them
 import inspect
 import sys
 import tomllib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -47,8 +48,7 @@ def mutate(mutant):
     """The mutant's function with the bug in it, of the same signature; the original stays as it is.
 
     The whole module is compiled anew, so that the function sees a changed helper. To run the mutant
-    inside a composite or the model, put it in an ops namespace:
-    SimpleNamespace(**vars(REFERENCE) | {mutant.function: mutate(mutant)}).
+    inside a composite or the model, use planted(**{mutant.function: mutate(mutant)}).
     Raises ValueError where `before` does not occur exactly once.
     """
     home = model if mutant.function == "convit_backward" else layers
@@ -64,6 +64,29 @@ def mutate(mutant):
     namespace = {"__name__": module.__name__, "__package__": module.__package__}
     exec(compile(source, f"<mutant {mutant.name}>", "exec"), namespace)
     return namespace[mutant.function]
+
+
+@contextmanager
+def planted(**functions):
+    """Within it, the layers and the model call these functions instead of their own.
+
+    Each takes the place of its name in every module that calls it: a bug, a counter, a clock. For
+    one thread at a time, because all threads see it. Raises ValueError for an unknown name.
+    """
+    lesson = (layers.__name__, model.__name__)
+    modules = [vars(module) for name, module in sys.modules.items() if name.startswith(lesson)]
+    places = [(module, name) for name in functions for module in modules if name in module]
+    unknown = functions.keys() - {name for _, name in places}
+    if unknown:
+        raise ValueError(f"the lesson calls no {', '.join(sorted(unknown))}")
+    originals = [module[name] for module, name in places]
+    try:
+        for module, name in places:
+            module[name] = functions[name]
+        yield
+    finally:
+        for (module, name), original in zip(places, originals, strict=True):
+            module[name] = original
 
 
 def page():

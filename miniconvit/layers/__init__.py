@@ -26,7 +26,6 @@ from .layernorm import layernorm_backward, layernorm_forward
 from .linear import linear_backward, linear_forward
 from .loss import cross_entropy_backward, cross_entropy_forward
 from .mlp import mlp_backward, mlp_forward
-from .ops import REFERENCE
 from .patch_embed import patch_embed_backward, patch_embed_forward
 from .position import (
     position_attention_backward,
@@ -39,7 +38,3 @@ from .position import (
 )
 from .psa import psa_backward, psa_forward
 from .softmax import softmax_backward, softmax_forward
-
-vars(REFERENCE).update(
-    {name: item for name, item in globals().items() if name.endswith(("_forward", "_backward"))}
-)

@@ -9,8 +9,17 @@ one. Its gradient is a constant per row of dA, which both softmaxes and the gate
 """
 
 from ..arrays import array_module
-from .attention import merge_heads, split_heads
-from .ops import REFERENCE
+from .attention import attention_backward, attention_forward, merge_heads, split_heads
+from .linear import linear_backward, linear_forward
+from .position import (
+    position_attention_backward,
+    position_attention_dense_backward,
+    position_attention_dense_forward,
+    position_attention_forward,
+    position_values_backward,
+    position_values_forward,
+)
+from .softmax import softmax_backward, softmax_forward
 
 
 def gate_forward(content, position, gating_param):
@@ -33,44 +42,44 @@ def gate_backward(dy, cache):
     return (1.0 - g) * dy, g * dy, g_head * (1.0 - g_head) * dg
 
 
-def _project_forward(x, params, num_heads, ops):
+def _project_forward(x, params, num_heads):
     """q, k and v of GPSA, (B, H, N, d) each: two linear layers, because v starts as identity."""
-    qk, cache_qk = ops.linear_forward(x, params["qk.weight"], params.get("qk.bias"))
-    values, cache_v = ops.linear_forward(x, params["v.weight"], params.get("v.bias"))
+    qk, cache_qk = linear_forward(x, params["qk.weight"], params.get("qk.bias"))
+    values, cache_v = linear_forward(x, params["v.weight"], params.get("v.bias"))
     q, k = split_heads(qk, 2, num_heads)
     (v,) = split_heads(values, 1, num_heads)
-    return q, k, v, (cache_qk, cache_v, ops)
+    return q, k, v, (cache_qk, cache_v)
 
 
 def _project_backward(dq, dk, dv, cache):
     """Returns dx, the sum of what the two layers send back, and their gradients by name."""
-    cache_qk, cache_v, ops = cache
-    dx_qk, dqk_weight, dqk_bias = ops.linear_backward(merge_heads(dq, dk), cache_qk)
-    dx_v, dv_weight, dv_bias = ops.linear_backward(merge_heads(dv), cache_v)
+    cache_qk, cache_v = cache
+    dx_qk, dqk_weight, dqk_bias = linear_backward(merge_heads(dq, dk), cache_qk)
+    dx_v, dv_weight, dv_bias = linear_backward(merge_heads(dv), cache_v)
     grads = {"qk.weight": dqk_weight, "v.weight": dv_weight}
     if dqk_bias is not None:
         grads |= {"qk.bias": dqk_bias, "v.bias": dv_bias}
     return dx_qk + dx_v, grads
 
 
-def gpsa_dense_forward(x, params, num_heads, grid, ops=REFERENCE):
+def gpsa_dense_forward(x, params, num_heads, grid):
     """The definition: two attention maps, mixed by the gate, applied to the values.
 
     x (B, N, D), N = rows * cols of grid; params: gating_param (H,), qk.weight (2D, D),
     v.weight (D, D), proj.weight (D, D), proj.bias (D,), pos_proj.weight (H, 3), pos_proj.bias (H,),
     maybe qk.bias and v.bias. Returns (B, N, D).
     """
-    q, k, v, cache_project = _project_forward(x, params, num_heads, ops)
+    q, k, v, cache_project = _project_forward(x, params, num_heads)
     scale = q.shape[-1] ** -0.5
-    C, cache_softmax = ops.softmax_forward((q @ k.swapaxes(-1, -2)) * scale)  # (B, H, N, N)
-    P, cache_position = ops.position_attention_dense_forward(
+    C, cache_softmax = softmax_forward((q @ k.swapaxes(-1, -2)) * scale)  # (B, H, N, N)
+    P, cache_position = position_attention_dense_forward(
         params["pos_proj.weight"], params["pos_proj.bias"], grid
     )  # (H, N, N)
-    A, cache_gate = ops.gate_forward(C, P, params["gating_param"])  # (B, H, N, N)
+    A, cache_gate = gate_forward(C, P, params["gating_param"])  # (B, H, N, N)
     y = A @ v  # (B, H, N, d)
-    out, cache_proj = ops.linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
+    out, cache_proj = linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
     caches = (cache_project, cache_softmax, cache_position, cache_gate, cache_proj)
-    return out, (caches, (q, k, v, A), scale, num_heads, ops)
+    return out, (caches, (q, k, v, A), scale, num_heads)
 
 
 def gpsa_dense_backward(dout, cache):
@@ -78,15 +87,15 @@ def gpsa_dense_backward(dout, cache):
 
     Returns dx (B, N, D) and grads with params' keys.
     """
-    caches, (q, k, v, A), scale, num_heads, ops = cache
+    caches, (q, k, v, A), scale, num_heads = cache
     cache_project, cache_softmax, cache_position, cache_gate, cache_proj = caches
-    dmerged, dproj_weight, dproj_bias = ops.linear_backward(dout, cache_proj)
+    dmerged, dproj_weight, dproj_bias = linear_backward(dout, cache_proj)
     (dy,) = split_heads(dmerged, 1, num_heads)
     dv = A.swapaxes(-1, -2) @ dy
     dA = dy @ v.swapaxes(-1, -2)
-    dC, dP, dgating = ops.gate_backward(dA, cache_gate)
-    dpos_weight, dpos_bias = ops.position_attention_dense_backward(dP.sum(axis=0), cache_position)
-    dS = ops.softmax_backward(dC, cache_softmax) * scale
+    dC, dP, dgating = gate_backward(dA, cache_gate)
+    dpos_weight, dpos_bias = position_attention_dense_backward(dP.sum(axis=0), cache_position)
+    dS = softmax_backward(dC, cache_softmax) * scale
     dx, grads = _project_backward(dS @ k, dS.swapaxes(-1, -2) @ q, dv, cache_project)
     return dx, grads | {
         "gating_param": dgating,
@@ -97,21 +106,21 @@ def gpsa_dense_backward(dout, cache):
     }
 
 
-def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
+def gpsa_forward(x, params, num_heads, grid):
     """The same function by applying each map to the values, then mixing: training uses this one.
 
     Shapes and keys as in gpsa_dense_forward.
     """
-    q, k, v, cache_project = _project_forward(x, params, num_heads, ops)
-    content, cache_content = ops.attention_forward(q, k, v, ops)  # (B, H, N, d)
-    (py, px), cache_position = ops.position_attention_forward(
+    q, k, v, cache_project = _project_forward(x, params, num_heads)
+    content, cache_content = attention_forward(q, k, v)  # (B, H, N, d)
+    (py, px), cache_position = position_attention_forward(
         params["pos_proj.weight"], params["pos_proj.bias"], grid
     )
-    position, cache_values = ops.position_values_forward(v, py, px)  # (B, H, N, d)
-    y, cache_gate = ops.gate_forward(content, position, params["gating_param"])
-    out, cache_proj = ops.linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
+    position, cache_values = position_values_forward(v, py, px)  # (B, H, N, d)
+    y, cache_gate = gate_forward(content, position, params["gating_param"])
+    out, cache_proj = linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
     caches = (cache_project, cache_content, cache_position, cache_values, cache_gate, cache_proj)
-    return out, (caches, num_heads, ops)
+    return out, (caches, num_heads)
 
 
 def gpsa_backward(dout, cache):
@@ -119,14 +128,14 @@ def gpsa_backward(dout, cache):
 
     Returns dx (B, N, D) and grads with params' keys.
     """
-    caches, num_heads, ops = cache
+    caches, num_heads = cache
     cache_project, cache_content, cache_position, cache_values, cache_gate, cache_proj = caches
-    dmerged, dproj_weight, dproj_bias = ops.linear_backward(dout, cache_proj)
+    dmerged, dproj_weight, dproj_bias = linear_backward(dout, cache_proj)
     (dy,) = split_heads(dmerged, 1, num_heads)
-    dcontent, dposition, dgating = ops.gate_backward(dy, cache_gate)
-    dv, dpy, dpx = ops.position_values_backward(dposition, cache_values)
-    dpos_weight, dpos_bias = ops.position_attention_backward((dpy, dpx), cache_position)
-    dq, dk, dv_content = ops.attention_backward(dcontent, cache_content)
+    dcontent, dposition, dgating = gate_backward(dy, cache_gate)
+    dv, dpy, dpx = position_values_backward(dposition, cache_values)
+    dpos_weight, dpos_bias = position_attention_backward((dpy, dpx), cache_position)
+    dq, dk, dv_content = attention_backward(dcontent, cache_content)
     dx, grads = _project_backward(dq, dk, dv + dv_content, cache_project)
     return dx, grads | {
         "gating_param": dgating,

@@ -1,23 +1,24 @@
 """The two-layer perceptron of a block."""
 
-from .ops import REFERENCE
+from .gelu import gelu_backward, gelu_forward
+from .linear import linear_backward, linear_forward
 
 
-def mlp_forward(x, params, ops=REFERENCE):
+def mlp_forward(x, params):
     """y = fc2(gelu(fc1(x))).  x (B, N, D); params: fc1.weight (M, D), fc1.bias (M,),
     fc2.weight (D, M), fc2.bias (D,). Returns (B, N, D)."""
-    hidden, cache_fc1 = ops.linear_forward(x, params["fc1.weight"], params["fc1.bias"])
-    active, cache_gelu = ops.gelu_forward(hidden)  # (B, N, M)
-    y, cache_fc2 = ops.linear_forward(active, params["fc2.weight"], params["fc2.bias"])
-    return y, (cache_fc1, cache_gelu, cache_fc2, ops)
+    hidden, cache_fc1 = linear_forward(x, params["fc1.weight"], params["fc1.bias"])
+    active, cache_gelu = gelu_forward(hidden)  # (B, N, M)
+    y, cache_fc2 = linear_forward(active, params["fc2.weight"], params["fc2.bias"])
+    return y, (cache_fc1, cache_gelu, cache_fc2)
 
 
 def mlp_backward(dy, cache):
     """Back through fc2, the GELU and fc1. Returns dx (B, N, D) and grads with params' keys."""
-    cache_fc1, cache_gelu, cache_fc2, ops = cache
-    dactive, dfc2_weight, dfc2_bias = ops.linear_backward(dy, cache_fc2)
-    dhidden = ops.gelu_backward(dactive, cache_gelu)
-    dx, dfc1_weight, dfc1_bias = ops.linear_backward(dhidden, cache_fc1)
+    cache_fc1, cache_gelu, cache_fc2 = cache
+    dactive, dfc2_weight, dfc2_bias = linear_backward(dy, cache_fc2)
+    dhidden = gelu_backward(dactive, cache_gelu)
+    dx, dfc1_weight, dfc1_bias = linear_backward(dhidden, cache_fc1)
     return dx, {
         "fc1.weight": dfc1_weight,
         "fc1.bias": dfc1_bias,

@@ -8,24 +8,25 @@ decides, where GPSA's gate would: the reason for the gates.
 from ..arrays import array_module
 from .attention import merge_heads, split_heads
 from .gpsa import _project_backward, _project_forward
-from .ops import REFERENCE
+from .linear import linear_backward, linear_forward
 from .position import relative_positions
+from .softmax import softmax_backward, softmax_forward
 
 
-def psa_forward(x, params, num_heads, grid, ops=REFERENCE):
+def psa_forward(x, params, num_heads, grid):
     """A[q, k] = softmax over k of (q k^T / sqrt d + R[q, k] . pos_proj + bias),  y = A v.
 
     Shapes and keys as in gpsa_dense_forward, without gating_param. Returns (B, N, D).
     """
-    q, k, v, cache_project = _project_forward(x, params, num_heads, ops)
+    q, k, v, cache_project = _project_forward(x, params, num_heads)
     scale = q.shape[-1] ** -0.5
     offsets = relative_positions(grid, x)  # (N, N, 3)
     position = offsets @ params["pos_proj.weight"].T + params["pos_proj.bias"]  # (N, N, H)
     content = (q @ k.swapaxes(-1, -2)) * scale  # (B, H, N, N)
-    A, cache_softmax = ops.softmax_forward(content + position.transpose(2, 0, 1))
+    A, cache_softmax = softmax_forward(content + position.transpose(2, 0, 1))
     y = A @ v  # (B, H, N, d)
-    out, cache_proj = ops.linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
-    return out, (cache_project, cache_softmax, cache_proj, (q, k, v, A), offsets, num_heads, ops)
+    out, cache_proj = linear_forward(merge_heads(y), params["proj.weight"], params["proj.bias"])
+    return out, (cache_project, cache_softmax, cache_proj, (q, k, v, A), offsets, num_heads)
 
 
 def psa_backward(dout, cache):
@@ -34,12 +35,12 @@ def psa_backward(dout, cache):
 
     Returns dx (B, N, D) and grads with params' keys.
     """
-    cache_project, cache_softmax, cache_proj, (q, k, v, A), offsets, num_heads, ops = cache
-    dmerged, dproj_weight, dproj_bias = ops.linear_backward(dout, cache_proj)
+    cache_project, cache_softmax, cache_proj, (q, k, v, A), offsets, num_heads = cache
+    dmerged, dproj_weight, dproj_bias = linear_backward(dout, cache_proj)
     (dy,) = split_heads(dmerged, 1, num_heads)
     dv = A.swapaxes(-1, -2) @ dy
     dA = dy @ v.swapaxes(-1, -2)
-    dscores = ops.softmax_backward(dA, cache_softmax)  # (B, H, N, N)
+    dscores = softmax_backward(dA, cache_softmax)  # (B, H, N, N)
     dpos_weight = dscores.sum(axis=0).reshape(num_heads, -1) @ offsets.reshape(-1, 3)  # (H, 3)
     dS = dscores * q.shape[-1] ** -0.5
     dx, grads = _project_backward(dS @ k, dS.swapaxes(-1, -2) @ q, dv, cache_project)

@@ -24,7 +24,7 @@ from miniconvit.analysis.maps import (
 from miniconvit.analysis.readings import decode_positions, describe, gates, readings
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
-from miniconvit.layers.ops import part
+from miniconvit.layers.names import part
 from miniconvit.training.history import run_history
 from miniconvit.training.settings import stored_settings
 

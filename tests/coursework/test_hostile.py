@@ -285,19 +285,19 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        ("ops.attention_forward(q, k, v, ops)", "attention_forward may not be called here"),
-        ("ops.gelu_forward(q)", "gelu_forward may not be called here"),
-        ("ops.softmax_forward(q @ 1)", "ValueError: matmul"),
-        ("ops.softmax_forward(None)", "AttributeError"),
-        ("ops.softmax_forward(np.ones(1 << 20))", "far too many"),
-        ("ops.softmax_backward(q, 10**9)", FORGED),
+        ("kit.attention_forward(q, k, v)", "attention_forward may not be called here"),
+        ("kit.gelu_forward(q)", "gelu_forward may not be called here"),
+        ("kit.softmax_forward(q @ 1)", "ValueError: matmul"),
+        ("kit.softmax_forward(None)", "AttributeError"),
+        ("kit.softmax_forward(np.ones(1 << 20))", "far too many"),
+        ("kit.softmax_backward(q, 10**9)", FORGED),
     ],
 )
 def test_right_functions_are_asked_with_care(call, sentence):
     """What students may call of the reference, and what it makes of rubbish."""
     text = (
-        "# ops\nimport numpy as np\nfrom kit import REFERENCE\n"
-        f"def attention_forward(q, k, v, ops=REFERENCE): return {call}\n"
+        "# right functions\nimport kit\nimport numpy as np\n"
+        f"def attention_forward(q, k, v): return {call}\n"
     )
     result = run(text, MHSA)
     assert sentence in result.text
@@ -307,15 +307,23 @@ def test_right_functions_do_not_fill_the_memory(monkeypatch):
     """A column times a row; and small results, kept again and again."""
     column = "np.ones((1, 1, 300, 1))"
     start = (
-        "# memory\nimport numpy as np\nfrom kit import REFERENCE\n"
+        "# memory\nimport numpy as np\n"
         "def attention_forward(*_): return 0, 0\n"
-        "def mhsa_forward(x, params, heads, ops):\n    "
+        "def mhsa_forward(x, params, heads):\n    "
     )
-    attend = f"ops.attention_forward({column}, {column}, {column}, ops)"
+    attend = f"attention_forward({column}, {column}, {column})"
     assert "has more than 65536 entries" in run(start + attend, MHSA).text
     monkeypatch.setattr("miniconvit.coursework.sandbox.MOST_KEPT", 1 << 20)
     attend = "while True: " + attend.replace("300", "20")
     assert "other exercises were called too often" in run(start + attend, MHSA).text
+
+
+def test_a_pair_is_judged_with_right_functions_of_its_own_file():
+    """Attention is wrong, and the MHSA below it, which calls it, is right."""
+    scaled = solution(MHSA).replace("return C @ v, (", "return 2 * C @ v, (")
+    assert scaled != solution(MHSA)
+    wrong = {row.unit for row in run("# scaled\n" + scaled, MHSA).rows if not row.ok}
+    assert wrong == {"attention"}
 
 
 def test_softmax_cannot_be_had_from_attention():

@@ -17,6 +17,7 @@ from small_run import FLAGS, small_dataset, stop_after
 
 import miniconvit as mc
 import miniconvit.training.loop as training
+from miniconvit import layers
 from miniconvit.arrays import random_bits, to_cpu, to_device
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.cli import program
@@ -25,7 +26,7 @@ from miniconvit.engine import cuda as device
 from miniconvit.engine.cuda import examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.threads import Engine
-from miniconvit.layers.ops import REFERENCE
+from miniconvit.gradcheck import mutants
 from miniconvit.optim import clip_grad_norm
 from miniconvit.training.interrupt import Diverged, Interrupted
 from miniconvit.training.settings import make_settings
@@ -328,7 +329,7 @@ def test_a_batch_that_does_not_fit_is_answered_by_one_that_does(cupy):
             engine.loss_and_grads(load, 1, params)
 
 
-PLANTED = {  # name of a function in the namespace: a version of it with a bug that a GPU would show
+PLANTED = {  # name of a function of the layers: a version of it with a bug that a GPU would show
     "a float() in the step": ("gelu_forward", lambda f, x: (f(x)[0] * float(x.max()), f(x)[1])),
     "numpy on a device array": ("gelu_forward", lambda f, x: (f(x)[0], np.exp(x))),
     "a NumPy array mixed in": ("gelu_forward", lambda f, x: (f(x)[0] * np.ones(1), f(x)[1])),
@@ -345,12 +346,15 @@ PLANTED = {  # name of a function in the namespace: a version of it with a bug t
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_refused(cupy, bug):
     name, planted = PLANTED[bug]
-    function = getattr(REFERENCE, name)
-    ops = SimpleNamespace(**vars(REFERENCE))
-    setattr(ops, name, lambda *args: planted(function, *args))
+    function = getattr(layers, name)
+    wrong = {name: lambda *args: planted(function, *args)}
     images, labels, params = to_device((*batch(), random_params()), cupy)
-    engine = DeviceEngine(CONFIG, cupy, ops)
-    with fakecupy.forbid("wait", "upload", "float64"), pytest.raises(fakecupy.Refused):
+    engine = DeviceEngine(CONFIG, cupy)
+    with (
+        mutants.planted(**wrong),
+        fakecupy.forbid("wait", "upload", "float64"),
+        pytest.raises(fakecupy.Refused),
+    ):
         engine.loss_and_grads(lambda *_: (images, labels), 13, params)
 
 

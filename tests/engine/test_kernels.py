@@ -1,22 +1,21 @@
 """Every kernel against the function it replaces, and the corners where it computes differently."""
 
 import inspect
-from collections import Counter
 
 import numpy as np
 import pytest
 from scipy.special import ndtr
 
 import miniconvit as mc
-from miniconvit.engine.kernels import CPU, INFERENCE, attention, tokenwise
-from miniconvit.layers.ops import REFERENCE, part
+from miniconvit import layers
+from miniconvit.engine import kernels
+from miniconvit.engine.kernels import attention, inference, tokenwise
+from miniconvit.layers.names import part
 
-REPLACED = [
-    name.removesuffix("_forward")
-    for name in vars(REFERENCE)
-    if name.endswith("_forward") and getattr(CPU, name) is not getattr(REFERENCE, name)
-]
-GPSA, MHSA = 0, 1  # the two blocks of every model here
+WHOLE = ["block", "last_block", "layernorm"]  # what the model calls: falls back on the reference
+PARTS = {"gpsa": attention, "mhsa": attention, "mlp": tokenwise}  # what they are made of
+HOMES = PARTS | dict.fromkeys(WHOLE, kernels)
+GPSA, MHSA, PSA = 0, 1, 2  # the two blocks of every model here, and the first without its gate
 CONFIGS = [
     mc.ConViTConfig((6, 10), 2, 3, 5, 12, 2, 4, 2.5, local_up_to_layer=1),
     mc.ConViTConfig(32, 4, 3, 10, 72, 2, 9, 4.0, local_up_to_layer=1, qkv_bias=True),
@@ -24,11 +23,12 @@ CONFIGS = [
 ]
 CASES = [
     (name, config, block)
-    for name in REPLACED
+    for name in HOMES
     for config in CONFIGS
-    for block in (GPSA, MHSA)
-    if (name, block) not in (("gpsa", MHSA), ("mhsa", GPSA))
+    for block in (GPSA, MHSA, PSA)
+    if name in WHOLE or name == "mlp" or (name, block) in (("gpsa", GPSA), ("mhsa", MHSA))
 ]
+WHOLE_CASES = [case for case in CASES if case[0] in WHOLE]
 
 
 def random_params(config, seed):
@@ -46,7 +46,9 @@ def arguments(name, config, block, B=3, seed=0):
     rng = np.random.default_rng(seed)
     D = config.embed_dim
     N = config.num_patches + (block == MHSA)
-    params = part(random_params(config, seed), f"blocks.{block}.")
+    params = part(random_params(config, seed), f"blocks.{block % 2}.")
+    if block == PSA:
+        del params["attn.gating_param"]
     prefix = {"mlp": "mlp.", "gpsa": "attn.", "mhsa": "attn."}.get(name, "")
     known = {
         "x": rng.standard_normal((B, N, D)).astype("float32").astype("float64"),
@@ -58,7 +60,7 @@ def arguments(name, config, block, B=3, seed=0):
         "keep": (np.arange(B) != 1, np.arange(B) != 0),
         "keep_prob": 0.75,
     }
-    wanted = inspect.signature(getattr(REFERENCE, f"{name}_forward")).parameters
+    wanted = inspect.signature(getattr(layers, f"{name}_forward")).parameters
     return {key: value for key, value in known.items() if key in wanted}
 
 
@@ -81,18 +83,12 @@ def flat(value, name="x"):
     return {key: item for inner in value for key, item in flat(value[inner], inner).items()}
 
 
-def forward(ops, name, kwargs):
-    if "ops" in inspect.signature(getattr(REFERENCE, f"{name}_forward")).parameters:
-        kwargs = kwargs | {"ops": ops}
-    return getattr(ops, f"{name}_forward")(**kwargs)
-
-
-def run(ops, name, kwargs, dy=None):
+def run(home, name, kwargs, dy=None):
     """y, dy and the gradients by name; dy is random, in the dtype of y, unless given."""
-    y, cache = forward(ops, name, kwargs)
+    y, cache = getattr(home, f"{name}_forward")(**kwargs)
     if dy is None:
         dy = np.random.default_rng(9).standard_normal(y.shape).astype("float32").astype(y.dtype)
-    return y, dy, flat(getattr(ops, f"{name}_backward")(dy, cache))
+    return y, dy, flat(getattr(home, f"{name}_backward")(dy, cache))
 
 
 def relative_error(ours, theirs):
@@ -103,21 +99,24 @@ def relative_error(ours, theirs):
 def ids(value):
     if isinstance(value, mc.ConViTConfig):
         return f"{value.grid[0]}x{value.grid[1]}-D{value.embed_dim}-H{value.num_heads}"
-    return value if isinstance(value, str) else ("gpsa", "mhsa")[value]
+    return value if isinstance(value, str) else ("gpsa", "mhsa", "psa")[value]
 
 
-def test_the_namespaces_have_the_same_names_and_kernels_in_pairs():
-    assert list(vars(CPU)) == list(vars(REFERENCE))
-    changed = [n for n in vars(CPU) if getattr(CPU, n) is not getattr(REFERENCE, n)]
-    assert len(REPLACED) >= 5
-    assert set(Counter(name.rpartition("_")[0] for name in changed).values()) == {2}
+def test_the_kernels_have_what_the_model_calls():
+    for name in WHOLE:
+        for way in ("forward", "backward"):
+            ours, theirs = (getattr(home, f"{name}_{way}") for home in (kernels, layers))
+            assert ours is not theirs
+            if name != "layernorm":  # the last norm has the eps of all
+                names = [*inspect.signature(theirs).parameters]
+                assert [*inspect.signature(ours).parameters][: len(names)] == names
 
 
 def assert_equals_the_reference(name, kwargs):
     """Float32 kernels against the float64 reference: 1e-6 forward and 1e-5 backward, in norm."""
     small = {key: cast(value, "float32") for key, value in kwargs.items()}
-    y, dy, grads = run(CPU, name, small)
-    y_true, _, grads_true = run(REFERENCE, name, kwargs, dy.astype("float64"))
+    y, dy, grads = run(HOMES[name], name, small)
+    y_true, _, grads_true = run(layers, name, kwargs, dy.astype("float64"))
     assert y.shape == y_true.shape and y.dtype == np.float32
     assert relative_error(y, y_true) <= 1e-6
     assert {k: g.shape for k, g in grads.items()} == {k: g.shape for k, g in grads_true.items()}
@@ -149,11 +148,11 @@ def test_gates_from_shut_to_open():
     assert_equals_the_reference("gpsa", kwargs)
 
 
-@pytest.mark.parametrize(("name", "config", "block"), CASES, ids=ids)
+@pytest.mark.parametrize(("name", "config", "block"), WHOLE_CASES, ids=ids)
 def test_float64_runs_the_reference(name, config, block):
     kwargs = arguments(name, config, block)
-    y, dy, grads = run(CPU, name, kwargs)
-    y_true, _, grads_true = run(REFERENCE, name, kwargs, dy)
+    y, dy, grads = run(kernels, name, kwargs)
+    y_true, _, grads_true = run(layers, name, kwargs, dy)
     assert np.array_equal(y, y_true)
     assert all(np.array_equal(grads[key], grads_true[key]) for key in grads_true)
 
@@ -164,10 +163,10 @@ def test_a_kernel_is_a_pure_function(name, config, block):
     kwargs = {k: cast(v, "float32") for k, v in arguments(name, config, block).items()}
     others = {k: cast(v, "float32") for k, v in arguments(name, config, block, seed=1).items()}
     before = {key: value.copy() for key, value in flat(kwargs).items() if hasattr(value, "copy")}
-    alone, dy, grads_alone = run(CPU, name, kwargs)
-    y, cache = forward(CPU, name, kwargs)
-    forward(CPU, name, others)
-    backward = getattr(CPU, f"{name}_backward")
+    forward, backward = (getattr(HOMES[name], f"{name}_{way}") for way in ("forward", "backward"))
+    alone, dy, grads_alone = run(HOMES[name], name, kwargs)
+    y, cache = forward(**kwargs)
+    forward(**others)
     backward(-dy, cache)
     again = flat(backward(dy, cache))
     assert np.array_equal(y, alone)
@@ -190,31 +189,41 @@ def test_large_arrays_begin_at_a_cache_line(shape):
 def test_gelu_far_from_zero():
     """From denormals to where a cube overflows: absolute errors of GELU and of its derivative."""
     magnitudes = np.concatenate([[0.0, 1e-40, 1e-3], np.linspace(0.1, 20, 997), [1e3, 1e8, 1e15]])
-    x = np.concatenate([-magnitudes, magnitudes]).astype("float32")[None, :, None]  # (1, N, 1)
-    y, cache = CPU.gelu_forward(x)
-    slope = CPU.gelu_backward(np.ones_like(x), cache)
-    y_true, cache = REFERENCE.gelu_forward(x.astype("float64"))
-    slope_true = REFERENCE.gelu_backward(np.ones(x.shape), cache)
+    x = np.concatenate([-magnitudes, magnitudes]).astype("float32")[None]  # (1, N)
+    y, slope = np.empty_like(x), x.copy()
+    tokenwise._gelu(slope, y)
+    y_true, cache = layers.gelu_forward(x.astype("float64"))
+    slope_true = layers.gelu_backward(np.ones(x.shape), cache)
     assert np.all(np.abs(y - y_true) <= 2e-7 * np.maximum(np.abs(x), 1.0))
     assert np.all(np.abs(slope - slope_true) <= 5e-7)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_mlp_without_a_backward_pass(dtype):
+def test_mlp_without_a_backward_pass():
     """Large and small hidden values, against the definition in float64; nothing is kept."""
     rng = np.random.default_rng(5)
     D, M = 6, 23
-    x = rng.standard_normal((2, 7, D)) * 4
+    x = (rng.standard_normal((2, 7, D)) * 4).astype("float32")
+    before = x.copy()
     params = {"fc1.weight": (M, D), "fc1.bias": (M,), "fc2.weight": (D, M), "fc2.bias": (D,)}
     params = {name: rng.standard_normal(shape) for name, shape in params.items()}
-    given = x.astype(dtype)
-    y, _ = INFERENCE["mlp_forward"](given, cast(params, dtype))
+    y, cache = tokenwise.mlp_inference(x, cast(params, "float32"))
     hidden = x @ params["fc1.weight"].T + params["fc1.bias"]
     expected = hidden * ndtr(hidden) @ params["fc2.weight"].T + params["fc2.bias"]
-    assert y.dtype == dtype
-    tolerance = {"float32": 1e-6, "float64": 1e-14}[dtype]
-    assert np.abs(y - expected).max() <= tolerance * np.abs(expected).max()
-    assert np.array_equal(given, x.astype(dtype))
+    assert y.dtype == "float32" and cache is None
+    assert np.abs(y - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert np.array_equal(x, before)
+
+
+@pytest.mark.parametrize("block", [GPSA, MHSA, PSA], ids=ids)
+@pytest.mark.parametrize("name", WHOLE)
+def test_blocks_for_inference(name, block):
+    """In float32 equal to the reference up to rounding, in float64 to the last bit."""
+    kwargs = arguments(name, CONFIGS[1], block)
+    y_true, _ = getattr(layers, f"{name}_forward")(**kwargs)
+    forward = getattr(inference, f"{name}_forward")
+    assert np.array_equal(forward(**kwargs)[0], y_true)
+    y, _ = forward(**{key: cast(value, "float32") for key, value in kwargs.items()})
+    assert y.dtype == "float32" and relative_error(y, y_true) <= 1e-6
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
@@ -228,13 +237,13 @@ def test_attention_with_large_scores(sharpness):
         "proj.weight": np.eye(D),
         "proj.bias": np.zeros(D),
     }
-    y, cache = CPU.mhsa_forward(x, cast(params, "float32"), 1)
+    y, cache = attention.mhsa_forward(x, cast(params, "float32"), 1)
     scores = np.einsum("bqd,bkd->bqk", x, x, dtype="float64") * sharpness / np.sqrt(D)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     expected = weights / weights.sum(axis=2, keepdims=True) @ x.astype("float64")
     # a score s is rounded by about 1e-7 s, and its weight by that much relatively
     assert np.abs(y - expected).max() <= 1e-6 * max(1.0, np.abs(scores).max())
-    assert all(np.isfinite(grad).all() for grad in flat(CPU.mhsa_backward(y, cache)).values())
+    assert all(np.isfinite(grad).all() for grad in flat(attention.mhsa_backward(y, cache)).values())
 
 
 def test_position_maps_hold_no_denormals():
@@ -243,7 +252,7 @@ def test_position_maps_hold_no_denormals():
     params = mc.init_params(config)
     weight, bias = (params[f"blocks.0.attn.pos_proj.{kind}"] for kind in ("weight", "bias"))
     maps = attention._position_maps(weight, bias, config.grid)  # (H, keys, queries)
-    dense, _ = REFERENCE.position_attention_dense_forward(weight, bias, config.grid)
+    dense, _ = layers.position_attention_dense_forward(weight, bias, config.grid)
     tiny = np.finfo("float32").tiny
     assert ((dense > 0) & (dense < tiny)).any()
     assert not ((maps > 0) & (maps < tiny)).any()

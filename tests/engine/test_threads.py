@@ -16,11 +16,11 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import miniconvit as mc
+from miniconvit import layers
+from miniconvit.engine import kernels
 from miniconvit.engine import pieces as engine_pieces
-from miniconvit.engine.kernels import CPU
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.threads import Engine
-from miniconvit.layers.ops import REFERENCE
 from miniconvit.system import available_threads
 
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
@@ -118,14 +118,14 @@ class Watched(np.ndarray):
 Watched.__module__ = "numpy"  # so that the layers compute with NumPy
 
 
-@pytest.mark.parametrize("ops", [CPU, REFERENCE], ids=["kernels", "reference"])
+@pytest.mark.parametrize("blocks", [kernels, layers], ids=["kernels", "reference"])
 @pytest.mark.parametrize("local_up_to_layer", [0, 2, 3])
-def test_a_float32_step_makes_no_float64_array(local_up_to_layer, ops):
+def test_a_float32_step_makes_no_float64_array(local_up_to_layer, blocks):
     config = replace(CONFIG, local_up_to_layer=local_up_to_layer, qkv_bias=True)
     params = {name: p.view(Watched) for name, p in random_params(config).items()}
     images, targets = make_batch(config, 3)(0, 3)
     seen_dtypes.clear()
-    with Engine(config, 1, ops) as engine:
+    with Engine(config, 1, blocks) as engine:
         engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params, 0.1)
     assert np.dtype("float32") in seen_dtypes
     assert {dtype for dtype in seen_dtypes if dtype.kind == "f"} == {np.dtype("float32")}
@@ -154,6 +154,21 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
             tracemalloc.stop()
     one_set = sum(p.nbytes for p in params.values())
     assert peaks[1] - peaks[0] <= 3 * one_set  # two more may wait, depending on the threads' luck
+
+
+@pytest.mark.parametrize("blocks", [kernels, layers], ids=["kernels", "reference"])
+def test_inference_holds_one_block_at_a_time(blocks):
+    """Six blocks take no more memory than one: nothing is kept for a backward pass."""
+    peaks = []
+    for depth in (1, 6):
+        config = mc.ConViTConfig(32, 4, 3, 10, 48, depth, 4, local_up_to_layer=depth)
+        params, batch = random_params(config), make_batch(config, 16)
+        with Engine(config, 1, blocks) as engine:
+            tracemalloc.start()
+            engine.logits(batch, 16, params)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] <= 1.1 * peaks[0]
 
 
 FAULTS = """
@@ -254,9 +269,10 @@ def test_everything_works_without_the_kernels_folder(tmp_path):
     ignored = shutil.ignore_patterns("kernels", "__pycache__")
     shutil.copytree(package, tmp_path / "miniconvit", ignore=ignored)
     code = (
-        "from miniconvit.engine.pieces import CPU; from miniconvit.layers import REFERENCE;"
-        "assert CPU is REFERENCE;"
+        "from miniconvit.engine.pieces import kernels; from miniconvit import layers;"
+        "assert kernels is layers;"
         "from miniconvit.cli import main;"
         "main(['bench', '--model', 'convit_micro32', '--img-size', '8', '--steps', '1'])"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert engine_pieces.kernels is kernels

@@ -15,7 +15,8 @@ import pytest
 
 import miniconvit as mc
 from miniconvit import layers
-from miniconvit.gradcheck.mutants import MUTANTS, Mutant, mutate
+from miniconvit.gradcheck.mutants import MUTANTS, Mutant, mutate, planted
+from miniconvit.layers.names import part
 
 AT_LEAST = dict.fromkeys(
     (
@@ -43,7 +44,7 @@ def block_params(prefix, local_up_to_layer, attention="gpsa"):
         embed_dim=6, num_heads=2, depth=1, qkv_bias=True, local_up_to_layer=local_up_to_layer,
         attention=attention,
     )  # fmt: skip
-    shapes = layers.ops.part(mc.param_shapes(config), f"blocks.0.{prefix}")
+    shapes = part(mc.param_shapes(config), f"blocks.0.{prefix}")
     return {name: normal(*shape, seed=len(name)) for name, shape in shapes.items()}
 
 
@@ -200,13 +201,44 @@ def test_few_mutants_betray_themselves_by_a_crash():
 
 
 def test_mutate_leaves_the_original_alone():
-    before = vars(layers.REFERENCE).copy()
+    before = vars(layers).copy()
     wrong = mutate(MUTANTS[0])
     assert wrong is not original(MUTANTS[0].function)
-    assert vars(layers.REFERENCE) == before
+    assert vars(layers) == before
 
 
 @pytest.mark.parametrize("text", ["no such text", "dy"])
 def test_mutate_refuses_a_text_that_does_not_occur_once(text):
     with pytest.raises(ValueError, match="must occur once"):
         mutate(replace(MUTANTS[0], before=text))
+
+
+def test_a_planted_function_is_called_by_the_whole_lesson_and_then_gone():
+    """One linear layer is called by patches, GPSA, MHSA, MLP and the head, in six modules."""
+    images, params, config, _ = convit(2)
+    calls, right = [], layers.linear_forward
+
+    def counting(x, weight, bias=None):
+        calls.append(weight.shape)
+        return right(x, weight, bias)
+
+    with planted(linear_forward=counting):
+        logits, _ = mc.convit_forward(images, params, config)
+    # patches and head; two blocks of GPSA: qk, v, proj, fc1, fc2; one of MHSA: qkv, proj, fc1, fc2
+    assert len(calls) == 2 + 2 * 5 + 4
+    again, _ = mc.convit_forward(images, params, config)
+    assert len(calls) == 16 and np.array_equal(logits, again)
+    assert layers.linear_forward is layers.gpsa.linear_forward is right
+
+
+def test_a_planted_function_is_gone_after_an_error():
+    right = layers.mlp_backward
+    with pytest.raises(ZeroDivisionError), planted(mlp_backward=None):
+        assert layers.block.mlp_backward is None
+        _ = 1 / 0
+    assert layers.block.mlp_backward is layers.mlp_backward is right
+
+
+def test_a_misspelt_name_is_not_planted():
+    with pytest.raises(ValueError, match="calls no mlp_bakward"), planted(mlp_bakward=None):
+        pass

@@ -1,7 +1,6 @@
 """The switches of the paper's ablations: tables 3, 5 and 6, figures 8 and 9."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,8 @@ from miniconvit import (
 from miniconvit.analysis.masks import without_branch, without_pos_embed
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.engine.threads import Engine
-from miniconvit.layers.ops import REFERENCE, part
+from miniconvit.gradcheck.mutants import planted
+from miniconvit.layers.names import part
 from miniconvit.training.freeze import frozen_names, initial_params
 from miniconvit.training.loop import train
 from miniconvit.training.settings import make_settings
@@ -325,16 +325,16 @@ def test_masking_the_positional_embedding_is_a_model_without_one():
 @pytest.mark.parametrize("branch", ["content", "position"])
 def test_masking_a_branch_is_a_gate_that_leaves_it_out(branch, blocks, dtype):
     params, images = random_params(CONFIG, dtype=dtype), random_images(CONFIG, dtype=dtype)
-    calls = []
+    calls, right = [], layers.gate_forward
 
     def gate_forward(content, position, gating_param):
         calls.append(1)
         if len(calls) > blocks:
-            return REFERENCE.gate_forward(content, position, gating_param)
+            return right(content, position, gating_param)
         return position if branch == "content" else content, None
 
-    ops = SimpleNamespace(**vars(REFERENCE) | {"gate_forward": gate_forward})
-    expected, _ = convit_forward(images, params, CONFIG, ops=ops)
+    with planted(gate_forward=gate_forward):
+        expected, _ = convit_forward(images, params, CONFIG)
     found, cache = convit_forward(images, without_branch(params, branch, blocks), CONFIG)
     np.testing.assert_array_equal(found, expected)
     grads = convit_backward(np.ones_like(found), cache)

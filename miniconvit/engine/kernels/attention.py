@@ -1,4 +1,4 @@
-"""GPSA, MHSA and the last block for the CPU, features first as in `tokenwise.py`.
+"""GPSA and MHSA for the CPU, features first as in `tokenwise.py`.
 
 Attention maps are (B, H, keys, queries), so that every product reads and writes contiguous rows. Of
 an image's maps only E = exp(scores) is kept, with the sums of its columns. MHSA never divides it:
@@ -10,8 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...layers.block import _branch_backward, _branch_forward
-from ...layers.ops import REFERENCE, part, prefixed
 from ...layers.position import position_attention_forward, relative_positions
 from .tokenwise import aligned, features_first, product, row_sums, tokens_first
 
@@ -176,7 +174,7 @@ def _projection_backward(dqkv, columns, num_heads, has_bias):
     return dweight, dbias
 
 
-def mhsa_forward(x, params, num_heads, ops=REFERENCE):
+def mhsa_forward(x, params, num_heads):
     """As layers.mhsa_forward; the scale 1 / sqrt d is folded into the queries' weight."""
     columns = features_first(x)  # (D, R)
     weight, bias = _projection([params["qkv.weight"]], [params.get("qkv.bias")], num_heads)
@@ -236,7 +234,7 @@ def _position_backward(dA, P, g, grid):
     return g * (dscores.reshape(len(P), -1) @ _offsets(grid)), dots.sum(axis=(1, 2))
 
 
-def gpsa_forward(x, params, num_heads, grid, ops=REFERENCE):
+def gpsa_forward(x, params, num_heads, grid):
     """As layers.gpsa_forward; P = Py (x) Px is formed once for all images of the piece."""
     H, columns = num_heads, features_first(x)  # (D, R)
     weights = [params["qk.weight"], params["v.weight"]]
@@ -278,49 +276,26 @@ def gpsa_backward(dout, cache):
     return tokens_first(product(weight.T, dqkv), dout.shape[:-1]), grads
 
 
-def last_block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, ops=REFERENCE):
-    """Queries, proj and MLP for the class token alone; keys and values for all tokens.
-
-    GPSA and PSA have no class token, and their last block is the reference's.
-    """
-    attn = part(params, "attn.")
-    if "pos_proj.weight" in attn:
-        y, cache = REFERENCE.last_block_forward(x, params, num_heads, grid, keep, keep_prob, ops)
-        return y, (None, cache)
+def first_token_forward(x, params, num_heads):
+    """As mhsa_forward for the query of token 0 alone: (B, 1, D)."""
     B, N, D = x.shape
-    normed, cache_norm = ops.layernorm_forward(x, params["norm1.weight"], params["norm1.bias"])
-    columns = features_first(normed)  # (D, B * N)
+    columns = features_first(x)  # (D, B * N)
     first = np.ascontiguousarray(columns[:, ::N])  # (D, B)
-    weight, bias = _projection([attn["qkv.weight"]], [attn.get("qkv.bias")], num_heads)
+    weight, bias = _projection([params["qkv.weight"]], [params.get("qkv.bias")], num_heads)
     q = _linear(first, weight[:D], None if bias is None else bias[:D])
     kv = _linear(columns, weight[D:], None if bias is None else bias[D:]).reshape(2, D, -1)
     y, E, inverse = _content_forward(q, *kv, num_heads, B)
-    out = tokens_first(_linear(y, attn["proj.weight"], attn["proj.bias"]), (B, 1))
-    cache_drop = None
-    if keep[0] is not None:
-        out, cache_drop = ops.drop_path_forward(out, keep[0], keep_prob)
-    token, cache_mlp = _branch_forward(
-        x[:, :1] + out,
-        lambda x: ops.mlp_forward(x, part(params, "mlp."), ops),
-        part(params, "norm2."),
-        keep[1],
-        keep_prob,
-        ops,
-    )
-    arrays = columns, first, weight, bias is not None, q, kv, y, E, inverse, attn["proj.weight"]
-    return token[:, 0], (arrays, cache_norm, cache_drop, cache_mlp, ops)
+    out = tokens_first(_linear(y, params["proj.weight"], params["proj.bias"]), (B, 1))
+    projections = columns, first, weight, bias is not None, params["proj.weight"]
+    return out, (projections, q, kv, y, E, inverse)
 
 
-def last_block_backward(dy, cache):
-    """As layers.last_block_backward: dy (B, D) to dx (B, N, D) and grads with params' keys."""
-    if cache[0] is None:
-        return REFERENCE.last_block_backward(dy, cache[1])
-    arrays, cache_norm, cache_drop, cache_mlp, ops = cache
-    columns, first, weight, has_bias, q, kv, y, E, inverse, proj_weight = arrays
+def first_token_backward(dout, cache):
+    """dout (B, 1, D) to dx (B, N, D) and grads with params' keys."""
+    projections, q, kv, y, E, inverse = cache
+    columns, first, weight, has_bias, proj_weight = projections
     D, B = first.shape
     H = len(inverse)
-    dtoken, dmlp, dnorm2 = _branch_backward(dy[:, None], ops.mlp_backward, cache_mlp, ops)
-    dout = dtoken if cache_drop is None else ops.drop_path_backward(dtoken, cache_drop)
     dout = features_first(dout)  # (D, B)
     dattended = proj_weight.T @ dout
     rho = (dattended * y).reshape(H, -1, B).sum(axis=1)
@@ -329,20 +304,12 @@ def last_block_backward(dy, cache):
     dkv = dkv.reshape(2 * D, -1)
     dcolumns = weight[D:].T @ dkv
     dcolumns[:, :: columns.shape[1] // B] += weight[:D].T @ dq
-    dnormed = tokens_first(dcolumns, (B, columns.shape[1] // B))
-    dx, dweight, dbias = ops.layernorm_backward(dnormed, cache_norm)
-    dx[:, :1] += dtoken
     scale = (D // H) ** -0.5
-    dattn = {
+    grads = {
         "qkv.weight": np.concatenate([dq @ first.T * scale, dkv @ columns.T]),
         "proj.weight": dout @ y.T,
         "proj.bias": row_sums(dout),
     }
     if has_bias:
-        dattn["qkv.bias"] = np.concatenate([row_sums(dq) * scale, row_sums(dkv)])
-    return dx, (
-        prefixed({"weight": dweight, "bias": dbias}, "norm1.")
-        | prefixed(dattn, "attn.")
-        | prefixed(dnorm2, "norm2.")
-        | prefixed(dmlp, "mlp.")
-    )
+        grads["qkv.bias"] = np.concatenate([row_sums(dq) * scale, row_sums(dkv)])
+    return tokens_first(dcolumns, (B, columns.shape[1] // B)), grads

@@ -1,4 +1,4 @@
-"""LayerNorm, GELU, MLP and the block for the CPU: what treats every token alike.
+"""LayerNorm, GELU and MLP for the CPU: what treats every token alike.
 
 All activations are kept features first: an array (B, N, D) is a view of a contiguous (D, B * N).
 A bias or a statistic is then one number per row or one vector for all rows, which NumPy broadcasts
@@ -8,8 +8,6 @@ at full speed, and no head is ever cut out by a copy.
 from math import pi, prod, sqrt
 
 import numpy as np
-
-from ...layers.ops import REFERENCE
 
 CACHE_LINE = 64  # bytes
 BLOCK = 32768  # elements: the four arrays of a GELU block, 128 KB each, stay in the L2 cache
@@ -127,20 +125,7 @@ def _gelu(x, y, bias=None):
         _gelu_block(block, y_block, ratio[:count], square[:count], y is not None)
 
 
-def gelu_forward(x):
-    """As layers.gelu_forward; keeps the derivative, made from the same pass."""
-    slope = features_first(x).copy()
-    y = aligned(slope.shape)
-    _gelu(slope, y)
-    return tokens_first(y, x.shape[:-1]), slope
-
-
-def gelu_backward(dy, cache):
-    """dx = dy * (the derivative that forward kept)."""
-    return tokens_first(features_first(dy) * cache, dy.shape[:-1])
-
-
-def mlp_forward(x, params, ops=REFERENCE):
+def mlp_forward(x, params):
     """As layers.mlp_forward; fc1's bias is added within the pass of the GELU."""
     columns = features_first(x)  # (D, R)
     slope = product(params["fc1.weight"], columns)  # (M, R)
@@ -151,7 +136,7 @@ def mlp_forward(x, params, ops=REFERENCE):
     return tokens_first(y, x.shape[:-1]), (columns, slope, active, params)
 
 
-def mlp_inference(x, params, ops=REFERENCE):
+def mlp_inference(x, params):
     """mlp_forward without the GELU's derivative and with the cache None: for no backward."""
     hidden = product(params["fc1.weight"], features_first(x))  # (M, R)
     _gelu(hidden, None, params["fc1.bias"])
@@ -173,18 +158,3 @@ def mlp_backward(dy, cache):
         "fc2.weight": dcolumns @ active.T,
         "fc2.bias": row_sums(dcolumns),
     }
-
-
-def _laid_out(x):
-    """The same x (B, N, D), features first."""
-    return tokens_first(features_first(x), x.shape[:-1])
-
-
-def block_forward(x, *args, **kwargs):
-    """As layers.block_forward, on x laid out features first."""
-    return REFERENCE.block_forward(_laid_out(x), *args, **kwargs)
-
-
-def block_backward(dy, cache):
-    """As layers.block_backward, on dy laid out features first."""
-    return REFERENCE.block_backward(_laid_out(dy), cache)

@@ -1,10 +1,4 @@
-"""The namespace of functions that the composites and the model call."""
-
-from types import SimpleNamespace
-
-REFERENCE = SimpleNamespace()
-"""Every function of this folder by name, filled in `layers/__init__.py`. A faster namespace is this
-one with some names replaced by functions of the same signature."""
+"""Parameters below a prefix: a composite sees the short names, the model the full ones."""
 
 
 def part(params, prefix):
