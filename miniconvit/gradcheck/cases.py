@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ..config import ConViTConfig
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from ..layers.ops import REFERENCE
 from ..model import convit_backward, convit_forward, drop_path_masks, param_shapes
 from .checker import check_gradients
@@ -258,7 +258,7 @@ CASES = {
 def check_layer(name, seed=0, every_entry=False, ops=FUNCTIONS):
     """The Reports of one layer's cases, drawn from seed. Raises UserError for an unknown name."""
     if name not in CASES:
-        raise UserError(f"unknown layer {name!r}: choose one of {', '.join(CASES)}")
+        raise UserError(unknown_name("layer", name, CASES))
     cases = CASES[name](np.random.default_rng(seed), ops)
     return [
         check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)

@@ -18,8 +18,8 @@ from ..errors import UserError, did_you_mean, unknown_name
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
-DATA, MODEL, TRAINING, AUGMENTATION = "Data", "Model", "Training", "Augmentation"
-"""The groups of settings."""
+DATA, MODEL, TRAINING = "Data", "Model", "Training"
+AUGMENTATION = "Augmentation and regularisation"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Settings:
     recipe: str = setting(
         TRAINING,
         _one_of(RECIPES),
-        "Named settings to begin with. Whatever other option you give wins over them. "
+        "Named settings to begin with. Any other option that you give wins over them. "
         f"The names are {', '.join(RECIPES)}.",
         shown="the one for --data",
     )
@@ -182,7 +182,7 @@ class Settings:
         "Leave the gates, or all attention, of the first blocks as they begin. Gates begin at 0 "
         "then, or as --init-from says.",
         None,
-        shown="train all",
+        shown="nothing",
     )
     broken: str = setting(
         DATA,
@@ -197,15 +197,15 @@ class Settings:
     mixup: float = setting(
         AUGMENTATION,
         NOT_NEGATIVE,
-        "Blend images in pairs, with shares drawn from Beta(X, X). With 0 it is off. The training "
-        "accuracy then counts the class with the larger share.",
+        "Blend images in pairs, with shares drawn from Beta(X, X). The training accuracy then "
+        "counts the class with the larger share. With 0 it is off.",
         0.0,
     )
     cutmix: float = setting(
         AUGMENTATION,
         NOT_NEGATIVE,
-        "Paste boxes between images in pairs, with areas drawn from Beta(X, X). With 0 it is off. "
-        "Together with --mixup, each is drawn for half of the steps.",
+        "Paste boxes between images in pairs, with areas drawn from Beta(X, X). Together with "
+        "--mixup, a coin decides in each step. With 0 it is off.",
         0.0,
     )
     ema: float | None = setting(
