@@ -32,8 +32,8 @@ def command(checkpoint, images, variant, img_size, device, as_json):
     """Say what image files show.
 
     It prints the five most probable classes of each file. The shorter side of an image is resized
-    to the model's size, or to 8/7 of it for models of more than 32 pixels. Then the centre is cut
-    out.
+    to the model's size, and the centre is cut out. Models of more than 32 pixels take 8/7 of that
+    side.
     """
     require_pillow("predict")
     xp, place = resolve_device(device)

@@ -28,8 +28,8 @@ class Preset:
 PRESETS = {
     "none": Preset("leaves images as they are"),
     "crop-flip": Preset(
-        "mirrors half of the images and shifts them by up to 4 pixels, or cuts a random part out "
-        "of image files"
+        "mirrors half of the images and shifts them by up to 4 pixels, or crops image files at "
+        "random"
     ),
     "light": Preset(
         "adds to crop-flip one operation of RandAugment at strength 5, half of the time",
@@ -37,8 +37,8 @@ PRESETS = {
         magnitude=5.0,
     ),
     "paper": Preset(
-        "adds to crop-flip two such operations at strength 9, and a box of noise in a quarter of "
-        "the images",
+        "adds to crop-flip two such operations at strength 9, and noise boxes in a quarter of "
+        "images",
         operations=2,
         magnitude=9.0,
         erasing=0.25,
