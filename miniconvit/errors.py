@@ -17,5 +17,5 @@ def unknown_name(kind, name, names):
 
 def did_you_mean(name, names):
     """The hint " (did you mean gpsa?)" for "gpas", or "" where none of `names` is close."""
-    close = get_close_matches(str(name), list(names), n=1)
+    close = get_close_matches(str(name), list(names), n=1, cutoff=0.7)  # cpu is not meant by gpu
     return f" (did you mean {close[0]}?)" if close else ""
