@@ -3,4 +3,4 @@
 from miniconvit.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(name="python cli.py")

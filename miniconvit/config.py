@@ -5,7 +5,7 @@ from math import isfinite
 from sys import float_info
 from typing import Any, Self
 
-from .errors import UserError
+from .errors import UserError, unknown_name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel, where white is 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -118,7 +118,7 @@ class ConViTConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"unknown model setting {unknown[0]!r}; known are {sorted(known)}")
+            raise UserError(unknown_name("model setting", unknown[0], sorted(known)))
         return cls(**values)
 
 

@@ -5,12 +5,12 @@ import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 
 import click
 
 from .. import __version__
 from ..errors import UserError
+from .options import Group
 
 COMMANDS = (
     "train",
@@ -28,7 +28,7 @@ COMMANDS = (
 )
 
 
-class Program(click.Group):
+class Program(Group):
     """The commands, each imported when it is asked for."""
 
     def list_commands(self, ctx):
@@ -43,23 +43,24 @@ class Program(click.Group):
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="miniconvit %(version)s")
 def program():
-    """ConViT from scratch: every gradient by hand, trained from one command.
+    """ConViT by hand: every gradient is written out, checked and trained.
 
-    Begin with `miniconvit train`, which needs no download and takes about a minute.
+    Begin with `miniconvit train`. It needs no download and takes about a minute.
     """
 
 
-def main(argv=None):
+def main(argv=None, name="miniconvit"):
     """Runs the command line and exits: 0 success, 1 something came out wrong, 2 a mistake answered
-    by a sentence, 130 and 143 stopped by Ctrl-C and SIGTERM."""
-    sys.exit(_run(argv))
+    by a sentence, 130 and 143 stopped by Ctrl-C and SIGTERM.
+
+    name: how the program was called, for its help and hints.
+    """
+    sys.exit(_run(argv, name))
 
 
-def _run(argv):
+def _run(argv, name):
     """The exit status of the command line argv."""
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
-    launcher = Path(sys.argv[0]).name == "cli.py"
-    name = "python cli.py" if launcher else "miniconvit"
     try:
         status = program.main(argv, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

@@ -7,28 +7,37 @@ import click
 from ..config import VARIANTS
 from ..engine.speed import measure
 from ..training.report import table
-from .options import SIZE, device_option, json_option, print_json, workers_option
-
-
-@click.command("bench")
-@click.option(
-    "--model",
-    type=click.Choice(list(VARIANTS)),
-    metavar="NAME",
-    default="convit_tiny32",
-    show_default=True,
-    help="A variant's name, as in `miniconvit train`.",
+from .options import (
+    Command,
+    device_option,
+    json_option,
+    option,
+    print_json,
+    setting_option,
+    workers_option,
 )
-@click.option("--img-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
-@click.option("--patch-size", type=SIZE, help="Pixels: N, or HEIGHTxWIDTH.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Counted.")
-@click.option("--inference", is_flag=True, help="Forward passes only.")
+
+
+@click.command("bench", cls=Command)
+@setting_option(
+    "model",
+    "Network to measure. `train --help` lists the names.",
+    default="convit_tiny32",
+)
+@setting_option("img_size", "Size of the images in pixels, as N or HEIGHTxWIDTH.")
+@setting_option("patch_size")
+@setting_option("batch_size", default=64)
+@setting_option("steps", "Number of steps to measure.", default=10)
+@option("--inference", is_flag=True, help="Measure forward passes only.")
 @device_option
 @workers_option
 @json_option
 def command(model, img_size, patch_size, batch_size, steps, inference, device, workers, as_json):
-    """Images per second and peak memory of a training step, on random images in float32."""
+    """Measure how fast a model trains here.
+
+    It prints images per second and the peak memory of a training step. The images are random, in
+    float32.
+    """
     sizes = {"img_size": img_size, "patch_size": patch_size}
     config = replace(VARIANTS[model], **{name: size for name, size in sizes.items() if size})
     found = measure(config, batch_size, steps, inference, workers, device)

@@ -1,33 +1,47 @@
 """`miniconvit coursework create / check / grade / pack`."""
 
-from pathlib import Path
-
 import click
 
 from .. import coursework
 from ..errors import UserError
 from ..training.report import table
+from .options import COUNT, PATH, Command, Group, Name, option
 
-_PATH = click.Path(path_type=Path)
+EXERCISE = Name(exercise.name for exercise in coursework.EXERCISES)
 
 
-@click.group("coursework")
+@click.group("coursework", cls=Group)
 def command():
-    """Blanks for students, cut out of this library, and their grading.
+    """Make and grade programming exercises.
 
-    `create` and `grade` are for instructors, `check` and `pack` for students.
+    They are functions of this library with their bodies cut out. Instructors use create and grade.
+    Students use check and pack.
     """
 
 
-@command.command()
-@click.argument("out", type=_PATH)
-@click.option("--secret", required=True, type=_PATH, help="File with the text that hidden inputs "
-              "are drawn from; written if missing.")  # fmt: skip
-@click.option("--exercise", "names", multiple=True, metavar="NAME",
-              help="One of " + ", ".join(e.name for e in coursework.EXERCISES)
-              + "; may be repeated.  [default: all]")  # fmt: skip
+@command.command(cls=Command)
+@click.argument("out", type=PATH)
+@option(
+    "--secret",
+    required=True,
+    type=PATH,
+    metavar="FILE",
+    help="File with the text that hidden inputs are drawn from. A missing one is written.",
+)
+@option(
+    "--exercise",
+    "names",
+    multiple=True,
+    type=EXERCISE,
+    help="An exercise to hand out. You may repeat this option. The names are "
+    f"{', '.join(EXERCISE.choices)}.",
+    shown="all",
+)
 def create(out, secret, names):
-    """Write the students' folder and the instructor's into OUT."""
+    """Write the folders of a new course.
+
+    OUT then holds one folder for students and one for the instructor.
+    """
     chosen = coursework.create(out, secret, names)
     points, minutes = (sum(getattr(e, key) for e in chosen) for key in ("points", "minutes"))
     click.echo(
@@ -43,12 +57,21 @@ def create(out, secret, names):
     )
 
 
-@command.command()
-@click.argument("folder", type=_PATH, default=".")
-@click.option("--exercise", "names", multiple=True, metavar="NAME", help="Only this one; may be "
-              "repeated.")  # fmt: skip
+@command.command(cls=Command)
+@click.argument("folder", type=PATH, default=".")
+@option(
+    "--exercise",
+    "names",
+    multiple=True,
+    type=EXERCISE,
+    help="An exercise to check. You may repeat this option.",
+    shown="all",
+)
 def check(folder, names):
-    """Run the visible tests in FOLDER, or here."""
+    """Run the visible tests.
+
+    FOLDER is the students' folder. Without it the current folder is checked.
+    """
     assignment = coursework.load_assignment(folder)
     chosen = [e for e in coursework.exercises(names) if e in assignment.exercises]
     if not chosen:
@@ -72,15 +95,27 @@ def check(folder, names):
         click.get_current_context().exit(1)
 
 
-@command.command()
-@click.argument("submissions", type=_PATH)
-@click.option("--instructor", required=True, type=_PATH, help="The instructor's folder.")
-@click.option("--out", required=True, type=_PATH, help="Folder for results and grades.csv.")
-@click.option("--jobs", type=click.IntRange(1), help="Submissions at a time.  [default: all cores]")
+@command.command(cls=Command)
+@click.argument("submissions", type=PATH)
+@option(
+    "--instructor",
+    required=True,
+    type=PATH,
+    metavar="FOLDER",
+    help="The instructor's folder of the course.",
+)
+@option(
+    "--out",
+    required=True,
+    type=PATH,
+    metavar="FOLDER",
+    help="Folder for the results and grades.csv.",
+)
+@option("--jobs", type=COUNT, help="Number of submissions at a time.", shown="all cores")
 def grade(submissions, instructor, out, jobs):
     """Grade a folder of submissions.
 
-    Every folder and zip file in SUBMISSIONS is judged by the hidden tests.
+    The hidden tests judge every folder and zip file in SUBMISSIONS.
     """
     graded = coursework.grade(submissions, instructor, out, jobs)
     for one in graded.values():
@@ -88,9 +123,12 @@ def grade(submissions, instructor, out, jobs):
     click.echo(f"\n{out / 'grades.csv'}, and results.json for each")
 
 
-@command.command()
-@click.argument("folder", type=_PATH, default=".")
-@click.option("--out", type=_PATH, help="The file.  [default: FOLDER/submission.zip]")
+@command.command(cls=Command)
+@click.argument("folder", type=PATH, default=".")
+@option("--out", type=PATH, metavar="FILE", help="File to write.", shown="FOLDER/submission.zip")
 def pack(folder, out):
-    """Write submission.zip, or say what is still missing."""
+    """Pack the file to hand in.
+
+    It says so where something is still missing.
+    """
     click.echo(coursework.pack(folder, coursework.load_assignment(folder), out))

@@ -1,39 +1,44 @@
 """`miniconvit data`."""
 
-from pathlib import Path
-
 import click
 
 from ..data import PRESETS, load_dataset
 from ..data.dataset import SOURCES
 from ..data.preview import draw_preview
 from ..training.report import table
-from ..training.settings import make_settings
-from .options import SIZE, broken_option, data_dir_option
+from ..training.settings import DATA, make_settings
+from .options import (
+    PATH,
+    RUN,
+    Command,
+    Name,
+    data_dir_option,
+    no_download_option,
+    option,
+    setting_option,
+)
 
 IMG_SIZE = make_settings(data="imagefolder").img_size
 """What `train` uses without further flags."""
 
 
-@click.command("data")
-@click.argument("name", type=click.Choice(list(SOURCES)))
+@click.command("data", cls=Command)
+@click.argument("name", type=Name(SOURCES), metavar="NAME")
 @data_dir_option
-@broken_option
-@click.option(
-    "--img-size", type=SIZE, default=IMG_SIZE, show_default=True, help="Pixels, of image files."
+@setting_option("broken")
+@setting_option(
+    "img_size", "Size in pixels to which image files are cut.", default=IMG_SIZE, group=DATA
 )
-@click.option("--no-download", is_flag=True, help="Never fetch a data set.")
-@click.option("--preview", type=click.Path(path_type=Path), help="Draw a contact sheet, a PNG.")
-@click.option(
-    "--augment",
-    type=click.Choice(list(PRESETS)),
-    help="Of the contact sheet.  [default: what suits the data]",
-)
+@no_download_option
+@option("--preview", type=PATH, metavar="FILE", help="Draw a contact sheet into this PNG file.")
+@setting_option("augment", shown="what suits the data", group=RUN)
 def command(name, data_dir, broken, img_size, no_download, preview, augment):
-    """Download and verify a data set; show its splits, and a contact sheet of its images.
+    """Download, verify and show a data set.
 
-    The sheet has training images, copies as --augment makes them, and mixtures of two by mixup and
-    CutMix.
+    NAME is one of shapes, cifar10, cifar100 and imagefolder.
+
+    The contact sheet of --preview shows training images. Beside them it shows copies as --augment
+    changes them, and pairs mixed by mixup and CutMix.
     """
     options = {"img_size": img_size, "broken": broken or "refuse"}
     dataset = load_dataset(name, data_dir, not no_download, **options)

@@ -15,15 +15,18 @@ from .. import __version__
 from ..engine.cuda import examine_cuda
 from ..system import available_threads
 from ..training.report import table
-from .options import json_option, print_json
+from .options import Command, json_option, print_json
 
 MATMUL = 1024
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @json_option
 def command(as_json):
-    """What this machine has, and whether miniconvit can use it."""
+    """Show what this machine can do.
+
+    It looks for the libraries, the memory and the GPU, and says whether miniconvit can use them.
+    """
     found = examine()
     if as_json:
         print_json(found)

@@ -1,7 +1,6 @@
 """`miniconvit eval`."""
 
 from math import isfinite
-from pathlib import Path
 
 import click
 
@@ -14,40 +13,48 @@ from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..training.evaluate import evaluate
 from ..training.report import table
-from ..training.settings import DEFAULT_RECIPE, stored_data_dir, stored_settings
+from ..training.settings import DATA, MODEL, stored_data_dir, stored_settings
 from .options import (
-    broken_option,
+    PATH,
+    Command,
+    Name,
     checkpoint_options,
-    data_dir_option,
     device_option,
     json_option,
+    option,
     overflow_is_answered,
     print_json,
+    stored_data_options,
     workers_option,
 )
 
 
-@click.command("eval")
-@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
-@click.option(
-    "--split", type=click.Choice(["val", "test", "train"]), default="val", show_default=True
-)
-@click.option(
-    "--data",
-    type=click.Choice(list(DEFAULT_RECIPE)),
-    help="Data set.  [default: the one it was trained on]",
-)
-@data_dir_option
-@broken_option
-@click.option("--mask-pos-embed", is_flag=True, help="Zero the absolute positional embedding.")
-@click.option(
-    "--mask",
-    nargs=2,
-    type=(click.Choice(["content", "position"]), int),
-    metavar="BRANCH N",
-    help="Do without the content or the position branch in the first N GPSA layers.",
+@click.command("eval", cls=Command)
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=PATH)
+@stored_data_options
+@option(
+    "--split",
+    type=Name(["val", "test", "train"]),
+    default="val",
+    group=DATA,
+    help="Part of the data to use.",
+    shown="val",
 )
 @checkpoint_options
+@option(
+    "--mask-pos-embed",
+    is_flag=True,
+    group=MODEL,
+    help="Set the absolute positional embedding to zero.",
+)
+@option(
+    "--mask",
+    nargs=2,
+    type=(Name(["content", "position"]), int),
+    metavar="BRANCH N",
+    group=MODEL,
+    help="Leave out a branch in the first N GPSA layers. BRANCH is content or position.",
+)
 @device_option
 @workers_option
 @json_option
@@ -65,7 +72,11 @@ def command(
     workers,
     as_json,
 ):
-    """Loss, top-1 and top-5 accuracy of a model on a data set."""
+    """Measure a model's accuracy on a data set.
+
+    It prints the loss, the top-1 accuracy and the top-5 accuracy. RUN_OR_CHECKPOINT is the folder
+    of a run, of which the best checkpoint is taken, or a checkpoint file.
+    """
     xp, place = resolve_device(device)
     path, model = open_weights(checkpoint, variant, img_size)
     name = data or model.data

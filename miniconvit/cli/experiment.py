@@ -9,16 +9,24 @@ from shlex import quote
 import click
 
 from ..analysis.style import require_matplotlib
-from ..data.dataset import SOURCES
 from ..errors import UserError
 from ..experiments.figures import draw
-from ..experiments.plan import EXPERIMENTS, PLAN, complete, load_plan, refuse_other
+from ..experiments.plan import EXPERIMENTS, FRACTIONS, PLAN, complete, load_plan, refuse_other
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
 from ..system import write_file
 from ..training.interrupt import Interrupted
-from ..training.settings import flag
-from .options import data_dir_option, device_option, workers_option
+from ..training.settings import DATA, TRAINING, flag
+from .options import (
+    PATH,
+    Command,
+    Name,
+    data_dir_option,
+    device_option,
+    option,
+    setting_option,
+    workers_option,
+)
 
 DATA_DIR = "data_dir.txt"  # beside the plan, which may be replayed where the data lie elsewhere
 BEFORE_PLAN = {DATA_DIR, DATA_DIR + ".partial", PLAN + ".partial"}  # what a kill leaves behind
@@ -35,37 +43,56 @@ class _Fractions(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers like 0.1,1.0", param, ctx)
 
 
-@click.command("experiment")
-@click.argument("name", type=click.Choice(EXPERIMENTS), metavar="NAME")
-@click.option("--data", type=click.Choice(list(SOURCES)), help="Data set.  [default: cifar10]")
+@click.command("experiment", cls=Command)
+@click.argument("name", type=Name(EXPERIMENTS), metavar="NAME")
+@setting_option("data", "Images to train on.", shown="cifar10")
 @data_dir_option
-@click.option("--model", metavar="NAME", help="A ConViT.  [default: the data set's recipe's]")
-@click.option("--budget", type=float, metavar="MINUTES", help="For all runs.  [default: 60]")
-@click.option("--steps", type=int, help="Of each run, in place of fitting them into --budget.")
-@click.option("--seeds", type=int, help="Runs of each row.  [default: 3]")
-@click.option(
+@setting_option(
+    "subset",
+    "Train on this share of the images of each class. sample-efficiency takes --fractions instead.",
+    shown="0.1, for masking and escape 1",
+)
+@option(
     "--fractions",
     type=_Fractions(),
     metavar="X,Y,...",
-    help="sample-efficiency: shares of the images.  [default: 0.05,0.1,0.3,0.5,1.0]",
+    group=DATA,
+    help="For sample-efficiency, the shares of the images to compare.",
+    shown=",".join(map(str, FRACTIONS)),
 )
-@click.option(
-    "--subset",
+@setting_option(
+    "model",
+    "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
+    shown="that of the data's recipe",
+)
+@option(
+    "--budget",
     type=float,
-    help="The others: train on this share of each class.  [default: 0.1; masking, escape: 1.0]",
+    metavar="MINUTES",
+    group=TRAINING,
+    help="Minutes that all runs together may take.",
+    shown="60",
 )
+@setting_option("steps", "Length of each run in steps. Give it in place of --budget.")
+@option("--seeds", type=int, metavar="N", group=TRAINING, help="Runs for each row.", shown="3")
 @device_option
 @workers_option
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: runs/NAME-...]")
-@click.option(
+@option(
+    "--out", type=PATH, metavar="FOLDER", help="Folder for tables and runs.", shown="one in runs"
+)
+@option(
     "--plan",
     "plan_file",
-    type=click.Path(path_type=Path),
-    help="Replay this plan.json, measuring nothing; it stands for the options above --device.",
+    type=PATH,
+    metavar="FILE",
+    help="Replay this plan.json without measuring. It takes the place of all options but "
+    "--data-dir and those of this group.",
 )
 @click.pass_context
 def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
-    """One of the paper's experiments, at a size that fits into --budget.
+    """Run one of the paper's experiments.
+
+    NAME is one of these:
 
     \b
     sample-efficiency  ConViT and ViT on shares of the data (table 2)
@@ -74,12 +101,13 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
 
-    A few seconds are timed, the runs planned to fit, then trained one by one, and every run sees
-    the same number of images. The same command, or its NAME and --out alone, goes on where it was
-    stopped. Writes plan.json and, after every run, table.md, table.csv and a picture; keeps every
-    run's folder.
+    It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
+    them one by one. Every run sees the same number of images.
+
+    It writes plan.json, and after each run table.md, table.csv and a picture. Give NAME and --out
+    again to continue where it stopped.
     """
-    given = {option: value for option, value in flags.items() if value is not None}
+    given = {key: value for key, value in flags.items() if value is not None}
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)

@@ -8,17 +8,18 @@ from ..checkpoints.checkpoint import save_checkpoint
 from ..checkpoints.weights import open_weights, timm_call
 from ..errors import UserError
 from ..training.report import table
-from .options import checkpoint_options
+from .options import PATH, Command, checkpoint_options
 
 
-@click.command("export")
-@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.command("export", cls=Command)
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=PATH)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @checkpoint_options
 def command(checkpoint, file, variant, img_size):
-    """Write a model's parameters as a .safetensors file that timm loads.
+    """Write a file that timm can load.
 
-    The checkpoint can be anything that eval takes, a .pth file too.
+    FILE must end in .safetensors. RUN_OR_CHECKPOINT is the folder of a run or a checkpoint file. A
+    .pth file will do too.
     """
     if file.suffix != ".safetensors":
         raise UserError(f"{file} must end in .safetensors, by which timm knows the format")

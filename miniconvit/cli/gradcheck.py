@@ -4,32 +4,31 @@ from math import isfinite
 
 import click
 
-from ..errors import UserError
 from ..gradcheck.cases import CASES, catch, check_layer
 from ..gradcheck.mutants import MUTANTS
-from .options import json_option, print_json
+from .options import RUN, Command, Name, json_option, option, print_json, setting_option
 
 
-@click.command("gradcheck")
-@click.option("--layer", metavar="NAME", help="One layer only, such as gpsa or layernorm.")
-@click.option("--mutants", is_flag=True, help="Plant every bug of the catalogue; who is caught?")
-@click.option("--every-entry", is_flag=True, help="Differences along each entry of each tensor.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Draws inputs and parameters.",
+@click.command("gradcheck", cls=Command)
+@option(
+    "--layer",
+    type=Name(CASES),
+    help=f"Check this layer alone. The names are {', '.join(CASES)}.",
+    shown="all",
 )
+@option("--mutants", is_flag=True, help="Plant known bugs, and show which of them are caught.")
+@option("--every-entry", is_flag=True, help="Check every entry of every tensor. This is slow.")
+@setting_option("seed", "Random seed of the inputs and the parameters.", default=0, group=RUN)
 @json_option
 def command(layer, mutants, every_entry, seed, as_json):
-    """Compare every backward pass with central differences in float64.
+    """Check every backward pass.
 
-    One row a tensor: ok, WRONG, or zero where the gradient vanishes exactly, as it must for
-    pos_proj.bias. Exits with 1 where a row is WRONG or, with --mutants, a planted bug gets away.
+    It compares each gradient with central differences in float64, and prints a row for each tensor.
+    A row says ok or WRONG. It says zero where the gradient vanishes exactly, as that of
+    pos_proj.bias must.
+
+    The exit code is 1 where a row is WRONG, or where a bug of --mutants is not caught.
     """
-    if layer is not None and layer not in CASES:
-        raise UserError(f"unknown layer {layer!r}: choose one of {', '.join(CASES)}")
     layers = CASES if layer is None else (layer,)
     run = _kill_table if mutants else _layer_tables
     return 0 if run(layers, every_entry, seed, as_json) else 1

@@ -10,14 +10,17 @@ from ..checkpoints.weights import open_weights
 from ..data.images import read_image
 from ..training.history import run_history
 from ..training.report import table
-from ..training.settings import DEFAULT_RECIPE
+from ..training.settings import DATA, DEFAULT_RECIPE
 from .eval import check_fit, open_dataset
 from .options import (
-    broken_option,
+    COUNT,
+    PATH,
+    Command,
     checkpoint_options,
-    data_dir_option,
     json_option,
+    option,
     print_json,
+    stored_data_options,
 )
 
 
@@ -33,47 +36,47 @@ class _Query(click.ParamType):
         return row, col
 
 
-@click.command("inspect")
-@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.command("inspect", cls=Command)
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=PATH)
 @click.argument("files", metavar="[IMAGE]...", nargs=-1, type=click.Path())
-@click.option(
-    "--data",
-    type=click.Choice(list(DEFAULT_RECIPE)),
-    help="Data set.  [default: the one it was trained on]",
-)
-@data_dir_option
-@broken_option
-@click.option(
+@stored_data_options
+@option(
     "--images",
     "count",
-    type=click.IntRange(1),
+    type=COUNT,
     default=64,
-    show_default=True,
-    help="Validation images over which the nonlocality is averaged.",
+    group=DATA,
+    help="Number of validation images to average over.",
+    shown="64",
 )
-@click.option(
+@option(
     "--query",
     type=_Query(),
     metavar="ROW,COL",
-    help="Patch whose attention is shown, from 0,0.  [default: the middle]",
+    help="Show what this patch looks at. The first patch is 0,0.",
+    shown="the middle",
 )
-@click.option(
+@option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for inspect.json and pictures.  [default: RUN/inspect]",
+    metavar="FOLDER",
+    help="Folder for inspect.json and the pictures.",
+    shown="RUN/inspect",
 )
 @checkpoint_options
 @json_option
 def command(
     checkpoint, files, data, data_dir, broken, count, query, out, variant, img_size, as_json
 ):
-    """Gates, head centres, locality strengths, nonlocality and attention maps.
+    """Show what a model looks at.
 
-    The network runs as it is, on validation images or on the IMAGE files given; the maps are those
-    of the first one. For MHSA the class token's row and column are dropped and the rows rescaled to
-    sum one. The course over the epochs is drawn for a run without --data and --img-size. With
-    --json, maps are printed where there is a --query, and files are written where there is an
-    --out.
+    It prints gates, head centres, locality strengths and nonlocality, and draws attention maps. The
+    maps are those of the first image. The images are the IMAGE files, or else validation images.
+
+    For a run it also draws how its heads changed over the epochs, unless --data or --img-size is
+    given. In layers with a class token, that token is left out and the rows are scaled to sum 1.
+
+    With --json it prints maps only for a --query, and writes files only for an --out.
     """
     path, model = open_weights(checkpoint, variant, img_size)
     dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)

@@ -1,7 +1,5 @@
 """`miniconvit predict`."""
 
-from pathlib import Path
-
 import click
 import numpy as np
 
@@ -14,6 +12,8 @@ from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
 from .options import (
+    PATH,
+    Command,
     checkpoint_options,
     device_option,
     json_option,
@@ -22,17 +22,18 @@ from .options import (
 )
 
 
-@click.command("predict")
-@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@click.command("predict", cls=Command)
+@click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=PATH)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
 @checkpoint_options
 @device_option
 @json_option
 def command(checkpoint, images, variant, img_size, device, as_json):
-    """The five most probable classes of each image file.
+    """Say what image files show.
 
-    An image's shorter side is resized to the model's, or to 8/7 of it for models of more than 32
-    pixels, and its centre is cut out: as in the evaluation of `imagefolder`.
+    It prints the five most probable classes of each file. The shorter side of an image is resized
+    to the model's size, and the centre is cut out. Models of more than 32 pixels take 8/7 of that
+    side.
     """
     require_pillow("predict")
     xp, place = resolve_device(device)

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from ..coursework.notebooks import find_page, write_all_notebooks, write_notebook
+from .options import Command
 
 
-@click.command("tutorial")
+@click.command("tutorial", cls=Command)
 @click.argument("page")
 @click.argument("target", metavar="FILE.ipynb|FOLDER", type=click.Path(path_type=Path))
 def command(page, target):

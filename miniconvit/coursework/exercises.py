@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .. import layers, optim
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def exercises(names=None):
     by_name = {exercise.name: exercise for exercise in EXERCISES}
     unknown = sorted(set(names or ()) - set(by_name))
     if unknown:
-        raise UserError(f"unknown exercise {', '.join(unknown)}: choose of {', '.join(by_name)}")
+        raise UserError(unknown_name("exercise", unknown[0], by_name))
     return tuple(by_name[name] for name in by_name if not names or name in names)
 
 

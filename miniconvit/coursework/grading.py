@@ -162,7 +162,9 @@ def grade(submissions, instructor, out, jobs=None):
             for student, path in paths.items()
         }
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), unit=" submissions"):
+            for future in tqdm(
+                as_completed(futures), total=len(futures), unit=" submissions", disable=None
+            ):
                 one = future.result()
                 graded[one.student] = one
                 folder = out / one.student

@@ -6,7 +6,7 @@ from math import log
 import numpy as np
 
 from ..arrays import AUGMENTATION, DATA_ORDER, ERASING, array_module, normal, random_bits, uniform
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from .randaugment import chosen_places, randaugment
 
 PADDING = 4
@@ -16,8 +16,8 @@ ASPECT = 0.3  # of its box: between this and its inverse
 
 @dataclass(frozen=True)
 class Preset:
-    """An augmentation. summary: in one sentence, for help; operations, magnitude: of RandAugment
-    (timm's n and m); erasing: the share of images that lose a box."""
+    """An augmentation. summary: what it does to images, for help; operations, magnitude: of
+    RandAugment (timm's n and m); erasing: the share of images that lose a box."""
 
     summary: str
     operations: int = 0
@@ -26,19 +26,19 @@ class Preset:
 
 
 PRESETS = {
-    "none": Preset("images as they are"),
+    "none": Preset("leaves images as they are"),
     "crop-flip": Preset(
-        "cropped out of a black margin of 4 pixels (image files: a random part of the image), and "
-        "mirrored half of the time"
+        "mirrors half of the images and shifts them by up to 4 pixels, or crops image files at "
+        "random"
     ),
     "light": Preset(
-        "crop-flip, and one operation of RandAugment at strength 5, half of the time",
+        "adds to crop-flip one operation of RandAugment at strength 5, half of the time",
         operations=1,
         magnitude=5.0,
     ),
     "paper": Preset(
-        "crop-flip, two operations of RandAugment at strength 9, each half of the time, and a box "
-        "of noise in a quarter of the images",
+        "adds to crop-flip two such operations at strength 9, and noise boxes in a quarter of "
+        "images",
         operations=2,
         magnitude=9.0,
         erasing=0.25,
@@ -68,9 +68,7 @@ def augment(images, indices, seed, epoch, preset, repeat=0):
     `erase`. Raises UserError on another preset.
     """
     if preset not in PRESETS:
-        raise UserError(
-            f"unknown augmentation {preset!r}: choose one of {', '.join(map(repr, PRESETS))}"
-        )
+        raise UserError(unknown_name("augmentation", preset, PRESETS))
     if preset == "none":
         return images
     xp = array_module(images)

@@ -9,7 +9,7 @@ import numpy as np
 import pooch
 
 from ..arrays import to_device
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from . import imagefolder, shapes
 from .cifar import CIFAR10, CIFAR100
 from .image_sets import Images
@@ -58,7 +58,7 @@ def load_dataset(
     download.
     """
     if name not in SOURCES:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}")
+        raise UserError(unknown_name("data set", name, SOURCES))
     if not 0 < subset <= 1:
         raise UserError(f"subset must be a fraction in (0, 1], not {subset}")
     source = SOURCES[name]

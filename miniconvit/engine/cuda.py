@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 
 DEVICES = ("auto", "cpu", "cuda")
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
@@ -31,7 +31,7 @@ def resolve_device(name="auto"):
     Raises UserError for another name and, with "cuda", where a kernel cannot be compiled and run.
     """
     if name not in DEVICES:
-        raise UserError(f"unknown device {name!r}: choose one of {', '.join(DEVICES)}")
+        raise UserError(unknown_name("device", name, DEVICES))
     if name == "cpu":
         return np, "on the CPU, as asked for"
     found, problem = _examine()

@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 
 from ..config import VARIANTS, is_count, is_number
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from ..system import write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
@@ -179,7 +179,7 @@ def complete(experiment, given):
         raise UserError("--steps says how long each run is, --budget asks for it: give one of them")
     data = given.get("data", "cifar10")
     if data not in DEFAULT_RECIPE:
-        raise UserError(f"unknown data {data!r}: choose one of {', '.join(DEFAULT_RECIPE)}")
+        raise UserError(unknown_name("data", data, DEFAULT_RECIPE))
     asked = {
         "experiment": experiment,
         "data": data,

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import layers
 from ..config import ConViTConfig
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from ..model import convit_backward, convit_forward, drop_path_masks, param_shapes
 from .checker import check_gradients
 from .mutants import mutate
@@ -260,7 +260,7 @@ CASES = {
 def check_layer(name, seed=0, every_entry=False, functions=FUNCTIONS):
     """The Reports of one layer's cases, drawn from seed. Raises UserError for an unknown name."""
     if name not in CASES:
-        raise UserError(f"unknown layer {name!r}: choose one of {', '.join(CASES)}")
+        raise UserError(unknown_name("layer", name, CASES))
     cases = CASES[name](np.random.default_rng(seed), functions)
     return [
         check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)

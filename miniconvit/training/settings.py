@@ -1,95 +1,39 @@
-"""The settings of a training run: named recipes, and the values that flags change."""
+"""The settings of a training run: each is declared once, and named recipes give their values.
 
-from dataclasses import dataclass, replace
+The checks, the command's options and config.json all follow the fields of `Settings`.
+"""
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
-from ..config import VARIANTS, is_count, is_number
+from ..config import VARIANTS, ConViTConfig, is_count, is_number
 from ..data.augment import PRESETS
 from ..data.dataset import SOURCES
 from ..data.imagefolder import BROKEN
-from ..errors import UserError
+from ..errors import UserError, did_you_mean, unknown_name
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
-BASE = {
-    "subset": 1.0,
-    "steps": None,
-    "weight_decay": 0.05,
-    "clip_grad": None,
-    "label_smoothing": 0.0,
-    "drop_path": 0.0,
-    "seed": 0,
-}
+DATA, MODEL, TRAINING = "Data", "Model", "Training"
+AUGMENTATION = "Augmentation and regularisation"
 
-RECIPES = {
-    "shapes-minute": BASE
-    | {
-        "data": "shapes",
-        "model": "convit_micro32",
-        "epochs": 6,
-        "batch_size": 64,
-        "lr": 2e-3,
-        "warmup_epochs": 1.0,
-    },
-    "cifar10-10min": BASE
-    | {
-        "data": "cifar10",
-        "model": "convit_micro32",
-        "epochs": 9,
-        "batch_size": 64,
-        "lr": 3e-3,
-        "warmup_epochs": 1.0,
-    },
-    "cifar10-hour": BASE
-    | {
-        "data": "cifar10",
-        "model": "convit_mini32",
-        "epochs": 22,
-        "batch_size": 32,
-        "lr": 1e-3,
-        "warmup_epochs": 1.0,
-    },
-    "imagefolder-small": BASE
-    | {
-        "data": "imagefolder",
-        "model": "convit_micro64",
-        "epochs": 30,
-        "batch_size": 64,
-        "lr": 2e-3,
-        "warmup_epochs": 2.0,
-    },
-    # The paper's, with the sizes scaled: 32 pixels for 224, where the official script itself crops
-    # out of a margin of 4 instead of resizing; batches of 128 for 1,024, and by the script's rule,
-    # 5e-4 for 512 images, the peak of the rate. Its rate begins at 1e-6 and ends at 1e-5, ours at
-    # a hundredth of the peak. Clipping and an average of the parameters are off, as there.
-    "paper32": BASE
-    | {
-        "data": "cifar10",
-        "model": "convit_tiny32",
-        "epochs": 300,
-        "batch_size": 128,
-        "lr": 5e-4 * 128 / 512,
-        "warmup_epochs": 5.0,
-        "label_smoothing": 0.1,
-        "drop_path": 0.1,
-        "augment": "paper",
-        "repeats": 3,
-        "mixup": 0.8,
-        "cutmix": 1.0,
-    },
-}
 
-DEFAULT_RECIPE = {
-    "shapes": "shapes-minute",
-    "cifar10": "cifar10-10min",
-    "cifar100": "cifar10-10min",
-    "imagefolder": "imagefolder-small",
-}
-"""Data set to recipe."""
+@dataclass(frozen=True)
+class Limits:
+    """What a value must be: in words, as a function, and as the names to choose from, if any."""
+
+    words: str
+    hold: Callable
+    names: tuple[str, ...] = ()
 
 
 def _one_of(names):
-    return f"one of {', '.join(names)}", lambda x: isinstance(x, str) and x in names
+    words = f"one of {', '.join(names)}"
+    return Limits(words, lambda x: isinstance(x, str) and x in names, tuple(names))
 
 
 def _is_size(value):
@@ -97,96 +41,197 @@ def _is_size(value):
     return len(sides) == 2 and all(is_count(side, 1) for side in sides)
 
 
-_COUNT = "an integer of at least 1", lambda x: is_count(x, 1)
-_SIZE = "one or two positive integers", _is_size
-_POSITIVE = "a positive number", lambda x: is_number(x) and x > 0
-_NOT_NEGATIVE = "0 or a positive number", lambda x: is_number(x) and x >= 0
-_SHARE = "at least 0 and below 1", lambda x: is_number(x) and 0 <= x < 1
+COUNT = Limits("an integer of at least 1", lambda x: is_count(x, 1))
+INDEX = Limits("an integer of at least 0", is_count)
+SIZE = Limits("one or two positive integers", _is_size)
+NUMBER = Limits("a finite number", is_number)
+POSITIVE = Limits("a positive number", lambda x: is_number(x) and x > 0)
+NOT_NEGATIVE = Limits("0 or a positive number", lambda x: is_number(x) and x >= 0)
+SHARE = Limits("at least 0 and below 1", lambda x: is_number(x) and 0 <= x < 1)
+FRACTION = Limits("above 0 and at most 1", lambda x: is_number(x) and 0 < x <= 1)
+SEED = Limits("an integer of at least 0 and below 2^63", lambda x: is_count(x) and x < 2**63)
+TRUTH = Limits("true or false", lambda x: isinstance(x, bool))
+TEXT = Limits("a path or a name", lambda x: isinstance(x, str) and x != "")
 
-LIMITS = {
-    "data": _one_of(SOURCES),
-    "subset": ("above 0 and at most 1", lambda x: is_number(x) and 0 < x <= 1),
-    "recipe": _one_of(RECIPES),
-    "model": _one_of(VARIANTS),
-    "img_size": _SIZE,
-    "patch_size": _SIZE,
-    "local_up_to_layer": ("an integer of at least 0", is_count),
-    "locality_strength": ("a finite number", is_number),
-    "passes": _COUNT,
-    "epochs": _COUNT,
-    "steps": _COUNT,
-    "batch_size": _COUNT,
-    "lr": _POSITIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "warmup_epochs": _NOT_NEGATIVE,
-    "clip_grad": _POSITIVE,
-    "label_smoothing": _SHARE,
-    "drop_path": _SHARE,
-    "augment": _one_of(PRESETS),
-    "repeats": _COUNT,
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "ema": _SHARE,
-    "seed": ("an integer of at least 0 and below 2^63", lambda x: is_count(x) and x < 2**63),
-    "attention": _one_of(("gpsa", "psa")),
-    "local_init": ("true or false", lambda x: isinstance(x, bool)),
-    "freeze": _one_of(FREEZE),
-    "broken": _one_of(BROKEN),
-    "init_from": ("a path or a name", lambda x: isinstance(x, str) and x),
-}
-"""Setting to what its value must be, in words and as a function."""
+_TABLES = tomllib.loads(files(__package__).joinpath("recipes.toml").read_text(encoding="utf-8"))
+RECIPES = _TABLES["recipes"]
+"""Name to the settings that it gives."""
+DEFAULT_RECIPE = _TABLES["default"]
+"""Data set to recipe."""
+
+_SIZES = ", ".join(name.removeprefix("convit_") for name in VARIANTS if name[0] == "c")
 
 
-@dataclass(frozen=True)
+def setting(group, limits, help, default=MISSING, shown=None):
+    """A field of Settings.
+
+    help: whole sentences for whoever reads `--help`; default: the value where neither the recipe,
+    the model nor the data set says one; shown: the default in words, where the value says too
+    little.
+    """
+    about = {"group": group, "limits": limits, "help": help, "shown": shown}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that decides the bits of a run. make_settings fills it from a recipe.
 
-    passes: over the training images in an epoch, at whose end is the validation. Either epochs or
-    steps is None. clip_grad None: no clipping; ema None: no average. Raises UserError where a value
-    is out of range.
+    Either epochs or steps is None. Raises UserError where a value is out of range.
     """
 
-    data: str
-    subset: float
-    recipe: str
-    model: str
-    img_size: int | tuple[int, int]
-    patch_size: int | tuple[int, int]
-    local_up_to_layer: int
-    locality_strength: float
-    epochs: int | None
-    steps: int | None
-    batch_size: int
-    lr: float
-    weight_decay: float
-    warmup_epochs: float
-    clip_grad: float | None
-    label_smoothing: float
-    drop_path: float
-    augment: str
-    seed: int
-    attention: str = "gpsa"
-    local_init: bool = True
-    freeze: str | None = None
-    broken: str = "refuse"
-    repeats: int = 1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float | None = None
-    passes: int = 1
-    init_from: str | None = None
+    data: str = setting(
+        DATA,
+        _one_of(SOURCES),
+        "Images to train on. The program draws shapes itself. imagefolder means your own files.",
+        shown="shapes",
+    )
+    subset: float = setting(
+        DATA, FRACTION, "Train on this share of the images, the first ones of each class.", 1.0
+    )
+    recipe: str = setting(
+        TRAINING,
+        _one_of(RECIPES),
+        "Named settings to begin with. Any other option that you give wins over them. "
+        f"The names are {', '.join(RECIPES)}.",
+        shown="the one for --data",
+    )
+    model: str = setting(
+        MODEL,
+        _one_of(VARIANTS),
+        "Network to train. The name is convit_SIZE for a ConViT, or vit_SIZE for the plain ViT of "
+        f"the same size. SIZE is one of {_SIZES}.",
+    )
+    img_size: int | tuple[int, int] = setting(
+        MODEL,
+        SIZE,
+        "Size of the images in pixels, as N or HEIGHTxWIDTH. Image files are cut to it.",
+        shown="the model's",
+    )
+    patch_size: int | tuple[int, int] = setting(
+        MODEL,
+        SIZE,
+        "Size of a patch in pixels, as N or HEIGHTxWIDTH. It must divide the images.",
+        shown="the model's",
+    )
+    local_up_to_layer: int = setting(
+        MODEL,
+        INDEX,
+        "How many blocks, from the first one on, use GPSA. With 0 the model is a plain ViT.",
+        shown="the model's",
+    )
+    locality_strength: float = setting(
+        MODEL,
+        NUMBER,
+        "How sharply each GPSA head looks at one place at first.",
+        shown="the model's",
+    )
+    epochs: int | None = setting(
+        TRAINING, COUNT, "Length of the run in epochs. Each ends with a validation.", None
+    )
+    steps: int | None = setting(
+        TRAINING, COUNT, "Length of the run in steps. Give it in place of --epochs.", None
+    )
+    batch_size: int = setting(TRAINING, COUNT, "Number of images in a step.")
+    lr: float = setting(TRAINING, POSITIVE, "Learning rate at its peak.")
+    weight_decay: float = setting(TRAINING, NOT_NEGATIVE, "Weight decay of AdamW.", 0.05)
+    warmup_epochs: float = setting(
+        TRAINING, NOT_NEGATIVE, "Number of epochs in which the learning rate rises to its peak."
+    )
+    clip_grad: float | None = setting(
+        TRAINING,
+        POSITIVE,
+        "Greatest norm of the gradient. A longer gradient is scaled down to it.",
+        None,
+        shown="no limit",
+    )
+    label_smoothing: float = setting(
+        AUGMENTATION, SHARE, "Share of each target that is spread over all classes.", 0.0
+    )
+    drop_path: float = setting(
+        AUGMENTATION,
+        SHARE,
+        "How often the last block's branches are dropped. Earlier blocks drop theirs less often.",
+        0.0,
+    )
+    augment: str = setting(
+        AUGMENTATION,
+        _one_of(PRESETS),
+        "How training images are changed. "
+        + " ".join(f"{name} {preset.summary}." for name, preset in PRESETS.items()),
+        shown="what suits the data",
+    )
+    seed: int = setting(TRAINING, SEED, "Random seed.", 0)
+    attention: str = setting(
+        MODEL,
+        _one_of(("gpsa", "psa")),
+        "Attention of the first blocks. gpsa blends what content and position say by a gate. psa "
+        "adds both scores in one softmax and has no gate.",
+        "gpsa",
+    )
+    local_init: bool = setting(
+        MODEL,
+        TRUTH,
+        "Begin the first blocks as a soft convolution, or at random.",
+        True,
+        shown="--local-init",
+    )
+    freeze: str | None = setting(
+        MODEL,
+        _one_of(FREEZE),
+        "Leave the gates, or all attention, of the first blocks as they begin. Gates begin at 0 "
+        "then, or as --init-from says.",
+        None,
+        shown="nothing",
+    )
+    broken: str = setting(
+        DATA,
+        _one_of(BROKEN),
+        "What to do about image files that cannot be read. refuse ends the program. skip leaves "
+        "them out and names them.",
+        "refuse",
+    )
+    repeats: int = setting(
+        AUGMENTATION, COUNT, "Number of copies of an image in a batch, each changed in its way.", 1
+    )
+    mixup: float = setting(
+        AUGMENTATION,
+        NOT_NEGATIVE,
+        "Blend images in pairs, with shares drawn from Beta(X, X). The training accuracy then "
+        "counts the class with the larger share. With 0 it is off.",
+        0.0,
+    )
+    cutmix: float = setting(
+        AUGMENTATION,
+        NOT_NEGATIVE,
+        "Paste boxes between images in pairs, with areas drawn from Beta(X, X). Together with "
+        "--mixup, a coin decides in each step. With 0 it is off.",
+        0.0,
+    )
+    ema: float | None = setting(
+        TRAINING,
+        SHARE,
+        "Keep a moving average of the parameters with this decay, such as 0.999. The average is "
+        "validated and saved as best.",
+        None,
+        shown="no average",
+    )
+    passes: int = setting(TRAINING, COUNT, "Number of passes over the images in an epoch.", 1)
+    init_from: str | None = setting(
+        MODEL,
+        TEXT,
+        "Begin with the parameters of a run or of a checkpoint. It may be a .safetensors or .pth "
+        "file with timm's or the official names. It may be a published name such as "
+        "convit_tiny.fb_in1k.",
+        None,
+        shown="random parameters",
+    )
 
     def __post_init__(self):
-        for name in ("img_size", "patch_size"):
-            if isinstance(getattr(self, name), list):
+        for name in FIELDS:
+            if isinstance(getattr(self, name), list):  # a size that was stored as JSON
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, (words, holds) in LIMITS.items():
-            value = getattr(self, name)
-            optional = ("epochs", "steps", "clip_grad", "freeze", "ema", "init_from")
-            if value is None and name in optional:
-                continue
-            if not holds(value):
-                raise UserError(f"{flag(name)} must be {words}, not {value}")
+            check_setting(name, getattr(self, name))
         if (self.epochs is None) == (self.steps is None):
             raise UserError("give the length of the run by --epochs or by --steps, not by both")
 
@@ -194,12 +239,8 @@ class Settings:
         """The ConViTConfig for this data set. Raises UserError where they do not fit."""
         config = replace(
             VARIANTS[self.model],
-            img_size=self.img_size,
-            patch_size=self.patch_size,
-            local_up_to_layer=self.local_up_to_layer,
-            locality_strength=self.locality_strength,
+            **{name: getattr(self, name) for name in OF_THE_MODEL},
             drop_path_rate=self.drop_path,
-            attention=self.attention,
             use_local_init=self.local_init,
             in_chans=dataset.train.images.shape[1],
             num_classes=len(dataset.classes),
@@ -215,6 +256,21 @@ class Settings:
                 "a model for that size"
             )
         return config
+
+
+FIELDS = {field.name: field for field in fields(Settings)}
+OF_THE_MODEL = tuple(field.name for field in fields(ConViTConfig) if field.name in FIELDS)
+"""The settings that a variant brings itself, under the same names."""
+
+
+def check_setting(name, value):
+    """Raises UserError where `value` is out of the setting's limits."""
+    limits, kinds = FIELDS[name].metadata["limits"], get_args(FIELDS[name].type)
+    if value is None and type(None) in kinds:
+        return
+    if not limits.hold(value):
+        hint = did_you_mean(value, limits.names)
+        raise UserError(f"{flag(name)} must be {limits.words}, not {value}{hint}")
 
 
 def flag(name):
@@ -238,14 +294,14 @@ def make_settings(recipe=None, **given):
         values["augment"] = "none"
     values.setdefault("augment", suits)
     variant = _known("model", values["model"], VARIANTS)
-    for name in ("img_size", "patch_size", "local_up_to_layer", "locality_strength"):
+    for name in OF_THE_MODEL:
         values.setdefault(name, getattr(variant, name))
     return Settings(**values)
 
 
 def _known(kind, name, table):
     if name not in table:
-        raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}")
+        raise UserError(unknown_name(kind, name, table))
     return table[name]
 
 

@@ -330,6 +330,7 @@ MISTAKES = {
     "value missing": (["train", "--lr"], "--lr"),
     "not a number": (["train", "--lr", "fast"], "fast"),
     "out of range": (["train", "--lr", -1], "--lr must be a positive number"),
+    "no images in a batch": (["bench", "--batch-size", 0], "--batch-size must be an integer"),
     "no workers": (["train", "--workers", 0], "--workers"),
     "not a size": (["train", "--img-size", "8by8"], "8by8"),
     "unknown data": (["train", "--data", "mnist"], "mnist"),

@@ -423,7 +423,7 @@ def test_create_refuses(tmp_path):
     (tmp_path / "short").write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="is no UTF-8 text"):
         create(tmp_path / "new", tmp_path / "short")
-    with pytest.raises(UserError, match="unknown exercise conv"):
+    with pytest.raises(UserError, match="unknown exercise 'conv'"):
         create(tmp_path / "new", tmp_path / "secret", ["conv"])
     with pytest.raises(UserError, match="in the students' folder"):
         create(tmp_path / "new", tmp_path / "new" / "student" / "secret")

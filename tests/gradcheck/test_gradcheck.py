@@ -2,7 +2,6 @@
 
 import json
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -296,7 +295,7 @@ def test_the_command_passes_its_seed_and_form_on():
         for more in ([], ["--seed", "1"], ["--every-entry"], ["--seed", "1", "--every-entry"])
     }
     assert len(tables) == 4
-    with pytest.raises(click.UsageError):
+    with pytest.raises(mc.UserError, match="--seed must be an integer of at least 0"):
         raise command("--seed", "-1").exception
 
 
