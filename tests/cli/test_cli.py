@@ -317,6 +317,13 @@ def test_help_version_and_nothing(program):
         assert re.findall(r"^  (\w+)  +\S", out, re.MULTILINE) == list(cli.COMMANDS)
 
 
+def test_every_flag_of_train_is_explained(program):
+    status, out, _ = program("train", "--help")
+    assert status == 0
+    for name in training.Settings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in out
+
+
 MISTAKES = {
     "unknown command": (["trian"], "trian"),
     "unknown flag": (["train", "--learning-rate", 1], "--learning-rate"),
