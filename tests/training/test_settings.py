@@ -102,8 +102,7 @@ def with_a_new_setting(code, *argv):
 
 def test_a_new_setting_needs_one_place(tmp_path):
     """One declaration, and train has its option, its help, its check and its place in the files."""
-    small = "sys.path.insert(0, 'tests'); import small_run; import miniconvit.training.run as run;"
-    small += "run.load_dataset = small_run.small_dataset; small_run.main(sys.argv[1:])"
+    small = "import runpy; runpy.run_path('tests/small_run.py', run_name='__main__')"
     out, err = with_a_new_setting(small, "train", "--help")
     assert err == ""
     wait = "Number of epochs to wait for a better one. [default: 3]"
