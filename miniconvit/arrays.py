@@ -4,7 +4,6 @@ import sys
 from importlib import import_module
 
 import numpy as np
-from scipy.special import erf as scipy_erf
 
 from .errors import UserError
 
@@ -24,10 +23,9 @@ def array_module(x):
 
 def erf(x):
     """The error function, elementwise, in the dtype of x."""
-    xp = array_module(x)
-    if xp is np:
-        return scipy_erf(x)
-    return import_module(f"{xp.__name__}x.scipy.special").erf(x)
+    name = array_module(x).__name__
+    library = "scipy" if name == "numpy" else f"{name}x.scipy"  # loaded when it is needed
+    return import_module(f"{library}.special").erf(x)
 
 
 def _mix(bits):

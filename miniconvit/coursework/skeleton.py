@@ -37,6 +37,7 @@ from importlib import import_module
 import numpy as np
 
 FILES = {files}
+Params = dict[str, np.ndarray]  # arrays by name
 
 
 psa_forward = psa_backward = None  # positional attention without gates is no exercise
@@ -46,12 +47,6 @@ def __getattr__(name):
     if name not in FILES:
         raise AttributeError(name)
     return getattr(import_module(FILES[name]), name)
-
-
-def scipy_erf(x):
-    from scipy.special import erf
-
-    return erf(x)
 '''
 
 
