@@ -80,11 +80,13 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     folder.open(resume)
     try:
         with make_engine(config, xp, workers) as engine:
-            start = None
+            start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
                 folder.cut_metrics(state.epoch)
             else:
+                if resume:
+                    note = (f"nothing is saved in {folder.path} yet: the run begins at step 1",)
                 if s.init_from is not None:
                     known = stored_sha256(out, "init_sha256")
                     start = read_start(s.init_from, config, dataset.classes, known)
@@ -99,7 +101,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)
-            lines = [*_introduction(run, state), *([start.text] if start else []), place]
+            lines = [*note, *_introduction(run, state), *([start.text] if start else []), place]
             if state.step:
                 lines.append(f"resumed after step {state.step} of {schedule.total_steps}")
             yield run, state, lines

@@ -336,9 +336,15 @@ def refuse_difference(stored, given, folder):
     in `folder` began with."""
     for name, value in given.items():
         if (old := getattr(stored, name)) != value:
+            advice = "resume it as it began, or begin another with another --out"
+            if name in ("epochs", "steps"):
+                advice = (
+                    f"resume it as it began, or train its best parameters on in a new run with "
+                    f"--init-from {folder} and another --out"
+                )
             raise UserError(
                 f"the run in {folder} began {_with(name, old)} and cannot go on "
-                f"{_with(name, value)}: resume it as it began, or begin another with another --out"
+                f"{_with(name, value)}: {advice}"
             )
 
 

@@ -369,6 +369,22 @@ def test_a_different_setting_is_named(trained, program):
     assert program("train", "--resume", "--out", folder, "--seed", 3, "--workers", 1)[0] == 0
 
 
+@pytest.mark.parametrize("length", [("--epochs", 40), ("--steps", 7)])
+def test_who_asks_for_more_epochs_is_told_the_way_that_exists(trained, program, length):
+    folder, _ = trained
+    answer = program("train", "--resume", "--out", folder, *length)
+    assert_sentence(*answer, f"--init-from {folder} and another --out")
+
+
+def test_resume_where_nothing_is_saved_says_so_and_begins(tmp_path, program):
+    folder = tmp_path / "new"
+    status, out, _ = program("train", *SHORT, "--resume", "--out", folder)
+    assert status == 0
+    note = f"nothing is saved in {folder} yet: the run begins at step 1"
+    assert out.splitlines()[0] == note and note in (folder / "log.txt").read_text()
+    assert note not in program("train", "--resume", "--out", folder)[1]
+
+
 def test_divergence_exits_with_1(tmp_path, program):
     status, _, err = program("train", *SHORT, "--lr", 1e37, "--out", tmp_path / "run")
     assert status == 1
