@@ -1,9 +1,12 @@
 """The whole ConViT: parameters, forward, backward."""
 
+from typing import Any
+
 import numpy as np
 
 from . import layers
-from .arrays import DROP_PATH, array_module, to_device, uniform
+from .arrays import DROP_PATH, Array, Params, array_module, to_device, uniform
+from .config import ConViTConfig
 from .errors import UserError
 from .layers.layernorm import layernorm_backward, layernorm_forward
 from .layers.linear import linear_backward, linear_forward
@@ -11,7 +14,7 @@ from .layers.names import part, prefixed
 from .layers.patch_embed import patch_embed_backward, patch_embed_forward
 
 
-def param_shapes(config):
+def param_shapes(config: ConViTConfig) -> dict[str, tuple[int, ...]]:
     """Name to shape of every parameter, official names in official (state dict) order."""
     D, H, M = config.embed_dim, config.num_heads, config.hidden_dim
     shapes = {"cls_token": (1, 1, D)}
@@ -54,7 +57,9 @@ def local_centres(num_heads):
     return np.stack([column, row], axis=1) - (k - 1) / 2
 
 
-def init_params(config, seed=0, dtype="float32", device="cpu"):
+def init_params(
+    config: ConViTConfig, seed: int = 0, dtype: str = "float32", device: str = "cpu"
+) -> Params:
     """Fresh parameters by name: the official initialisation (section 2 and appendix of the paper).
 
     Weights N(0, 0.02^2), biases 0, LayerNorms 1 and 0; the patch convolution U(-b, b) with
@@ -105,8 +110,16 @@ def drop_path_masks(i, images, config, seed=0, step=0, first=0):
 
 
 def convit_forward(
-    images, params, config, train=False, seed=0, step=0, first=0, blocks=layers, keep_caches=True
-):
+    images: Array,
+    params: Params,
+    config: ConViTConfig,
+    train: bool = False,
+    seed: int = 0,
+    step: int = 0,
+    first: int = 0,
+    blocks: Any = layers,
+    keep_caches: bool = True,
+) -> tuple[Array, tuple]:
     """logits = head(norm(token 0 of the last block)).
 
     images (B, in_chans, height, width), normalised, in the dtype of the parameters. With train=True
@@ -151,7 +164,7 @@ def convit_forward(
     return logits, (cache_patch, caches, cache_norm, cache_head, config, blocks)
 
 
-def convit_backward(dlogits, cache):
+def convit_backward(dlogits: Array, cache: tuple) -> Params:
     """Every layer in reverse. Returns the gradient of each parameter under its own name and shape.
 
     The blocks' caches are given up on the way, to free their memory: a cache serves one backward.

@@ -1,16 +1,25 @@
 """How good a model is on a split of a data set."""
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from math import nan
+from typing import Any
 
 import numpy as np
 
-from ..arrays import to_device
-from ..data import feed, normalize
+from ..arrays import Array, Params, to_device
+from ..data import Split, feed, normalize
 from ..layers import cross_entropy_forward
 
 
-def evaluate(engine, split, mean, std, params, between_chunks=lambda: None):
+def evaluate(
+    engine: Any,
+    split: Split,
+    mean: Array | Sequence[float],
+    std: Array | Sequence[float],
+    params: Params,
+    between_chunks: Callable[[], None] = lambda: None,
+) -> tuple[float, float, float]:
     """(loss, top-1, top-5) over a split: mean cross-entropy, and shares between 0 and 1; NaNs where
     the model's answers are not finite.
 

@@ -1,12 +1,14 @@
 """What of a model is not trained: the ablations of the paper's table 3."""
 
+from ..arrays import Params
+from ..config import ConViTConfig
 from ..errors import UserError
 from ..model import init_params, param_shapes
 
 FREEZE = ("gates", "attention")
 
 
-def frozen_names(config, freeze):
+def frozen_names(config: ConViTConfig, freeze: str | None) -> set[str]:
     """Names of the parameters that are not trained, a set.
 
     freeze: "gates", those of all GPSA blocks; "attention", all attention parameters, gates too, of
@@ -27,7 +29,7 @@ def frozen_names(config, freeze):
     return names
 
 
-def initial_params(config, seed, freeze=None):
+def initial_params(config: ConViTConfig, seed: int, freeze: str | None = None) -> Params:
     """init_params, with the gates that are frozen at 0: content and position have equal shares."""
     params = init_params(config, seed)
     for name in frozen_names(config, freeze):

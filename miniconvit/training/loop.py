@@ -2,11 +2,13 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 from ..analysis.readings import reading_images, readings
 from ..arrays import to_cpu
@@ -19,8 +21,9 @@ from .batches import batches
 from .evaluate import evaluate
 from .interrupt import Diverged, Interrupted, diverged, note_signals
 from .report import COLUMNS, Report, epoch_line
-from .run import open_run
-from .state import no_sums
+from .run import Run, open_run
+from .settings import Settings
+from .state import TrainingState, no_sums
 
 SAVE_SECONDS = 60.0
 
@@ -32,24 +35,24 @@ class Result:
 
     folder: Path
     step: int
-    rows: list
-    best: dict
+    rows: list[dict[str, Any]]
+    best: dict[str, Any]
     was_finished: bool
     has_test: bool
 
 
 def train(
-    settings,
-    out,
+    settings: Settings,
+    out: str | Path,
     *,
-    resume=False,
-    data_dir=None,
-    download=True,
-    workers=None,
-    device="cpu",
-    quiet=False,
-    report=Report,
-):
+    resume: bool = False,
+    data_dir: str | Path | None = None,
+    download: bool = True,
+    workers: int | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+    report: Callable[..., Report] = Report,
+) -> Result:
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
@@ -84,7 +87,7 @@ def train(
         return Result(run.folder.path, state.step, rows, best, was_finished, has_test)
 
 
-def train_epoch(run, state):
+def train_epoch(run: Run, state: TrainingState) -> None:
     """The steps of this epoch that are still to do, with a save now and then, and its end."""
     began = saved_at = time.perf_counter()
     _, end = run.schedule.ends(state.epoch)
@@ -105,7 +108,7 @@ def train_epoch(run, state):
     finish_epoch(run, state, images / seconds if images else 0.0, began)
 
 
-def train_step(run, state, load):
+def train_step(run: Run, state: TrainingState, load: Callable[[int, int], tuple]) -> None:
     """One update from a batch, of which load(start, stop) gives a part."""
     s, engine, n = run.settings, run.engine, run.schedule.batch_size
     loss, correct, grads = engine.loss_and_grads(
@@ -123,7 +126,7 @@ def train_step(run, state, load):
     state.step += 1
 
 
-def count(run, state):
+def count(run: Run, state: TrainingState) -> None:
     """Adds up what the last steps have found; on a GPU this waits until they are done.
 
     Raises Diverged for the first of them whose loss or gradient is not finite.
@@ -142,7 +145,7 @@ def count(run, state):
         run.report.step(n, state.epoch + 1, sums["loss"] / seen, sums["correct"] / seen)
 
 
-def finish_epoch(run, state, images_per_second, began):
+def finish_epoch(run: Run, state: TrainingState, images_per_second: float, began: float) -> None:
     """Validates, writes a row and saves. began: when the epoch did, by perf_counter.
 
     The order makes a kill harmless at any moment: until the last file is in place, a resume trains
@@ -184,7 +187,7 @@ def finish_epoch(run, state, images_per_second, began):
         raise
 
 
-def save(run, state):
+def save(run: Run, state: TrainingState) -> None:
     """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
     count(run, state)
     if problem := not_finite(to_cpu(state.params)):
@@ -206,7 +209,7 @@ def saving(run, state):
         ) from reason
 
 
-def stop_if_asked(run, state):
+def stop_if_asked(run: Run, state: TrainingState) -> None:
     """Saves and raises Interrupted where a signal has come."""
     if run.requests:
         save(run, state)

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
@@ -34,7 +35,7 @@ class Run:
     schedule: Schedule
     dataset: Dataset
     data: Dataset
-    engine: object
+    engine: Any
     folder: RunFolder
     frozen: set
     report: Report

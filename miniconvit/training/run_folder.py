@@ -23,7 +23,7 @@ CONFIG, LOG = "config.json", "log.txt"
 BEFORE_CONFIG = {LOG, CONFIG + ".partial"}  # what a run that dies at once leaves behind
 
 
-def default_out(settings, resume=False):
+def default_out(settings, resume: bool = False) -> Path:
     """runs/DATA-MODEL-seedN, or with -2, -3, ... after it: the first of these folders that does not
     exist; with resume=True the last that does, if any."""
     name = f"{settings.data}-{settings.model}-seed{settings.seed}"

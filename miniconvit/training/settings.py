@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ..config import VARIANTS, ConViTConfig, is_count, is_number
 from ..data.augment import PRESETS
-from ..data.dataset import SOURCES
+from ..data.dataset import SOURCES, Dataset
 from ..data.imagefolder import BROKEN
 from ..errors import UserError, did_you_mean, unknown_name
 from .freeze import FREEZE
@@ -235,7 +235,7 @@ class Settings:
         if (self.epochs is None) == (self.steps is None):
             raise UserError("give the length of the run by --epochs or by --steps, not by both")
 
-    def model_config(self, dataset):
+    def model_config(self, dataset: Dataset) -> ConViTConfig:
         """The ConViTConfig for this data set. Raises UserError where they do not fit."""
         config = replace(
             VARIANTS[self.model],
@@ -273,12 +273,12 @@ def check_setting(name, value):
         raise UserError(f"{flag(name)} must be {limits.words}, not {value}{hint}")
 
 
-def flag(name):
+def flag(name: str) -> str:
     """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def make_settings(recipe=None, **given):
+def make_settings(recipe: str | None = None, **given: Any) -> Settings:
     """Settings from a recipe, and from `given` where it says otherwise.
 
     recipe: a name of RECIPES; by default the one of given["data"], or of shapes. Neither need speak
@@ -305,7 +305,7 @@ def _known(kind, name, table):
     return table[name]
 
 
-def stored_settings(out):
+def stored_settings(out: str | Path) -> Settings | None:
     """The Settings of the run in the folder `out`, or None where no run has begun there."""
     config = RunFolder(out).config()
     if config is None:
@@ -318,7 +318,7 @@ def stored_settings(out):
         ) from error
 
 
-def stored_data_dir(out):
+def stored_data_dir(out: str | Path) -> Path | None:
     """Where the data of the run in the folder `out` lie: a Path, or None where it does not say."""
     found = (RunFolder(out).config() or {}).get("data_dir")
     if not isinstance(found, str | None):
@@ -326,7 +326,7 @@ def stored_data_dir(out):
     return Path(found) if found else None
 
 
-def stored_sha256(out, name):
+def stored_sha256(out: str | Path, name: str) -> str | None:
     """What the config.json of the run in the folder `out` has under this name, or None."""
     return (RunFolder(out).config() or {}).get(name)
 
