@@ -190,14 +190,14 @@ def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
     bfloat16 becomes float32. Raises UserError, naming the file, where it is missing or damaged, or
     holds numbers of a type that NumPy does not have.
     """
+    entries, begin = _header(path)
+    for name, (kind, _, _) in entries.items():
+        if kind not in NUMPY_HAS and kind != BFLOAT16:
+            raise UserError(
+                f"{path} holds {name[:80]} as {kind[:80]}, which is not read here: "
+                "save its tensors as float32 or bfloat16"
+            )
     try:
-        entries, begin = _header(path)
-        for name, (kind, _, _) in entries.items():
-            if kind not in NUMPY_HAS and kind != BFLOAT16:
-                raise UserError(
-                    f"{path} holds {name[:80]} as {kind[:80]}, which is not read here: "
-                    "save its tensors as float32 or bfloat16"
-                )
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {}
@@ -222,17 +222,17 @@ def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
 def _header(path):
     """({name: (type, shape, offset)}, where offsets begin): eight bytes tell the length of a JSON
     text that describes the tensors. {} where that cannot be read: the library says why."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= MOST_HEADER_BYTES else b""
     try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= MOST_HEADER_BYTES else b""
         described = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         entries = {
             name: (str(entry["dtype"]), entry["shape"], entry["data_offsets"][0])
             for name, entry in described.items()
         }
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        entries = {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}, 0
     return entries, 8 + length
 
 

@@ -42,7 +42,8 @@ def find_state_dict(value: Any, path: Path) -> StateDict:
     Where none has the names of a ConViT it is the dict with the most tensors. Raises UserError
     where no dict holds a tensor.
     """
-    dicts = list(_dicts(value))
+    holders = list(_holders(value))
+    dicts = [(where, holder) for where, holder in holders if isinstance(holder, dict)]
     found = [candidate for where, entries in dicts for candidate in _models(where, entries)]
     if found:
         entries, beside, where = min(found, key=lambda candidate: _rank(candidate[2]))
@@ -50,8 +51,8 @@ def find_state_dict(value: Any, path: Path) -> StateDict:
     where, entries = max(dicts, key=lambda item: _count_tensors(item[1]), default=((), {}))
     if not _count_tensors(entries):
         raise UserError(
-            f"{path} holds no state dict{_instead(value, dicts)}: give a dict of named tensors, as "
-            "torch.save(model.state_dict(), FILE) writes it"
+            f"{path} holds no state dict{_instead(value, holders)}: give a dict of named tensors, "
+            "as torch.save(model.state_dict(), FILE) writes it"
         )
     return StateDict(entries, {}, where, 1)
 
@@ -64,20 +65,21 @@ def is_counter(name: Any, entry: Any) -> bool:
     return isinstance(entry, int | float)
 
 
-def _dicts(value):
-    """(where, dict) of every dict in nested dicts, lists and tuples, the outer ones first."""
+def _holders(value):
+    """(where, holder) of every dict, list and tuple in the value, the outer ones first."""
     seen, level = set(), [((), value)]
     for _ in range(MOST_DEEP):
         inner = []
         for where, holder in level:
-            if id(holder) in seen or not isinstance(holder, dict | list | tuple):
-                continue
-            seen.add(id(holder))
-            if isinstance(holder, dict):
+            if id(holder) not in seen and isinstance(holder, dict | list | tuple):
+                seen.add(id(holder))
                 yield where, holder
-            items = holder.items() if isinstance(holder, dict) else enumerate(holder)
-            inner += [((*where, _word(key)), item) for key, item in items]
+                inner += [((*where, _word(key)), item) for key, item in _items(holder)]
         level = inner
+
+
+def _items(holder):
+    return holder.items() if isinstance(holder, dict) else enumerate(holder)
 
 
 def _word(key):
@@ -111,10 +113,10 @@ def _count_tensors(entries):
     return sum(isinstance(entry, np.ndarray) for entry in entries.values())
 
 
-def _instead(value, dicts):
+def _instead(value, holders):
     """What the file holds in its place, where that can be named."""
-    inside = [value, *(entry for _, entries in dicts for entry in entries.values())]
     if isinstance(value, np.ndarray):
         return " but one tensor without a name"
-    name = next((entry.name for entry in inside if isinstance(entry, Opaque)), None)
+    inside = [value, *(part for _, holder in holders for item in _items(holder) for part in item)]
+    name = next((part.name for part in inside if isinstance(part, Opaque)), None)
     return f" but an object of {name[:80]}" if name else ""

@@ -232,6 +232,8 @@ class _Machine:
             self._fill(name + "S", self._pop(2 if name == "SETITEM" else 1))
         elif name in ("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "SETITEMS", "ADDITEMS"):
             self._fill(name, self._pop_mark())
+        elif name == "BUILD":
+            self._drop_state()
         elif name not in NOTHING:
             self._make(name, argument)
 
@@ -269,30 +271,27 @@ class _Machine:
             raise ValueError("its pickle sets items of what is no dict")
         if isinstance(holder, dict):
             for key, value in zip(values[::2], values[1::2], strict=True):
-                # Other keys name no tensor; as marks they are all distinct, and none is compared.
-                holder[key if _is_key(key) else Opaque(type(key).__name__)] = value
+                holder[_as_key(key)] = value
 
     def _make(self, name, argument):
-        """One instruction that would import, call or change something."""
-        push = self.stack.append
+        """One instruction that would import or call something."""
         if name in ("GLOBAL", "STACK_GLOBAL"):
             words = argument.split(" ") if name == "GLOBAL" else self._pop(2)
-            push(_Global(".".join(words)))
+            made = _Global(".".join(words))
         elif name == "BINPERSID":
-            push(self._storage(*self._pop(1)))
+            made = self._storage(*self._pop(1))
         elif name == "REDUCE":
-            push(self._call(*self._pop(2)))
-        elif name == "BUILD":
-            self._drop_state()
+            made = self._call(*self._pop(2))
         elif name == "INST":
             self._pop_mark()
-            push(Opaque(argument.replace(" ", ".")))
+            made = Opaque(argument.replace(" ", "."))
         elif name == "OBJ":
-            push(Opaque(self._pop_mark()[0].name))
+            made = Opaque(self._pop_mark()[0].name)
         elif name in ("NEWOBJ", "NEWOBJ_EX"):
-            push(Opaque(self._pop(2 if name == "NEWOBJ" else 3)[0].name))
+            made = Opaque(self._pop(2 if name == "NEWOBJ" else 3)[0].name)
         else:  # EXT1, EXT2, EXT4: a number in a table of the process
-            push(Opaque(f"extension {argument}"))
+            made = Opaque(f"extension {argument}")
+        self.stack.append(made)
 
     def _drop_state(self):
         """PyTorch hangs a table of versions, of no use here, on the dict of a state."""
@@ -304,7 +303,8 @@ class _Machine:
         """What a persistent id says: ("storage", class, key, device, elements), in the older format
         followed by what makes it a view of another storage, or None."""
         if type(identity) is not tuple or identity[:1] != ("storage",):
-            return Opaque("persistent id")
+            is_class = type(identity) is tuple and identity[:1] == ("module",)
+            return Opaque(identity[1].name if is_class else "persistent id")
         _, kind, key, _, count, *view = identity
         if type(key) is not str or type(count) is not int or count < 0:
             raise ValueError("the key or the length of a storage is none")
@@ -349,9 +349,12 @@ class _Machine:
         return np.ndarray(size, array.dtype, array, offset * array.itemsize, strides)
 
 
-def _is_key(key):
-    """Whether a dict keeps this key as it is: names, and the numbers of an optimizer."""
-    return type(key) is str or (type(key) is int and abs(key) < 2**63)
+def _as_key(key):
+    """The key itself for names, and the numbers of an optimizer. Others name no tensor: as marks
+    all are distinct, and none is ever hashed or compared."""
+    if type(key) is str or (type(key) is int and abs(key) < 2**63):
+        return key
+    return key if isinstance(key, Opaque) else Opaque(type(key).__name__)
 
 
 def _check(count, offset, size, stride):

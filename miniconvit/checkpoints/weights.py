@@ -332,13 +332,14 @@ def _image(tensors, patch, img_size, own_size):
             raise UserError("without pos_embed no shape tells the size of images; add --img-size")
         return img_size or own_size
     count = _shape(tensors, "pos_embed", 3)[1]
-    grids = [ConViTConfig(size, patch).grid for size in _sizes(own_size, img_size)]
-    fitting = [grid for grid in grids if prod(grid) == count]
-    rows, cols = fitting[0] if fitting else _guess(count, grids[-1] if img_size else None)
+    own = [(height // patch[0], width // patch[1]) for height, width in _sizes(own_size)]
+    asked = [ConViTConfig(size, patch).grid for size in _sizes(img_size)]
+    fitting = [grid for grid in own + asked if prod(grid) == count]
+    rows, cols = fitting[0] if fitting else _guess(count, *asked)
     return rows * patch[0], cols * patch[1]
 
 
-def _guess(count, asked):
+def _guess(count, asked=None):
     """The grid of so many patches: a square, or of the same proportions as the grid asked for.
     Raises UserError where there is none, or both and they differ."""
     side = isqrt(count)
