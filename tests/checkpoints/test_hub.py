@@ -68,6 +68,7 @@ def test_its_config_says_normalisation_size_and_classes(folder, capsys):
     for config in (
         {"architecture": "convit_tiny", "pretrained_cfg": nested, **names},
         {"architecture": "convit_tiny", **nested, **names},
+        {"architecture": "x", "mean": [9, 9, 9], "pretrained_cfg": nested, **names},
     ):
         place = folder(config)
         for source in (place, place / "model.safetensors"):
