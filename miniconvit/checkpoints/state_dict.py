@@ -39,8 +39,8 @@ class StateDict:
 def find_state_dict(value: Any, path: Path) -> StateDict:
     """The StateDict in what a file holds, the first by rank where there are several.
 
-    Where none has the names of a ConViT it is the dict with the most tensors. Raises UserError
-    where no dict holds a tensor.
+    Where none has the names of a ConViT it is the dict with the most tensors of a network. Raises
+    UserError where no dict holds one.
     """
     holders = list(_holders(value))
     dicts = [(where, holder) for where, holder in holders if isinstance(holder, dict)]
@@ -110,7 +110,8 @@ def _rank(where):
 
 
 def _count_tensors(entries):
-    return sum(isinstance(entry, np.ndarray) for entry in entries.values())
+    """Of those whose name says a part of a network, as fc.weight does and exp_avg does not."""
+    return sum(isinstance(v, np.ndarray) and "." in str(name) for name, v in entries.items())
 
 
 def _instead(value, holders):

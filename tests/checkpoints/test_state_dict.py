@@ -170,8 +170,10 @@ def test_other_networks_are_told_by_what_they_lack(opened):
     other = {"conv1.weight": np.ones((2, 3, 7, 7), F), "fc.weight": np.ones((5, 2), F)}
     with pytest.raises(UserError, match=r"no ConViT that is known .* norm\.weight is missing"):
         opened({"epoch": 3, "net": other})
-    with pytest.raises(UserError, match=r"holds no state dict but an object of a\.B"):
-        opened([[Opaque("a.B")]])
+    moments = {"state": {0: {"exp_avg": np.ones(3, F)}}}
+    for value in ([[Opaque("a.B")]], {"model": Opaque("a.B"), "optimizer": moments}):
+        with pytest.raises(UserError, match=r"holds no state dict but an object of a\.B"):
+            opened(value)
 
 
 def test_values_that_hold_themselves_or_are_deep_end(opened):
