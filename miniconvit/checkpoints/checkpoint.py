@@ -7,6 +7,7 @@ known of normalisation, classes, data set and the state of the training.
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..errors import UserError
 from ..model import param_shapes
 from ..optim import AdamW
 from ..system import write_file
+from .torch_file import widened
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 """What the folder of a run has: where it stands, and its best epoch."""
@@ -28,6 +30,10 @@ MOMENTS = {"optimizer.exp_avg.": "exp_avg", "optimizer.exp_avg_sq.": "exp_avg_sq
 EMA = "ema."
 """Prefixes of the tensors that have the parameters' names and shapes."""
 DTYPES = ("float32", "float64")
+NUMPY_HAS = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+BFLOAT16 = "BF16"
+"""Types in a safetensors file. Others are float8 and smaller ones, and complex numbers."""
+MOST_HEADER_BYTES = 100_000_000  # the library's own limit
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def save_checkpoint(
     """
     more = {prefix: getattr(optimizer, kind) for prefix, kind in MOMENTS.items() if optimizer}
     more |= {EMA: ema} if ema is not None else {}
-    tensors = to_cpu(_flat(params, more))
+    # safetensors 0.8 writes the memory's order of what is not contiguous.
+    tensors = {k: np.asarray(v, order="C") for k, v in to_cpu(_flat(params, more)).items()}
     problem = find_problem(tensors, param_shapes(config), more) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
@@ -93,7 +100,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         groups = [group for group in (MOMENTS, {EMA: "ema"}) if _any_begins(tensors, group)]
         more = {prefix: name for group in groups for prefix, name in group.items()}
         problem = find_problem(tensors, shapes, more) or not_finite(tensors)
-        problem = problem or _problem_of_metadata(config, **about)
+        problem = problem or problem_of_metadata(config, **about)
         if problem:
             raise UserError(problem)
         params = {name: tensors[name] for name in shapes}
@@ -157,7 +164,7 @@ def find_problem(tensors: Params, shapes: dict[str, tuple], more: Iterable[str] 
     return f"the tensor {unknown[0]} is none of the model's" if unknown else None
 
 
-def _problem_of_metadata(config, mean=None, std=None, classes=None, data=None, state=None):
+def problem_of_metadata(config, mean=None, std=None, classes=None, data=None, state=None):
     """What is wrong with the entries beside the configuration: the first finding, or None."""
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and not _is_list(values, config.in_chans, is_number):
@@ -180,20 +187,53 @@ def _is_list(values, length, holds):
 def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
     """({name: array}, the text of our metadata entry or None) of any .safetensors file.
 
-    Raises UserError, naming the file, where it is missing or damaged.
+    bfloat16 becomes float32. Raises UserError, naming the file, where it is missing or damaged, or
+    holds numbers of a type that NumPy does not have.
     """
+    entries, begin = _header(path)
+    for name, (kind, _, _) in entries.items():
+        if kind not in NUMPY_HAS and kind != BFLOAT16:
+            raise UserError(
+                f"{path} holds {name[:80]} as {kind[:80]}, which is not read here: "
+                "save its tensors as float32 or bfloat16"
+            )
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            return {name: file.get_tensor(name) for name in file.keys()}, text  # noqa: SIM118
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118
+                kind, shape, offset = entries[name]
+                if kind == BFLOAT16:
+                    bits = np.fromfile(path, "<u2", prod(shape), offset=begin + offset)
+                    tensors[name] = widened(bits).reshape(shape)
+                else:
+                    tensors[name] = file.get_tensor(name)
+            return tensors, text
     except FileNotFoundError:
         raise UserError(
             f"there is no checkpoint {path}: give the path of a .safetensors file"
         ) from None
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(
             f"{path} is damaged, or not a safetensors file: {error}; use another checkpoint"
         ) from error
+
+
+def _header(path):
+    """({name: (type, shape, offset)}, where offsets begin): eight bytes tell the length of a JSON
+    text that describes the tensors. {} where that cannot be read: the library says why."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= MOST_HEADER_BYTES else b""
+        described = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        entries = {
+            name: (str(entry["dtype"]), entry["shape"], entry["data_offsets"][0])
+            for name, entry in described.items()
+        }
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}, 0
+    return entries, 8 + length
 
 
 def _read(path):

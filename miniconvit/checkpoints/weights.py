@@ -10,33 +10,32 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt, nextafter
+from math import isqrt, nextafter, prod
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..arrays import Params
-from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig
+from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
 from ..errors import UserError
 from ..model import param_shapes
 from .checkpoint import (
     METADATA_KEY,
     Checkpoint,
-    checkpoint_of_run,
     find_problem,
     load_checkpoint,
     not_finite,
+    problem_of_metadata,
     read_safetensors,
 )
+from .hub import locate, with_config
 from .resolution import at_resolution
-from .torch_file import read_torch_file
+from .state_dict import find_state_dict, is_counter
+from .torch_file import Opaque, read_torch_file
 
-PUBLISHED = {"convit_tiny.fb_in1k": 23, "convit_small.fb_in1k": 111, "convit_base.fb_in1k": 346}
-"""Name on the hub to size in MB."""
-
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Under one of these a training script keeps the state dict; averages go first, as in timm."""
+HEAD = ("head.weight", "head.bias")
+MOST_ELEMENTS = 2**29  # convit_base_plus has 152 million; of views any file can hold any number
 
 NOT_OF_THE_ARCHITECTURE = {
     "img_size",
@@ -52,17 +51,20 @@ def open_weights(
     source: str | Path, model: str | None = None, img_size: int | tuple[int, int] | None = None
 ) -> tuple[Path, Checkpoint]:
     """(path, Checkpoint) of a checkpoint file, the best one of a run folder, a .safetensors or .pth
-    file with the official names, or a name of PUBLISHED, which is fetched from the hub.
+    file with the official names, a folder with one as the hub gives it, or a name of PUBLISHED,
+    which is fetched from the hub.
 
     model: a name of VARIANTS, needed for a file of others without GPSA, whose number of heads no
     shape tells. img_size: pixels at which the model shall work; its positional embedding is
-    interpolated. Raises UserError where the source is missing, damaged or does not fit.
+    interpolated where it is of other patches. What was left out or assumed of a file of others is
+    said on stderr. Raises UserError where the source is missing, damaged or does not fit.
     """
-    path = _locate(source)
+    place = locate(source)
+    path = place.path
     if _is_ours(path):
         found = _load_ours(path)
     else:
-        found = _open_bare(path, VARIANTS[model].num_heads if model else None, img_size)
+        found = _open_bare(place, VARIANTS[model].num_heads if model else None, img_size)
     if model and (field := _difference(found.config, VARIANTS[model])):
         raise UserError(f"{path} is not {model}: {_told(found.config, VARIANTS[model], field)}")
     return path, found if img_size is None else at_resolution(found, img_size)
@@ -87,7 +89,8 @@ def read_start(
     Raises UserError where the architecture is another or where the file is not the one with this
     sha256.
     """
-    path = _locate(source)
+    place = locate(source)
+    path = place.path
     found_sha256 = _sha256(path)
     if sha256 not in (None, found_sha256):
         raise UserError(
@@ -95,7 +98,8 @@ def read_start(
             "another run with another --out"
         )
     ours = _is_ours(path)
-    found = _load_ours(path) if ours else _open_bare(path, config.num_heads, config.img_size)
+    heads, size, classes_ = config.num_heads, config.img_size, config.num_classes
+    found = _load_ours(path) if ours else _open_bare(place, heads, size, classes_)
     if field := _difference(found.config, config):
         name, flag = variant_name(found.config), "--" + field.replace("_", "-")
         advice = f"add --model {name}" if name else "choose the --model that it was made with"
@@ -103,6 +107,8 @@ def read_start(
             value = getattr(found.config, field)
             value = "x".join(map(str, value)) if isinstance(value, tuple) else value
             advice = f"add {flag} {value}"
+        if field == "in_chans":
+            advice = f"give weights for images of {config.in_chans} channels, as these data have"
         raise UserError(
             f"--init-from {source} does not fit: {_told(found.config, config, field)}; {advice}"
         )
@@ -111,8 +117,8 @@ def read_start(
     text = f"begins with the parameters of {source}"
     if grids[0] != grids[1] and config.use_pos_embed:
         text += f", pos_embed interpolated from {grids[0]} to {grids[1]} patches"
-    if _are_other_classes(found, config, classes):
-        del params["head.weight"], params["head.bias"]
+    if HEAD[0] not in params or _are_other_classes(found, config, classes):
+        params = {name: value for name, value in params.items() if name not in HEAD}
         text += f"; head.weight and head.bias begin fresh, for {config.num_classes} classes"
     return Start(params, found_sha256, text)
 
@@ -145,41 +151,6 @@ def timm_call(config: ConViTConfig) -> str:
     return f"timm.create_model({', '.join([repr(name), *changes])})"
 
 
-def _locate(source):
-    """The path of the file that a source means."""
-    path = Path(source)
-    if path.is_dir():
-        return checkpoint_of_run(path)
-    if path.exists():
-        return path
-    if str(source) in PUBLISHED:
-        return _fetch(str(source))
-    raise UserError(
-        f"there is no checkpoint {source}: give a run folder, the path of a .safetensors or .pth "
-        f"file, or one of {', '.join(PUBLISHED)}"
-    )
-
-
-def _fetch(name):
-    """The path of a published checkpoint, from the hub or the hub's cache on this machine."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise UserError(
-            f"{name} is fetched with huggingface_hub, which is missing: pip install huggingface_hub"
-        ) from None
-    size = PUBLISHED[name]
-    print(f"Fetching timm/{name} ({size} MB) from the hub, or its cache", file=sys.stderr)
-    try:
-        return Path(hf_hub_download(f"timm/{name}", "model.safetensors"))
-    except Exception as error:  # whatever the network and the client's layers raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name} could not be fetched from the hub ({reason}): look at the network, or give "
-            "the path of the file"
-        ) from error
-
-
 def _is_ours(path):
     """Whether miniconvit wrote this file. What cannot be opened is left to the other reader."""
     try:
@@ -196,76 +167,129 @@ def _load_ours(path):
     return replace(found, params=found.ema or found.params, ema=None, moments=None)
 
 
-def _open_bare(path, num_heads=None, img_size=None):
-    """The Checkpoint in a file of others, all but tensors guessed: normalised as for ImageNet."""
-    tensors = _state_dict(path)
+def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
+    """The Checkpoint in a file of others, what nothing says guessed: normalised as for ImageNet.
+
+    num_classes: of the head that a file without one shall get; then its params have none.
+    """
+    path, place = place.path, with_config(place)
+    found = find_state_dict(_content(path), path)
+    tensors = {name: v for name, v in found.entries.items() if isinstance(v, np.ndarray)}
     try:
-        config = recognise(tensors, num_heads, img_size)
-        problem = find_problem(tensors, param_shapes(config)) or not_finite(tensors)
+        _refuse_objects(found)
+        config = recognise(tensors, num_heads, img_size, place.img_size, num_classes)
+        shapes = param_shapes(config)
+        if HEAD[0] not in tensors:
+            shapes = {name: shape for name, shape in shapes.items() if name not in HEAD}
+        if sum(map(prod, shapes.values())) > MOST_ELEMENTS:
+            raise UserError(f"it has more than {MOST_ELEMENTS} parameters")
+        params = _floats({name: tensors[name] for name in shapes if name in tensors})
+        problem = find_problem(params, shapes) or not_finite(params)
         if problem:
             raise UserError(f"{problem}; use another file")
+        left_out = _left_out(found, shapes)
     except UserError as error:
         raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
-    params = {name: tensors[name] for name in param_shapes(config)}
+    if found.count > 1:
+        _say(f"{path} holds {found.count} state dicts: {found.place} is read")
+    if left_out:
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        _say(f"{path}: left out {', '.join(left_out[:8])}{more}")
+    if config.use_pos_embed and config.image not in _sizes(place.img_size, img_size):
+        rows, cols = config.grid
+        _say(
+            f"{path} does not say its grid: {rows * cols} patches are taken as {rows}x{cols}"
+            + ("" if img_size else "; add --img-size HEIGHTxWIDTH if it is another")
+        )
+    return Checkpoint({name: params[name] for name in shapes}, config, **_about(place, config))
+
+
+def _say(text):
+    print(text, file=sys.stderr)
+
+
+def _sizes(*sizes):
+    return [as_pair(size) for size in sizes if size is not None]
+
+
+def _about(place, config):
+    """Normalisation and classes: as the Source says, else as for ImageNet, else None."""
     statistics = (IMAGENET_MEAN, IMAGENET_STD) if config.in_chans == 3 else (None, None)
     mean, std = (numbers and list(numbers) for numbers in statistics)
-    return Checkpoint(params, config, mean=mean, std=std)
+    about = {"mean": place.mean or mean, "std": place.std or std}
+    if problem := problem_of_metadata(config, **about):
+        raise UserError(f"{place.path.with_name('config.json')} does not fit: its {problem}")
+    is_named = problem_of_metadata(config, classes=place.classes) is None
+    return about | {"classes": place.classes if is_named else None}
 
 
-def _state_dict(path):
-    """The named arrays of a file of others, all float32 or all float64, fresh and writable."""
+def _refuse_objects(found):
+    """Raises UserError where anything but tensors and numbers stands in a StateDict."""
+    for name, entry in (found.entries | found.beside).items():
+        if not isinstance(entry, np.ndarray) and not is_counter(name, entry):
+            name = name.name if isinstance(name, Opaque) else str(name)
+            kind = entry.name if isinstance(entry, Opaque) else type(entry).__name__
+            raise UserError(
+                f"under {name[:80]!r} it has no tensor of floats but {kind[:80]}; save the state "
+                "dict alone, as torch.save(model.float().state_dict(), FILE) does"
+            )
+
+
+def _left_out(found, shapes):
+    """The names of what is none of the model's. Raises UserError where it is no counter, but for
+    another head where the model's own is missing."""
+    others = {name: entry for name, entry in found.entries.items() if name not in shapes}
+    others |= found.beside
+    for name, entry in others.items():
+        is_head = HEAD[0] not in shapes and not str(name).startswith(("blocks.", "patch_embed."))
+        if not (is_counter(name, entry) or is_head):
+            raise UserError(f"the tensor {name[:80]} is none of the model's; use another file")
+    return [str(name)[:80] for name in others]
+
+
+def _content(path):
+    """What a file of others holds: a dict of arrays, or whatever torch.save was given."""
     with open(path, "rb") as file:
         begin = file.read(9)
     if begin[8:] == b"{" and not begin.startswith(b"PK"):
-        tensors, _ = read_safetensors(path)
-    elif begin.startswith((b"PK", b"\x80")):
-        tensors = _unwrapped(read_torch_file(path), path)
-    else:
-        raise UserError(
-            f"{path} is damaged, or neither a .safetensors nor a .pth file: use another file"
-        )
-    floats = [value for value in tensors.values() if value.dtype.kind == "f"]
-    if not floats or len(floats) < len(tensors):
-        wrong = next((n for n, value in tensors.items() if value.dtype.kind != "f"), "no tensor")
-        raise UserError(f"{path} holds {wrong} where tensors of floats were expected")
-    dtype = "float64" if all(value.dtype == "float64" for value in floats) else "float32"
+        return read_safetensors(path)[0]
+    if begin.startswith((b"PK", b"\x80")):
+        return read_torch_file(path)
+    raise UserError(
+        f"{path} is damaged, or neither a .safetensors nor a .pth file: use another file"
+    )
+
+
+def _floats(tensors):
+    """The arrays all float32 or all float64, fresh and writable; integers stay what they are."""
+    floats = [value.dtype for value in tensors.values() if value.dtype.kind == "f"]
+    dtype = "float64" if set(floats) == {np.dtype("float64")} else "float32"
     with np.errstate(over="ignore"):  # an infinity is answered later
-        return {name: np.require(value, dtype, "CW") for name, value in tensors.items()}
-
-
-def _unwrapped(value, path):
-    """The state dict in what a training script saved, without what other versions add to it."""
-    for key in WRAPPERS:
-        if isinstance(value, dict) and isinstance(value.get(key), dict):
-            value = value[key]
-            break
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no state dict: a dict of named tensors was expected")
-    if value and all(str(name).startswith("module.") for name in value):  # DistributedDataParallel
-        value = {str(name).removeprefix("module."): entry for name, entry in value.items()}
-    tensors = {n: v for n, v in value.items() if not str(n).endswith("rel_indices")}
-    for name, entry in tensors.items():
-        if not (isinstance(name, str) and isinstance(entry, np.ndarray)):
-            raise UserError(
-                f"{path} holds no state dict: under {str(name)[:80]!r} it has no tensor"
-            )
-    return tensors
+        return {
+            name: np.require(value, dtype if value.dtype.kind == "f" else None, "CW")
+            for name, value in tensors.items()
+        }
 
 
 def recognise(
     tensors: Params,
     num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
+    own_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
 ) -> ConViTConfig:
     """The ConViTConfig that the shapes of official tensors (a dict by name) tell.
 
-    num_heads is asked for where no block is GPSA; img_size where the patches do not lie on a square
-    or have no positional embedding. Raises UserError where shapes tell no ConViT.
+    num_heads is asked for where no block is GPSA; img_size, at which the model shall work, where
+    the patches do not lie on a square or have no positional embedding; own_size where it is known
+    at which it was made; num_classes where there is no head. Raises UserError where shapes tell no
+    ConViT.
     """
     width = _shape(tensors, "norm.weight", 1)[0]
     _, in_chans, *patch = _shape(tensors, "patch_embed.proj.weight", 4)
     hidden, _ = _shape(tensors, "blocks.0.mlp.fc1.weight", 2)
-    num_classes, _ = _shape(tensors, "head.weight", 2)
+    if HEAD[0] in tensors or num_classes is None:
+        num_classes, _ = _shape(tensors, HEAD[0], 2)
     numbers = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if m}
     depth = len(numbers)
     local = sum(f"blocks.{i}.attn.qk.weight" in tensors for i in range(depth))
@@ -275,7 +299,7 @@ def recognise(
         raise UserError("without GPSA no shape tells the number of heads; add --model vit_...")
     gated = any(name.endswith("gating_param") for name in tensors)
     return ConViTConfig(
-        img_size=_image(tensors, patch, img_size),
+        img_size=_image(tensors, tuple(patch), img_size, own_size),
         patch_size=tuple(patch),
         in_chans=in_chans,
         num_classes=num_classes,
@@ -292,31 +316,52 @@ def recognise(
 
 def _shape(tensors, name, axes):
     if name not in tensors:
-        raise UserError(f"the tensor {name} is missing")
+        without = "; --init-from takes a file without a head" if name in HEAD else ""
+        raise UserError(f"the tensor {name} is missing{without}")
     shape = tensors[name].shape
     if len(shape) != axes or 0 in shape:
         raise UserError(f"{name} has the shape {shape} where {axes} axes were expected")
     return shape
 
 
-def _image(tensors, patch, img_size):
-    """(height, width) in pixels that the positional embedding covers: a square of patches, or
-    img_size where they are no square and it has as many."""
+def _image(tensors, patch, img_size, own_size):
+    """(height, width) in pixels that the positional embedding covers: the first of own_size and
+    img_size that has as many patches, else what _guess finds."""
     if "pos_embed" not in tensors:
-        if img_size is None:
+        if img_size is None and own_size is None:
             raise UserError("without pos_embed no shape tells the size of images; add --img-size")
-        return img_size
+        return img_size or own_size
     count = _shape(tensors, "pos_embed", 3)[1]
+    own = [(height // patch[0], width // patch[1]) for height, width in _sizes(own_size)]
+    asked = [ConViTConfig(size, patch).grid for size in _sizes(img_size)]
+    fitting = [grid for grid in own + asked if prod(grid) == count]
+    rows, cols = fitting[0] if fitting else _guess(count, *asked)
+    return rows * patch[0], cols * patch[1]
+
+
+def _guess(count, asked=None):
+    """The grid of so many patches: a square, or of the same proportions as the grid asked for.
+    Raises UserError where there is none, or both and they differ."""
     side = isqrt(count)
-    if side * side != count:
-        if img_size is not None:
-            asked = ConViTConfig(img_size, tuple(patch))
-            if asked.num_patches == count:
-                return asked.image
+    grids = {(side, side)} if side * side == count else set()
+    if asked:
+        rows, cols = asked
+        rows_ = isqrt(count * rows // cols)
+        if rows_ and count % rows_ == 0 and rows_ * cols == count // rows_ * rows:
+            grids.add((rows_, count // rows_))
+    if len(grids) == 1:
+        return grids.pop()
+    what = " or ".join(f"{rows}x{cols}" for rows, cols in sorted(grids))
+    if grids:
         raise UserError(
-            f"its pos_embed has {count} patches, which are no square; add --img-size HEIGHTxWIDTH"
+            f"its {count} patches may be {what}; give a file that says it, as miniconvit export "
+            "writes it"
         )
-    return side * patch[0], side * patch[1]
+    where = " of its own patches" if asked else ""
+    raise UserError(
+        f"its pos_embed has {count} patches, which are no square; add --img-size "
+        f"HEIGHTxWIDTH{where}"
+    )
 
 
 def _ratio(hidden, width):

@@ -40,7 +40,11 @@ def command(checkpoint, images, variant, img_size, device, as_json):
     path, model = open_weights(checkpoint, variant, img_size)
     config = model.config
     if model.mean is None or model.std is None:
-        raise UserError(f"{path} does not say how its images are normalised: use another")
+        raise UserError(
+            f"{path} does not say how its images, of in_chans {config.in_chans}, are normalised: "
+            "write it again with mc.save_checkpoint(FILE, params, config, mean=[...], std=[...]), "
+            "and give that file"
+        )
     params, answers = to_device(model.params, xp), []
     dtype = next(iter(params.values())).dtype
     for file in images:

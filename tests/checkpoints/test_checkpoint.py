@@ -69,6 +69,74 @@ def test_equal_arguments_give_equal_bytes(tmp_path, params, optimizer):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def scrambled(value):
+    """Same values, another layout: each axis backwards, as an array in Fortran's order."""
+    return np.asfortranarray(value[(slice(None, None, -1),) * value.ndim])[
+        (slice(None, None, -1),) * value.ndim
+    ]
+
+
+def every_other(value):
+    """A view of every other element of a larger array, along all axes."""
+    large = np.full([2 * n + 1 for n in value.shape], np.float32(99))
+    view = large[tuple(slice(1, None, 2) for _ in value.shape)]
+    view[...] = value
+    return view
+
+
+def part(value):
+    """A view of the middle of a larger array."""
+    large = np.pad(value, 2, constant_values=99)
+    return large[tuple(slice(2, -2) for _ in value.shape)]
+
+
+VIEWS = {
+    "transposed": lambda value: np.ascontiguousarray(value.T).T,
+    "Fortran": np.asfortranarray,
+    "backwards": lambda value: np.ascontiguousarray(value[::-1])[::-1],
+    "scrambled": scrambled,
+    "every other": every_other,
+    "part": part,
+    "axes swapped": lambda value: np.moveaxis(np.moveaxis(value, 0, -1).copy(), -1, 0),
+    "read-only": lambda value: np.frombuffer(value.tobytes(), "f4").reshape(value.shape),
+    "subclass": lambda value: np.ma.array(value),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_views_of_every_kind_are_saved_as_what_they_show(tmp_path, params, optimizer, kind):
+    """safetensors 0.8 writes the memory's order, 0.7 the values' order."""
+    view = VIEWS[kind]
+    seen = {name: view(value) for name, value in params.items()}
+    for moments in (optimizer.exp_avg, optimizer.exp_avg_sq):
+        moments.update({name: view(value.copy()) for name, value in moments.items()})
+    expected = {k: {n: np.array(v) for n, v in getattr(optimizer, k).items()} for k in KINDS}
+    ema = {name: view(value + np.float32(1)) for name, value in params.items()}
+    for name, value in params.items():
+        np.testing.assert_array_equal(seen[name], value)
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, seen, CONFIG, optimizer=optimizer, ema=ema)
+    found = load_checkpoint(path)
+    assert_same(found.params, params)
+    for name in KINDS:
+        assert_same(found.moments[name], expected[name])
+    assert_same(found.ema, {name: value + np.float32(1) for name, value in params.items()})
+    save_checkpoint(tmp_path / "b.safetensors", params, CONFIG)
+    save_checkpoint(tmp_path / "c.safetensors", seen, CONFIG)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+
+
+KINDS = ("exp_avg", "exp_avg_sq")
+
+
+def test_broadcast_values_are_saved_whole(tmp_path, params):
+    seen = {name: np.broadcast_to(value.flat[0], value.shape) for name, value in params.items()}
+    assert all(not any(value.strides) for value in seen.values())
+    save_checkpoint(tmp_path / "a.safetensors", seen, CONFIG)
+    found = load_checkpoint(tmp_path / "a.safetensors").params
+    assert_same(found, {name: np.array(value) for name, value in seen.items()})
+
+
 def parts(path):
     """(header, tensors' bytes) of a safetensors file, by the format's definition."""
     content = path.read_bytes()

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import miniconvit as mc
 import miniconvit.cli.eval as eval_command
 import miniconvit.training.loop as training
 from miniconvit import UserError
-from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.checkpoint import load_checkpoint, read_safetensors, save_checkpoint
 from miniconvit.checkpoints.resolution import at_resolution, resample_pos_embed
 from miniconvit.checkpoints.weights import (
     open_weights,
@@ -123,7 +122,12 @@ def test_what_shapes_do_not_tell_is_asked_for():
         recognise(shapes_alone(wide))
     assert recognise(shapes_alone(wide), img_size=(12, 20)) == wide
     square = replace(CONFIG, img_size=16)  # as many patches as in 8 x 32 pixels
-    assert recognise(shapes_alone(square), img_size=(8, 32)) == square
+    assert recognise(shapes_alone(square)) == square
+    oblong = replace(square, img_size=(8, 32))
+    assert recognise(shapes_alone(square), img_size=(8, 32)) == oblong
+    assert recognise(shapes_alone(square), img_size=(8, 32), own_size=16) == square
+    assert recognise(shapes_alone(square), img_size=24, own_size=(8, 32)) == oblong
+    assert recognise(shapes_alone(square), own_size=24) == square  # says nothing of this file
     plain = replace(CONFIG, use_pos_embed=False, img_size=20)
     with pytest.raises(UserError, match=r"without pos_embed .* add --img-size"):
         recognise(shapes_alone(plain))
@@ -197,7 +201,7 @@ MISFITS = {
     "empty": ({"norm__weight": np.ones(0, F)}, "norm.weight has the shape (0,)"),
     "not a number": ({"norm__bias": np.full(8, np.nan, F)}, "norm.bias holds values that are not"),
     "too large": ({"norm__bias": np.full(8, 1e300)}, "norm.bias holds values that are not finite"),
-    "integers": ({"norm__bias": np.ones(8, np.int32)}, "norm.bias where tensors of floats"),
+    "integers": ({"norm__bias": np.ones(8, np.int32)}, "norm.bias is int32 where float32 or"),
     "heads": ({"blocks__0__attn__pos_proj__weight": np.ones((3, 3), F)}, "over 3 heads"),
     "token in pos_embed": (
         {"pos_embed": np.ones((1, 10, 8), F)},
@@ -229,56 +233,59 @@ def test_files_that_are_none(tmp_path, bare):
             open_weights(path)
     for body, words in (
         (b"\x80\x02]K\x01a.", "holds no state dict"),
-        (b"\x80\x02}X\x05\x00\x00\x00modelK\x01s.", "under 'model' it has no tensor"),
-        (b"\x80\x02}.", "no tensor"),
-        (b"\x80\x02cos\nsystem\n.", "'os.system'"),
+        (b"\x80\x02}X\x05\x00\x00\x00modelK\x01s.", "holds no state dict"),
+        (b"\x80\x02}.", "holds no state dict"),
+        (b"\x80\x02cos\nsystem\n.", "no state dict but an object of os.system"),
     ):
         for write in (archive, legacy):
             with pytest.raises(UserError, match=rf"a\.pth .*{re.escape(words)}"):
                 open_weights(write(path, body))
 
 
-def test_bfloat16_in_a_safetensors_file_is_a_sentence(tmp_path):
-    """NumPy has no such type."""
-    header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UserError, match=r"a\.safetensors .*bfloat16"):
+def write_safetensors(path, tensors):
+    """A file by the format's definition. tensors: {name: (type, shape, bytes)}."""
+    header, data = {}, b""
+    for name, (kind, shape, content) in tensors.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_bfloat16_in_a_safetensors_file_is_read_exactly(tmp_path):
+    """Its bits are the upper half of a float32's. Here every third tensor is float32."""
+    tensors, expected = {}, {}
+    for number, (name, value) in enumerate(golden("model").items()):
+        bits = value.view("u4") >> 16
+        tensors[name] = "BF16", value.shape, bits.astype("<u2").tobytes()
+        expected[name] = (bits << 16).view("f4")
+        if number % 3 == 0:
+            tensors[name], expected[name] = ("F32", value.shape, value.tobytes()), value
+    found = open_weights(write_safetensors(tmp_path / "a.safetensors", tensors))[1].params
+    assert_same(found, expected)
+    assert (found["pos_embed"] != golden("model")["pos_embed"]).any()
+    known = {0x3F80: 1.0, 0xC000: -2.0, 0x0001: 2.0**-133, 0x7F7F: 3.3895313892515355e38, 0x8000: 0}
+    content = np.array(list(known), "<u2").tobytes()
+    file = write_safetensors(tmp_path / "b.safetensors", {"x": ("BF16", [5, 1], content)})
+    found = read_safetensors(file)[0]["x"]
+    np.testing.assert_array_equal(found, np.array([[v] for v in known.values()], "f4"), strict=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "C64", "F1_NEW"]
+)
+def test_a_type_that_is_not_read_is_named_and_nothing_is_called_damaged(tmp_path, kind):
+    """Whether or not the installed safetensors knows it."""
+    size = {"F4": 1, "C64": 16}.get(kind, 2)
+    path = write_safetensors(tmp_path / "a.safetensors", {"head.bias": (kind, [2], bytes(size))})
+    with pytest.raises(UserError, match=rf"a\.safetensors holds head\.bias as {kind}") as error:
         open_weights(path)
+    assert "damaged" not in str(error.value)
 
 
 # Names, variants, resolutions
-
-
-def test_a_name_that_is_nothing_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint convit_tiny: .*convit_tiny\.fb_in1k"):
-        open_weights("convit_tiny")
-
-
-def test_published_names_come_from_the_hub(bare, monkeypatch, capsys, tmp_path):
-    path, asked = bare(), []
-
-    def hf_hub_download(*args):
-        asked.append(args)
-        if len(asked) == 3:
-            raise ConnectionError("no route\nto the hub")
-        return str(path)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(
-        sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=hf_hub_download)
-    )
-    assert_same(open_weights("convit_tiny.fb_in1k")[1].params, golden("model"))
-    assert "timm/convit_tiny.fb_in1k (23 MB)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="is not convit_base: its patch_size is 4"):
-        open_weights(Path("convit_base.fb_in1k"), model="convit_base")
-    with pytest.raises(UserError, match=r"could not be fetched .*no route to the hub.* network"):
-        open_weights("convit_small.fb_in1k")
-    names = "timm/convit_tiny.fb_in1k", "timm/convit_base.fb_in1k", "timm/convit_small.fb_in1k"
-    assert asked == [(name, "model.safetensors") for name in names]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"pip install huggingface_hub$"):
-        open_weights("convit_tiny.fb_in1k")
 
 
 def test_model_gives_the_heads_that_no_shape_tells(tmp_path):
@@ -318,6 +325,83 @@ def test_another_resolution_changes_pos_embed_alone(tmp_path, bare):
     assert (found.data, found.mean) == ("shapes", [0.1, 0.2, 0.3])
     same = at_resolution(load_checkpoint(ours), 12)
     assert_same(same.params, golden("model"))
+
+
+# Grids
+
+
+def plain_model(tmp_path, img_size):
+    """(our checkpoint, the bare tensors of it) of a plain ViT with a positional embedding."""
+    config = replace(VARIANTS["vit_micro64"], img_size=img_size, num_classes=3)
+    rng = np.random.default_rng(14)
+    params = {k: rng.normal(0, 0.3, s).astype(F) for k, s in param_shapes(config).items()}
+    about = {"mean": list(IMAGENET_MEAN), "std": [0.229, 0.224, 0.225]}
+    save_checkpoint(tmp_path / "ours.safetensors", params, config, **about)
+    save_file(params, tmp_path / "bare.safetensors")
+    return tmp_path / "ours.safetensors", tmp_path / "bare.safetensors"
+
+
+def logits_at(path, img_size, model="vit_micro64"):
+    _, found = open_weights(path, model, img_size)
+    image = np.random.default_rng(15).standard_normal((1, 3, *found.config.image)).astype(F)
+    return mc.convit_forward(image, found.params, found.config)[0]
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ((32, 72), (32, 72)),  # 4 x 9 = 6 * 6
+        ((72, 32), (72, 32)),
+        ((16, 64), (16, 64)),  # 2 x 8 = 4 * 4
+        ((8, 40), (8, 40)),  # no square
+        ((8, 40), (16, 80)),
+        ((24, 40), (72, 120)),
+        ((48, 80), (24, 40)),
+        (48, (24, 40)),
+        (48, 64),
+    ],
+)
+def test_a_bare_file_answers_as_the_run_does_where_img_size_is_given(tmp_path, capsys, made, asked):
+    ours, bare = plain_model(tmp_path, made)
+    expected = logits_at(ours, asked)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(logits_at(bare, asked), expected)
+    said = capsys.readouterr().err
+    assert ("does not say its grid" in said) is (made != asked)
+
+
+def test_what_is_assumed_of_a_grid_is_said(tmp_path, capsys):
+    _, bare = plain_model(tmp_path, (32, 72))
+    assert open_weights(bare, "vit_micro64")[1].config.grid == (6, 6)
+    assert capsys.readouterr().err == (
+        f"{bare} does not say its grid: 36 patches are taken as 6x6; add --img-size HEIGHTxWIDTH "
+        "if it is another\n"
+    )
+    open_weights(bare, "vit_micro64", 64)
+    assert capsys.readouterr().err == (
+        f"{bare} does not say its grid: 36 patches are taken as 6x6\n"
+    )
+
+
+def test_a_grid_that_may_be_either_is_not_guessed(tmp_path):
+    """The square of timm, or the proportions that are asked for: their answers differ."""
+    _, bare = plain_model(tmp_path, (32, 72))
+    with pytest.raises(UserError, match=r"36 patches may be 4x9 or 6x6; .* miniconvit export"):
+        open_weights(bare, "vit_micro64", (64, 144))
+    _, bare = plain_model(tmp_path, (8, 40))
+    for asked in (64, (16, 72)):
+        with pytest.raises(UserError, match=r"5 patches, which are no square; add --img-size"):
+            open_weights(bare, "vit_micro64", asked)
+
+
+def test_a_training_begins_at_the_grid_of_its_images(tmp_path, capsys):
+    ours, bare = plain_model(tmp_path, (32, 72))
+    config = open_weights(ours)[1].config
+    assert_same(read_start(bare, config, "abc").params, read_start(ours, config, "abc").params)
+    assert capsys.readouterr().err == ""
+    larger = replace(config, img_size=64)
+    assert "from 6x6 to 8x8 patches" in read_start(bare, larger, "abc").text
+    assert "36 patches are taken as 6x6" in capsys.readouterr().err
 
 
 # Training from elsewhere
@@ -717,6 +801,80 @@ def test_logits_and_every_gradient_of_the_published_models_are_timm_s(timm, tmp_
         else:
             error = np.linalg.norm(grads[key] - value) / np.linalg.norm(value)
             assert error < 1e-9, key
+
+
+def saved_as_people_do(timm, torch, model):
+    """Name to what a script saves of this model; each holds its weights once, or as an average."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.enable_grad():
+        model(torch.randn(2, 3, 12, 12)).sum().backward()
+    optimizer.step()
+    halved = {k: v * 0.5 for k, v in model.state_dict().items()}
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    return {
+        "Lightning": {
+            "state_dict": {f"net.{k}": v for k, v in model.state_dict().items()},
+            "optimizer_states": [optimizer.state_dict()],
+            "hparams": SimpleNamespace(size=torch.Size([1]), dtype=torch.half, path=Path("a")),
+        },
+        "swa": {"swa": averaged.state_dict(), "last": halved, "rng": torch.get_rng_state()},
+        "ema": {"model": halved, "model_ema": timm.utils.ModelEmaV3(model).state_dict()},
+        "data parallel": torch.nn.DataParallel(model).state_dict(),
+        "parameters": dict(model.named_parameters()),
+        "compiled": {f"_orig_mod.module.{k}": v for k, v in model.state_dict().items()},
+        "tuple": (model.state_dict(), optimizer.state_dict(), np.float64(3)),
+        "transposed": {
+            k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in model.state_dict().items()
+        },
+        "negated": {k: torch._neg_view(-v) for k, v in model.state_dict().items()},
+        "random": {"net": dict(model.state_dict()), "numpy": np.random.get_state()},
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_what_scripts_save_gives_timm_s_logits(timm, tmp_path, protocol, as_zip):
+    import torch
+    from timm.models.convit import ConVit
+
+    shape = {"img_size": 12, "patch_size": 4, "num_classes": 5, "embed_dim": 2, "depth": 3}
+    model = ConVit(num_heads=4, mlp_ratio=2.0, local_up_to_layer=2, **shape).eval()
+    with torch.no_grad():
+        randomise(model, 6)
+        images = torch.randn(2, 3, 12, 12)
+        for name, value in saved_as_people_do(timm, torch, model).items():
+            path = tmp_path / f"{name}.pth"
+            torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=as_zip)
+            found = open_weights(path)[1]
+            logits, _ = mc.convit_forward(images.numpy(), found.params, found.config)
+            expected = model(images).numpy()
+            np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.full
+def test_a_plain_vit_on_an_oblong_grid_of_as_many_patches_as_a_square_gives_timm_s_logits(
+    timm, tmp_path
+):
+    """3x12 patches; timm's ConViT without GPSA, loaded strictly, saved in bfloat16 too."""
+    import safetensors.torch
+    import torch
+    from timm.models.convit import ConVit
+
+    shape = {"img_size": (24, 96), "patch_size": 8, "num_classes": 5, "embed_dim": 12, "depth": 4}
+    model = ConVit(num_heads=4, local_up_to_layer=0, **shape).eval()
+    with torch.no_grad():
+        randomise(model, 7)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = model.to(dtype).float()
+            images = torch.randn(2, 3, 24, 96)
+            path = tmp_path / "a.safetensors"
+            safetensors.torch.save_file(
+                {k: v.to(dtype) for k, v in model.state_dict().items()}, path
+            )
+            _, found = open_weights(path, "vit_micro64", (24, 96))
+            logits, _ = mc.convit_forward(images.numpy(), found.params, found.config)
+            np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
