@@ -59,7 +59,8 @@ def require_pillow(who):
 
 
 def allow_any_size():
-    """Lifts the limits on the area and the shape of images, for this process."""
+    """Lifts the limits on the area and the shape of images, Pillow's and ours, for this process."""
+    require_pillow("--any-size")
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None
