@@ -36,9 +36,9 @@ from .options import (
 def command(checkpoint, images, variant, img_size, device, as_json):
     """Say what image files show.
 
-    It prints the five most probable classes of each file. The shorter side of an image is resized
-    to the model's size, and the centre is cut out. Models of more than 32 pixels take 8/7 of that
-    side.
+    It prints the five most probable classes of each file. IMAGE may be a folder of images too.
+    The shorter side of an image is resized to the model's size, and the centre is cut out. Models
+    of more than 32 pixels take 8/7 of that side.
     """
     require_pillow("predict")
     xp, place = resolve_device(device)
@@ -84,7 +84,7 @@ def _files(given):
                 click.echo(f"ignored in {name}: {counted(ignored)}", err=True)
             yield from ((path, None) for path in paths)
             if not paths:
-                yield name, f"the folder {name} holds no image"
+                yield name, f"the folder {name} holds no image: give another, or image files"
         elif set("*?[") & set(name) and not os.path.lexists(name):
             yield name, f"no file matches {name}: give patterns without quotes, for the shell"
         else:

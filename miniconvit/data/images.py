@@ -209,7 +209,7 @@ def _part_of_resized(image, resized, left, top, size):
     """The part of this size (height, width) of an image that is resized, without the rest.
 
     Columns before rows, as Pillow resizes. Pillow rounds the corners of a box to float32, so values
-    may differ by 1 from those of the whole image.
+    may differ by 2 from those of the whole image.
     """
     from PIL import Image
 

@@ -135,8 +135,8 @@ def difference_in_form(one, other):
     if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
         return f"the form of their Unicode characters ({one!a} and {other!a})"
     if one.strip() == other.strip():
-        return f"upper and lower case ({one!r} and {other!r})"
-    return f"blanks at their ends ({one!r} and {other!r})"
+        return f"blanks at their ends ({one!r} and {other!r})"
+    return f"upper and lower case ({one!r} and {other!r})"
 
 
 def nested_hint(folder, classes=()):
@@ -210,7 +210,8 @@ def _refuse_like_val(folders, train):
     """Raises UserError where a folder beside train may be meant as val: by its name or classes."""
     classes = _forms(path.name for path in _folders(train))
     for folder in folders:
-        words = set(re.split(r"[^a-z]+", folder.name.lower()))
+        name = folder.name.lower()
+        words = {*re.split(r"[^a-z]+", name), re.sub(r"[^a-z]", "", name)}
         inner = _folders(folder)
         is_called_so = words & LIKE_VAL and (inner or images_below(folder)[0])
         has_classes = classes & _forms(path.name for path in inner)
