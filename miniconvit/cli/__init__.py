@@ -61,6 +61,7 @@ def main(argv=None, name="miniconvit"):
 def _run(argv, name):
     """The exit status of the command line argv."""
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
+    warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # the limits are our own
     try:
         status = program.main(argv, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from .options import (
     RUN,
     Command,
     Name,
+    any_size_option,
     data_dir_option,
     no_download_option,
     option,
@@ -26,6 +27,7 @@ IMG_SIZE = make_settings(data="imagefolder").img_size
 @click.argument("name", type=Name(SOURCES), metavar="NAME")
 @data_dir_option
 @setting_option("broken")
+@any_size_option
 @setting_option(
     "img_size", "Size in pixels to which image files are cut.", default=IMG_SIZE, group=DATA
 )

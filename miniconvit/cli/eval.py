@@ -1,5 +1,6 @@
 """`miniconvit eval`."""
 
+from dataclasses import replace
 from math import isfinite
 
 import click
@@ -7,7 +8,8 @@ import click
 from ..analysis.masks import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoints.weights import open_weights
-from ..data import load_dataset
+from ..data import Split, load_dataset
+from ..data.classes import IMAGENET, places_of
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
@@ -83,7 +85,9 @@ def command(
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
     dataset = open_dataset(checkpoint, model, name, data_dir, data is not None, broken)
-    check_fit(path, model, dataset)
+    if model.config.num_classes == 1:
+        raise UserError(f"{path} knows one class only: every answer would be right")
+    dataset, classes = fitted(path, model, dataset)
     images = getattr(dataset, split)
     if images is None:
         raise UserError(
@@ -98,6 +102,7 @@ def command(
     if not isfinite(loss):
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
+    values |= {"classes": classes} if classes else {}
     values |= {"loss": loss, "top1": top1, "top5": top5, "computed": place}
     masked = ["pos_embed"] * mask_pos_embed
     masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
@@ -121,8 +126,11 @@ def open_dataset(checkpoint, model, name, data_dir, download, broken):
     return load_dataset(name, data_dir, download, **options)
 
 
-def check_fit(path, model, dataset):
-    """Raises UserError where the model cannot be asked about these images."""
+def fitted(path, model, dataset):
+    """(data set with the labels that the model gives its classes, a note on them or None).
+
+    Raises UserError where the model cannot be asked about these images.
+    """
     shape = dataset.val.images.shape[1:]
     expected = (model.config.in_chans, *model.config.image)
     if shape != expected:
@@ -130,9 +138,33 @@ def check_fit(path, model, dataset):
             f"{path} expects images of (channels, height, width) {expected}, those of "
             f"{dataset.name} are {shape}: choose another --data or another checkpoint"
         )
-    classes = list(dataset.classes)
-    if len(classes) != model.config.num_classes or (model.classes and model.classes != classes):
+    try:
+        known, note = _known_classes(model, dataset)
+        labels = places_of(dataset.classes, known)
+    except UserError as error:
         raise UserError(
-            f"{path} was trained for other classes than those of {dataset.name}: "
-            "choose another --data or another checkpoint"
-        )
+            f"{path} was trained for other classes than those of {dataset.name}: {error}; choose "
+            "another --data or another checkpoint"
+        ) from None
+    if list(dataset.classes) == known:
+        return dataset, note
+    splits = {name: getattr(dataset, name) for name in ("train", "val", "test")}
+    splits = {
+        name: split and Split(split.images, labels[split.labels]) for name, split in splits.items()
+    }
+    note = f"{len(labels):,} of the {len(known):,} that the model tells apart"
+    return replace(dataset, classes=tuple(known), **splits), note
+
+
+def _known_classes(model, dataset):
+    """(names of the model's classes in its order, a note or None): what it says, ImageNet's where
+    it has as many, or those of the data set where it has as many."""
+    classes, count = list(dataset.classes), model.config.num_classes
+    if model.classes:
+        return model.classes, None
+    if count == len(IMAGENET) and (len(classes) != count or set(classes) & set(IMAGENET)):
+        return list(IMAGENET), None
+    if count == len(classes):
+        is_guess = dataset.name == "imagefolder"
+        return classes, "by the order of the folders: the model names none" if is_guess else None
+    raise UserError(f"it tells {count:,} apart and names none, and here are {len(classes):,}")

@@ -7,11 +7,11 @@ import numpy as np
 
 from ..analysis.inspection import CLASS_TOKEN, inspect, write_inspection
 from ..checkpoints.weights import open_weights
-from ..data.images import read_image
+from ..data.images import read_image, require_pillow
 from ..training.history import run_history
 from ..training.report import table
 from ..training.settings import DATA, DEFAULT_RECIPE
-from .eval import check_fit, open_dataset
+from .eval import fitted, open_dataset
 from .options import (
     COUNT,
     PATH,
@@ -81,6 +81,7 @@ def command(
     path, model = open_weights(checkpoint, variant, img_size)
     dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)
     if files:
+        require_pillow("inspect")
         size, channels = model.config.image, model.config.in_chans
         pixels = np.stack([read_image(file, size, channels) for file in files])
     else:
@@ -108,8 +109,7 @@ def _dataset(checkpoint, path, model, data, data_dir, broken):
     if name not in DEFAULT_RECIPE:
         return None
     dataset = open_dataset(checkpoint, model, name, data_dir, data is not None, broken)
-    check_fit(path, model, dataset)
-    return dataset
+    return fitted(path, model, dataset)[0]
 
 
 COLUMNS = (

@@ -9,6 +9,7 @@ from typing import get_args
 
 import click
 
+from ..data.images import allow_any_size
 from ..engine.cuda import DEVICES
 from ..errors import unknown_name
 from ..training.settings import (
@@ -205,10 +206,19 @@ device_option = option(
 json_option = option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
 )
+any_size_option = option(
+    "--any-size",
+    is_flag=True,
+    group=DATA,
+    expose_value=False,
+    callback=lambda ctx, param, value: allow_any_size() if value else None,
+    help="Read images of any area and shape. Without it, extreme ones count as broken.",
+)
 stored_data_options = options(
     setting_option("data", "Images to look at.", shown="those that it was trained on"),
     data_dir_option,
     setting_option("broken", shown="what its run began with, else refuse"),
+    any_size_option,
 )
 """For the commands that read a data set for a checkpoint."""
 checkpoint_options = options(

@@ -1,12 +1,15 @@
 """`miniconvit predict`."""
 
+import os
+
 import click
 import numpy as np
 
 from ..arrays import to_cpu, to_device
 from ..checkpoints.weights import open_weights
 from ..data import normalize
-from ..data.images import read_image, require_pillow
+from ..data.images import BrokenImage, read_image, require_pillow
+from ..data.layout import counted, images_below
 from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..layers import softmax_forward
@@ -14,6 +17,7 @@ from ..model import convit_forward
 from .options import (
     PATH,
     Command,
+    any_size_option,
     checkpoint_options,
     device_option,
     json_option,
@@ -25,15 +29,16 @@ from .options import (
 @click.command("predict", cls=Command)
 @click.argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=PATH)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
+@any_size_option
 @checkpoint_options
 @device_option
 @json_option
 def command(checkpoint, images, variant, img_size, device, as_json):
     """Say what image files show.
 
-    It prints the five most probable classes of each file. The shorter side of an image is resized
-    to the model's size, and the centre is cut out. Models of more than 32 pixels take 8/7 of that
-    side.
+    It prints the five most probable classes of each file. IMAGE may be a folder of images too.
+    The shorter side of an image is resized to the model's size, and the centre is cut out. Models
+    of more than 32 pixels take 8/7 of that side.
     """
     require_pillow("predict")
     xp, place = resolve_device(device)
@@ -45,10 +50,17 @@ def command(checkpoint, images, variant, img_size, device, as_json):
             "write it again with mc.save_checkpoint(FILE, params, config, mean=[...], std=[...]), "
             "and give that file"
         )
-    params, answers = to_device(model.params, xp), []
+    params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
-    for file in images:
-        pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, height, width)
+    answers, failed = [], []
+    for file, problem in _files(images):
+        try:
+            if problem is not None:
+                raise BrokenImage(problem, problem)
+            pixels = read_image(file, config.image, config.in_chans)[None]  # (1, chans, H, W)
+        except BrokenImage as error:
+            failed.append({"file": file, "problem": str(error)})
+            continue
         with overflow_is_answered():
             pixels = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
             logits, _ = convit_forward(pixels, params, config)
@@ -57,10 +69,30 @@ def command(checkpoint, images, variant, img_size, device, as_json):
         probabilities = to_cpu(softmax_forward(logits)[0][0])
         answers.append({"file": file, "top": _top(probabilities, model.classes)})
     if as_json:
-        print_json({"checkpoint": str(path), "images": answers, "computed": place})
-    else:
+        found = {"checkpoint": str(path), "images": answers, "computed": place}
+        print_json(found | ({"failed": failed} if failed else {}))
+    elif answers:
         click.echo("\n\n".join(_text(answer) for answer in answers))
         click.echo(f"\ncomputed {place}")
+    for failure in failed:
+        click.echo(f"Error: {failure['problem']}", err=True)
+    return 1 if failed else 0
+
+
+def _files(given):
+    """(path, what is wrong with it or None) of each image, those in folders among them."""
+    for name in given:
+        if os.path.isdir(name):
+            paths, ignored = images_below(name)
+            if ignored:
+                click.echo(f"ignored in {name}: {counted(ignored)}", err=True)
+            yield from ((path, None) for path in paths)
+            if not paths:
+                yield name, f"the folder {name} holds no image: give another, or image files"
+        elif set("*?[") & set(name) and not os.path.lexists(name):
+            yield name, f"no file matches {name}: give patterns without quotes, for the shell"
+        else:
+            yield name, None
 
 
 def _top(probabilities, classes):

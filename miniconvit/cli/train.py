@@ -16,6 +16,7 @@ from ..training.settings import FIELDS, make_settings, refuse_difference, stored
 from .options import (
     PATH,
     Command,
+    any_size_option,
     data_dir_option,
     device_option,
     no_download_option,
@@ -29,6 +30,7 @@ from .options import (
 @click.command("train", cls=Command)
 @options(*map(setting_option, FIELDS))
 @data_dir_option
+@any_size_option
 @no_download_option
 @device_option
 @workers_option

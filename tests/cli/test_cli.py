@@ -285,12 +285,21 @@ def test_predict_of_what_is_no_image(trained, tmp_path, program, monkeypatch):
     write_images(tmp_path)
     text = tmp_path / "text.png"
     text.write_text("not an image")
-    assert_sentence(*program("predict", folder, text), "text.png is not an image")
+
+    def assert_named(words):
+        status, out, err = program("predict", folder, text)
+        assert (status, out) == (1, "")
+        assert re.fullmatch(rf"Error: [^\n]*{words}[^\n]+\n", err)
+
+    assert_named("text.png is not an image")
     whole = (tmp_path / "rgb.png").read_bytes()
     text.write_bytes(whole[: len(whole) // 2])
-    assert_sentence(*program("predict", folder, text), "text.png cannot be read")
-    assert_sentence(*program("predict", folder, tmp_path / "none.png"), "there is no image")
-    assert_sentence(*program("predict", folder, tmp_path), str(tmp_path))
+    assert_named("text.png cannot be read")
+    text = tmp_path / "none.png"
+    assert_named("there is no image")
+    text = tmp_path / "empty"
+    text.mkdir()
+    assert_named("empty holds no image")
     monkeypatch.setattr("miniconvit.data.images.find_spec", lambda name: None)
     assert_sentence(*program("predict", folder, text), "pip install Pillow")
 

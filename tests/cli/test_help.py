@@ -19,7 +19,7 @@ from miniconvit.experiments.plan import EXPERIMENTS
 from miniconvit.gradcheck.cases import CASES
 from miniconvit.training.settings import FIELDS, RECIPES, flag
 
-NO_SETTINGS = {"--data-dir", "--no-download", "--device", "--workers"}
+NO_SETTINGS = {"--data-dir", "--any-size", "--no-download", "--device", "--workers"}
 NO_SETTINGS |= {"--out", "--resume", "--quiet"}
 """The options of train that change no bit of what a run writes."""
 

@@ -19,7 +19,7 @@ import miniconvit.data.images as views
 import miniconvit.training.loop as training
 from miniconvit import UserError, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.data import ImageFiles, feed, image_sets, load_dataset
+from miniconvit.data import BrokenImage, ImageFiles, feed, image_sets, load_dataset
 from miniconvit.data.feed import AHEAD
 from miniconvit.data.images import random_box, read_image
 from miniconvit.training.interrupt import Interrupted
@@ -316,7 +316,8 @@ def test_splits_and_classes(folder, capsys):
     for split in (data.train, data.val):
         for path, label in zip(split.images.paths, split.labels, strict=True):
             assert f"/{data.classes[label]}/" in path
-    assert "3 files that are no" in capsys.readouterr().err
+    ignored = ".cache (1), without an ending (1), hidden (1), .txt (1)"
+    assert f"ignored in {folder}: {ignored}\n" in capsys.readouterr().err
     assert data.augmentation == "crop-flip"
     assert data.mean == (0.485, 0.456, 0.406) and data.std == (0.229, 0.224, 0.225)
 
@@ -826,9 +827,9 @@ def test_short_memory_is_no_damaged_exif(tmp_path, monkeypatch):
     """An image that is left unturned because memory was short would be another one on a resume."""
     file = save(tmp_path / "a.png", noise(7, 5))
 
-    def short(image):
+    def short(image, in_place):
         raise MemoryError
 
     monkeypatch.setattr("PIL.ImageOps.exif_transpose", short)
-    with pytest.raises(MemoryError):
+    with pytest.raises(BrokenImage, match=f"{file} cannot be .*: not enough memory"):
         views.open_image(file)
