@@ -1,9 +1,13 @@
 """What the operating system gives: cores, and files that are written whole or not at all."""
 
 import os
+import platform
 from contextlib import suppress
+from importlib.metadata import version
 from math import ceil
 from pathlib import Path
+
+from threadpoolctl import threadpool_info
 
 from .errors import UserError
 
@@ -18,6 +22,23 @@ def available_threads(cgroup="/sys/fs/cgroup"):
             if quota > 0:  # else no limit: -1
                 count = min(count, max(1, ceil(quota / period)))
     return count
+
+
+def arithmetic():
+    """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}."""
+    libraries = (library for library in threadpool_info() if library["user_api"] == "blas")
+    blas = next(libraries, {})
+    names = (blas.get(key) for key in ("internal_api", "version", "architecture"))
+    cpu = ""
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        models = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        cpu = next(models, "")
+    return {
+        "numpy": version("numpy"),
+        "scipy": version("scipy"),
+        "blas": " ".join(filter(None, names)),
+        "cpu": cpu or platform.processor(),
+    }
 
 
 def write_file(path, content):

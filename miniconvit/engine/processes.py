@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 from contextlib import closing, contextmanager, suppress
 from copy import copy
 from itertools import accumulate
@@ -29,6 +30,7 @@ TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
 SPARE_SLOTS = 2  # beside one for each worker: pieces that are loaded, or wait for their turn
 NO_RESERVE = 0x4000  # from Linux's mman.h: pages that nobody touches are not set aside
 ALIGNMENT = 64  # bytes, a cache line
+MOST_FILES = 2**31 - 1  # no descriptor is greater
 NUMBER = 8  # bytes, at most
 
 GIVEN, PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, SLOTS = range(6)
@@ -69,6 +71,7 @@ class ProcessEngine(Engine):
         self._out_size = max(self._out_size, self._in_size)
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
+        weakref.finalize(self, _end, self._workers, os.getpid())  # also when it is dropped
         self._last_place = None  # where the last piece's gradients are, once it is the last's turn
         try:
             self._start()
@@ -86,7 +89,7 @@ class ProcessEngine(Engine):
         """What the workers hold now, in MB, without what they share; they give nothing back."""
         found = 0
         for pid in self._workers.values():
-            with open(f"/proc/{pid}/smaps_rollup") as file:
+            with suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:  # it may have ended
                 found += sum(int(line.split()[1]) for line in file if line.startswith("Private"))
         return found / 2**10
 
@@ -102,6 +105,7 @@ class ProcessEngine(Engine):
 
     def hold(self, params, optimizer):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
+        self._require_open()
         state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
         if PARAMS in self._shared or any(
             arrays.keys() != self._shapes.keys() for arrays in state.values()
@@ -258,9 +262,10 @@ class ProcessEngine(Engine):
     # the workers
 
     def _start(self):
+        self._require_open()
         size = self._in_place(self.workers + SPARE_SLOTS)
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NO_RESERVE
-        signals = {signal.SIGINT, signal.SIGTERM}
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         try:
             self._memory = self._memory or mmap.mmap(-1, size, flags=flags)
@@ -271,7 +276,7 @@ class ProcessEngine(Engine):
                     warnings.simplefilter("ignore", DeprecationWarning)
                     pid = os.fork()
                 if pid == 0:
-                    self._work(theirs, [ours, *self._workers], signals)
+                    self._work(theirs, signals)
                 theirs.close()
                 self._workers[ours] = pid
         except OSError as error:
@@ -287,24 +292,17 @@ class ProcessEngine(Engine):
 
     def _stop(self):
         """Ends the workers, which keep nothing, whatever they are at."""
-        workers, self._workers = self._workers, {}  # none of them is asked again
-        for connection, pid in workers.items():
-            connection.close()
-            with suppress(ProcessLookupError):  # ended and waited for elsewhere
-                os.kill(pid, signal.SIGKILL)
-        for pid in workers.values():
-            with suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+        _end(self._workers, os.getpid())
 
-    def _work(self, connection, others, signals):
+    def _work(self, connection, signals):
         """A worker's life: it ends with the process that asks, and never returns."""
         try:
             for signum in signals:  # the one who asks answers them
                 signal.signal(signum, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             gc.freeze()  # nothing that was alive there is ended here
-            for other in others:
-                other.close()
+            for fds in ((3, connection.fileno()), (connection.fileno() + 1, MOST_FILES)):
+                os.closerange(*fds)  # others' pipes, and a run's lock, which ends with its process
             np.seterr(all="ignore")  # the one who asks looks for what is not finite
             while True:
                 work, *arguments = connection.recv()
@@ -351,6 +349,22 @@ class ProcessEngine(Engine):
         optimizer.exp_avg_sq = self._tensors(EXP_AVG_SQ, dtype)
         params, grads = self._tensors(PARAMS, dtype), self._tensors(GRADS, dtype)
         optimizer.step({name: params[name] for name in names}, grads, lr)
+
+
+def _end(workers, owner):
+    """Ends the workers, which keep nothing, whatever they are at, and empties the dict.
+
+    owner: the process that has started them; in one that was forked from it they are left alone.
+    """
+    ours = dict(workers) if os.getpid() == owner else {}
+    workers.clear()  # none of them is asked again
+    for connection, pid in ours.items():
+        connection.close()
+        with suppress(ProcessLookupError):  # ended and waited for elsewhere
+            os.kill(pid, signal.SIGKILL)
+    for pid in ours.values():
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 def _shares(params, count):

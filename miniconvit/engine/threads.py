@@ -1,6 +1,7 @@
 """The engine of threads: the pieces of a batch, computed by threads of this process."""
 
 import ctypes
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -9,6 +10,7 @@ from threading import Lock
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from ..errors import UserError
 from ..system import available_threads
 from .pieces import answer_piece, cut, kernels, train_piece
 
@@ -54,7 +56,7 @@ class Engine:
 
     workers: threads, by default on all available cores; BLAS runs at one thread inside each.
     blocks: what the model's blocks run on, by default the kernels for the CPU.
-    Use as a context manager, or close() it.
+    Use as a context manager, or close() it; after that every use raises UserError.
     """
 
     xp = np
@@ -65,17 +67,18 @@ class Engine:
         self.workers = workers or available_threads()
         keep_freed_memory()
         ONE_BLAS_THREAD.want()
-        self._closed = False
+        self._release = weakref.finalize(self, ONE_BLAS_THREAD.release)  # also when it is dropped
         self._pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
 
     def close(self):
         """Ends the workers and gives BLAS its threads back. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
         if self._pool:
             self._pool.shutdown()
-        ONE_BLAS_THREAD.release()
+        self._release()
+
+    def _require_open(self):
+        if not self._release.alive:
+            raise UserError("this engine is closed: make another one")
 
     def __enter__(self):
         return self
@@ -88,6 +91,7 @@ class Engine:
 
         Only `workers` + 1 results wait at a time, so that memory does not grow with the batch.
         """
+        self._require_open()
         pieces = cut(n, self.config.num_patches)
         if self._pool is None:
             for piece in pieces:
@@ -142,9 +146,11 @@ class Engine:
     def hold(self, params, optimizer):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of
         the same numbers, or keep theirs."""
+        self._require_open()
 
     def update(self, optimizer, params, grads, lr=None):
         """optimizer.step."""
+        self._require_open()
         optimizer.step(params, grads, lr)
 
     def logits(self, load, n, params):

@@ -32,8 +32,9 @@ def diverged(finding, step, epoch, last):
 
 @contextmanager
 def note_signals(requests):
-    """While it lasts, the first SIGINT or SIGTERM is put into `requests`; a second has its usual
-    effect at once. Elsewhere than in the main thread nothing changes."""
+    """While it lasts, the first SIGINT, SIGTERM or SIGHUP is put into `requests`; a second has its
+    usual effect at once. A SIGHUP that is ignored, as under nohup, stays so. Elsewhere than in the
+    main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,7 +52,10 @@ def note_signals(requests):
         for signum, handler in usual.items():
             signal.signal(signum, handler)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    signals = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.add(signal.SIGHUP)
+    for signum in signals:
         usual[signum] = signal.signal(signum, note)
     try:
         yield

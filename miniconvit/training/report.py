@@ -1,6 +1,8 @@
 """What a training run shows: a progress bar, a line per epoch, a summary, curves."""
 
+import errno
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 from tqdm import tqdm
@@ -28,9 +30,10 @@ class Report:
     def lines(self, *texts):
         """Prints lines above the bar."""
         if not self.quiet:
-            for text in texts:
-                self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with _terminal_may_be_gone():
+                for text in texts:
+                    self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def epoch(self, row):
         """Prints a row of metrics.jsonl."""
@@ -42,11 +45,23 @@ class Report:
             f"epoch {epoch}/{self.epochs}, loss {loss:.4f}, accuracy {100 * accuracy:.1f} %",
             refresh=False,
         )
-        self._bar.update(images)
+        with _terminal_may_be_gone():
+            self._bar.update(images)
 
     def close(self):
         """Takes the bar away."""
-        self._bar.close()
+        with _terminal_may_be_gone():
+            self._bar.close()
+
+
+@contextmanager
+def _terminal_may_be_gone():
+    """While it lasts, a terminal that was closed costs its lines and no run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def epoch_line(row):

@@ -9,6 +9,7 @@ from ..data import Dataset, fingerprint, load_dataset, on_device
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
+from ..system import arithmetic
 from .freeze import frozen_names
 from .report import Report
 from .run_folder import RunFolder, describe
@@ -105,9 +106,24 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
             lines = [*note, *_introduction(run, state), *([start.text] if start else []), place]
             if state.step:
                 lines.append(f"resumed after step {state.step} of {schedule.total_steps}")
+                lines.extend(_other_arithmetic(folder))
             yield run, state, lines
     finally:
         folder.close()
+
+
+def _other_arithmetic(folder):
+    """A line where the libraries or the processor are not those with which the run began."""
+    before, now = (folder.config() or {}).get("versions"), arithmetic()
+    if isinstance(before, dict):
+        known = {name: before[name] for name in now if name in before}
+        changes = [
+            f"{name} {now[name]} in place of {old}"
+            for name, old in known.items()
+            if old != now[name]
+        ]
+        if changes:
+            yield f"from here on the last digits may differ: {', '.join(changes)}"
 
 
 def _introduction(run, state):

@@ -5,14 +5,13 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from platform import python_version
 
 from ..checkpoints.checkpoint import BEST, LAST
 from ..errors import UserError
-from ..system import cannot_write, write_file
+from ..system import arithmetic, cannot_write, write_file
 
 try:
     import fcntl
@@ -37,14 +36,13 @@ def default_out(settings, resume: bool = False) -> Path:
 
 def describe(settings, config, data_dir, workers, place):
     """For config.json: what decides a run, and where it was made."""
-    versions = {name: version(name) for name in ("numpy", "scipy", "safetensors")}
     return {
         "settings": asdict(settings),
         "model": config.to_dict(),
         "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
         "workers": workers,
-        "versions": {"python": python_version()} | versions,
+        "versions": {"python": python_version()} | arithmetic(),
     }
 
 

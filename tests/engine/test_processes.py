@@ -1,5 +1,6 @@
 """Workers that are processes: the bits of one thread, and what happens when something fails."""
 
+import fcntl
 import mmap
 import os
 import signal
@@ -315,6 +316,66 @@ def test_workers_begin_and_end_with_the_engine():
         os.waitpid(pids[0], 0)  # no zombie is left
 
 
+@pytest.mark.parametrize("kind", [Engine, ProcessEngine])
+def test_a_closed_engine_refuses_all_work_and_starts_no_worker(kind, monkeypatch):
+    params, images, labels = drawn(CONFIG)
+    optimizer = AdamW(params)
+    engine = kind(CONFIG, 2)
+    engine.close()
+    monkeypatch.setattr(processes.os, "fork", None)  # a call would fail
+    before = {name: value.copy() for name, value in params.items()}
+    for n in (1, N):
+        for use in (
+            lambda n=n: engine.loss_and_grads(lambda a, b: (images[a:b], labels[a:b]), n, params),
+            lambda n=n: engine.logits(lambda a, b: images[a:b], n, params),
+            lambda: engine.update(optimizer, params, before),
+            lambda: engine.hold(params, optimizer),
+        ):
+            with pytest.raises(UserError, match="this engine is closed: make another one"):
+                use()
+    assert optimizer.step_count == 0
+    assert all(np.array_equal(params[name], value) for name, value in before.items())
+
+
+def test_the_memory_of_a_dead_worker_is_none(engine):
+    params, images, _ = drawn(CONFIG)
+    engine.logits(lambda a, b: images[a:b], N, params)
+    pids = list(engine._workers.values())
+    for pid, expected in zip(pids, (True, False), strict=True):
+        os.kill(pid, signal.SIGKILL)
+        assert is_gone(pid)
+        assert (engine.memory_mb() > 0) == expected  # what the others hold
+
+
+def test_a_dropped_engine_leaves_no_process_and_gives_blas_its_threads_back():
+    wanted = ONE_BLAS_THREAD._wanted
+    engine = ProcessEngine(CONFIG, 2)
+    pids = list(engine._workers.values())
+    assert ONE_BLAS_THREAD._wanted == wanted + 1
+    del engine
+    for pid in pids:
+        assert not Path(f"/proc/{pid}").exists()  # not even a zombie
+    assert ONE_BLAS_THREAD._wanted == wanted
+
+
+def test_a_worker_keeps_no_file_of_its_parent_open(tmp_path):
+    """Such as the locked log of a run, whose lock shall end with the process that trains."""
+    with open(tmp_path / "log", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with ProcessEngine(CONFIG, 3) as engine:
+            params, images, _ = drawn(CONFIG)
+            engine.logits(lambda a, b: images[a:b], N, params)  # all of them have begun
+            for pid in engine._workers.values():
+                kept = os.listdir(f"/proc/{pid}/fd")
+                assert {int(fd) for fd in kept if int(fd) > 2} <= {
+                    int(fd) for fd in kept if "socket" in os.readlink(f"/proc/{pid}/fd/{fd}")
+                }
+                assert len([fd for fd in kept if int(fd) > 2]) == 1  # its end of the pipe
+            log.close()
+            with open(tmp_path / "log", "ab") as again:
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_make_engine_takes_processes_for_more_than_one_worker(monkeypatch):
     with make_engine(CONFIG, np, 1) as one, make_engine(CONFIG, np, 3) as three:
         assert (type(one), one.workers) == (Engine, 1)
@@ -524,9 +585,11 @@ def test_workers_end_with_the_process_that_asks(signum):
     assert all(is_gone(pid) for pid in pids)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_to_the_whole_group_saves_the_run(tmp_path, signum, status):
-    """As Ctrl-C in a terminal, and some cluster's end of a job, reach the workers too."""
+    """As Ctrl-C in a terminal, its end, and some cluster's end of a job reach the workers too."""
     small = {"--patch-size": 1, "--batch-size": 64, "--epochs": 2000, "--workers": 2}
     flags = [*FLAGS, *(str(word) for pair in small.items() for word in pair)]
     command = [sys.executable, ROOT / "tests" / "small_run.py", "train", *flags]

@@ -5,6 +5,7 @@ The processes are real; see small_run.py for the data set and for the kills in t
 
 import json
 import os
+import pty
 import random
 import re
 import shlex
@@ -110,6 +111,25 @@ def test_killed_at_a_random_moment(tmp_path, uninterrupted, seed):
     folder = tmp_path / "run"
     killed_run(folder, random.Random(seed))
     resume(folder, "--workers", 1)
+    assert outcome(folder) == uninterrupted
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no terminals to close")
+def test_a_closed_terminal_saves_the_run(tmp_path, uninterrupted):
+    """Its end is a SIGHUP, and no line can be shown any more."""
+    folder = tmp_path / "run"
+    argv = [sys.executable, str(PROGRAM), "train", *FLAGS, "--out", str(folder), "--workers", "2"]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, argv, os.environ | {"PYTHONPATH": path})
+    shown = b""
+    while not re.search(rb"\n +2 ", shown):  # the second epoch
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert re.search(r"stopped by SIGHUP after step \d+\n$", (folder / "log.txt").read_text())
+    resume(folder)
     assert outcome(folder) == uninterrupted
 
 

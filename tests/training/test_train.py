@@ -609,3 +609,33 @@ def test_default_folders_are_numbered(tmp_path, monkeypatch):
     assert names == [stem, f"{stem}-2", f"{stem}-3"]
     assert default_out(settings(), resume=True).name == f"{stem}-3"
     assert default_out(settings(seed=4), resume=True).name == "shapes-convit_micro32-seed4"
+
+
+@pytest.mark.parametrize("name", ["numpy", "scipy", "blas", "cpu"])
+def test_resuming_with_other_arithmetic_says_that_digits_may_differ(tmp_path, name):
+    folder = tmp_path / "run"
+    run(folder)
+    again = "from here on the last digits may differ"
+    run(folder, resume=True)
+    assert again not in (folder / "log.txt").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    now = config["versions"][name]
+    config["versions"][name] = "of yore"
+    (folder / "config.json").write_text(json.dumps(config))
+    run(folder, resume=True)
+    assert f"{again}: {name} {now} in place of of yore\n" in (folder / "log.txt").read_text()
+
+
+def test_a_hangup_is_noted_but_one_that_is_ignored_stays_so():
+    """As nohup asks."""
+    usual = signal.getsignal(signal.SIGHUP)
+    try:
+        for begin, expected in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+            signal.signal(signal.SIGHUP, begin)
+            requests = []
+            with note_signals(requests):
+                signal.raise_signal(signal.SIGHUP)
+            assert requests == expected
+            assert signal.getsignal(signal.SIGHUP) == begin
+    finally:
+        signal.signal(signal.SIGHUP, usual)
