@@ -5,7 +5,7 @@ from math import cos, inf, pi, sqrt
 import numpy as np
 
 from .arrays import Params, array_module
-from .errors import UserError, did_you_mean
+from .checks import check_step
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -37,7 +37,7 @@ class AdamW:
         lr: this step's rate, the constructor's where None. Raises UserError, before anything has
         changed, where a gradient is missing or has another form than its parameter.
         """
-        self._check(params, grads)
+        check_step(params, grads, self.exp_avg)
         lr = self.lr if lr is None else lr
         beta1, beta2 = self.betas
         self.step_count += 1
@@ -56,30 +56,12 @@ class AdamW:
             denominator += self.eps
             p -= (lr / correction1) * m / denominator
 
-    def _check(self, params, grads):
-        """Whether every gradient fits: one that broadcasts would train, and wrongly."""
-        for name in grads:
-            if name not in self.exp_avg:
-                hint = did_you_mean(name, self.exp_avg)
-                raise UserError(f"there is a gradient of {name!r}, but no such parameter{hint}")
-        for name, p in params.items():
-            if name not in self.exp_avg:
-                raise UserError(f"this AdamW was made for other parameters, without {name}")
-            _check_form(name, p, self.exp_avg[name])
-            if isinstance(p, np.ndarray) and not p.flags.writeable:
-                raise UserError(f"{name} cannot be written to: pass a copy of it")
-            if name not in grads:
-                raise UserError(f"there is no gradient of {name}")
-            _check_form(f"the gradient of {name}", grads[name], p)
-
 
 def update_average(average: Params, params: Params, decay: float) -> None:
     """average = decay average + (1 - decay) params, in place: the exponential moving average.
 
     Written as a difference, so that what does not change stays what it is.
     """
-    for name, value in average.items():
-        _check_form(f"{name} beside its average", params.get(name), value)
     for name, value in average.items():
         value += (1.0 - decay) * (params[name] - value)
 
@@ -103,14 +85,6 @@ def clip_grad_norm(grads: Params, max_norm: float) -> float:
         for g in grads.values():
             g *= max_norm / norm
     return norm
-
-
-def _check_form(what, x, like):
-    """Raises UserError where x is not an array of floats of the same shape and kind as `like`."""
-    if not hasattr(x, "dtype") or array_module(x) is not array_module(like):
-        raise UserError(f"{what} is {type(x).__name__}, not {type(like).__name__}")
-    if x.dtype.kind != "f" or x.shape != like.shape:
-        raise UserError(f"{what} is {x.dtype} {x.shape}, but must be {like.dtype} {like.shape}")
 
 
 def _zeros_like(p):

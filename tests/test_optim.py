@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import miniconvit as mc
-from miniconvit.optim import update_average
 
 # AdamW's ten losses on a whole model are compared with another implementation in
 # test_timm_golden.py; here the parts that a model's losses hardly show.
@@ -112,13 +111,6 @@ def test_float64_gradients_of_float32_parameters_are_right():
     mc.AdamW(a).step(a, {"w": np.full(3, 0.5)})
     mc.AdamW(b).step(b, {"w": np.full(3, 0.5, "f4")})
     np.testing.assert_allclose(a["w"], b["w"], rtol=1e-7)
-
-
-def test_an_average_of_another_shape_is_refused():
-    average = {"a": np.ones(2), "w": np.ones((2, 3))}
-    with pytest.raises(mc.UserError, match="w beside its average"):
-        update_average(average, {"a": np.zeros(2), "w": np.ones(3)}, 0.9)
-    assert (average["a"] == 1).all()
 
 
 @pytest.mark.parametrize(("max_norm", "scale"), [(13.0, 1.0), (20.0, 1.0), (6.5, 0.5)])

@@ -182,7 +182,7 @@ def test_the_same_labels_in_another_form_give_the_same_loss(targets):
         (None, "not object"),
         (np.array([1, 2, 3]) + 0j, "not complex128"),
         ([[0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 1]], "go from -0.5 to 1.5"),
-        (100.0 * np.eye(4)[[3, 0, 2]], "go from 0.0 to 100.0"),
+        ([[0.5, np.inf, 0, 0]] * 3, "to inf"),
         ([[0.5, np.nan, 0, 0]] * 3, "go from nan"),
     ],
     ids=str,
