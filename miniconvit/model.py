@@ -129,9 +129,11 @@ def convit_forward(
     keep_caches=False keeps nothing of the blocks: for inference, with no backward pass.
     Returns logits (B, num_classes) and the cache.
     """
-    if images.ndim != 4 or images.shape[1:] != (config.in_chans, *config.image):
+    shape = getattr(images, "shape", ())
+    if len(shape) != 4 or shape[1:] != (config.in_chans, *config.image):
         expected = f"(B, {config.in_chans}, {config.image[0]}, {config.image[1]})"
-        raise UserError(f"the model expects images of shape {expected}, not {images.shape}")
+        found = shape or f"{type(images).__name__}: pass an array"
+        raise UserError(f"the model expects images of shape {expected}, not {found}")
     if images.dtype != params["head.weight"].dtype:
         raise UserError(
             f"images are {images.dtype} but the parameters {params['head.weight'].dtype}: "

@@ -5,6 +5,7 @@ from math import cos, inf, pi, sqrt
 import numpy as np
 
 from .arrays import Params, array_module
+from .checks import check_step
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 
@@ -33,8 +34,10 @@ class AdamW:
         """p -= lr * decay * p;  p -= lr * mhat / (sqrt(vhat) + eps), for every parameter.
 
         mhat and vhat are the moments divided by 1 - beta^t, which undoes their start at zero.
-        lr: this step's rate, the constructor's where None.
+        lr: this step's rate, the constructor's where None. Raises UserError, before anything has
+        changed, where a gradient is missing or has another form than its parameter.
         """
+        check_step(params, grads, self.exp_avg)
         lr = self.lr if lr is None else lr
         beta1, beta2 = self.betas
         self.step_count += 1

@@ -1,5 +1,7 @@
 """AdamW against its formula, clipping, and the published learning rates."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,64 @@ def test_float32_stays_float32():
     optimizer.step(params, {"w": np.ones((2, 2), "f4")})
     for array in (params["w"], optimizer.exp_avg["w"], optimizer.exp_avg_sq["w"]):
         assert array.dtype == np.float32
+
+
+WRONG_GRADIENTS = {
+    "missing": lambda g: {"w": g["w"]},
+    "None": lambda g: g | {"b": None},
+    "a number": lambda g: g | {"b": 0.5},
+    "a list": lambda g: g | {"b": g["b"].tolist()},
+    "one for all": lambda g: g | {"b": g["b"][:1]},
+    "a scalar array": lambda g: g | {"b": g["b"].sum()},
+    "a row for each": lambda g: g | {"w": g["w"][0]},
+    "transposed": lambda g: g | {"w": g["w"].T},
+    "one for each image": lambda g: g | {"b": np.stack([g["b"]] * 2)},
+    "integers": lambda g: g | {"b": np.ones(3, int)},
+    "complex": lambda g: g | {"b": g["b"] + 0j},
+    "objects": lambda g: g | {"b": g["b"].astype(object)},
+    "misspelt": lambda g: {"w": g["w"], "b": g["b"], "bais": g["b"]},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS)
+def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes(wrong):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((2, 3)), "b": rng.standard_normal(3)}
+    grads = {name: rng.standard_normal(p.shape) for name, p in params.items()}
+    optimizer = mc.AdamW(params)
+    optimizer.step(params, grads)
+    before = deepcopy((params, vars(optimizer)))
+    with pytest.raises(mc.UserError, match=r"gradient of '?(w|b)"):
+        optimizer.step(params, wrong(grads))
+    np.testing.assert_equal((params, vars(optimizer)), before)
+    optimizer.step(params, grads)
+
+
+def test_parameters_that_are_not_the_optimizers_own_are_refused():
+    params = {"w": np.ones((2, 3)), "b": np.ones(3)}
+    grads = {name: np.ones_like(p) for name, p in params.items()}
+    read_only = np.broadcast_to(np.ones(3), (2, 3))
+    for other in ({"v": np.ones(3)}, {"w": np.ones((3, 3))}, {"w": np.ones((2, 3), int)},
+                  {"w": read_only}):  # fmt: skip
+        optimizer = mc.AdamW(params)
+        with pytest.raises(mc.UserError, match=r"^(this AdamW.* v|w )"):
+            optimizer.step(other, grads)
+        assert optimizer.step_count == 0
+
+
+def test_a_part_of_the_parameters_may_be_updated_alone():
+    """So a frozen model trains, and so processes share an update."""
+    params = {"w": np.ones((2, 3)), "b": np.ones(3)}
+    grads = {name: np.ones_like(p) for name, p in params.items()}
+    mc.AdamW(params).step({"b": params["b"]}, grads)
+    assert (params["w"] == 1).all() and (params["b"] < 1).all()
+
+
+def test_float64_gradients_of_float32_parameters_are_right():
+    a, b = ({"w": np.ones(3, "f4")} for _ in range(2))
+    mc.AdamW(a).step(a, {"w": np.full(3, 0.5)})
+    mc.AdamW(b).step(b, {"w": np.full(3, 0.5, "f4")})
+    np.testing.assert_allclose(a["w"], b["w"], rtol=1e-7)
 
 
 @pytest.mark.parametrize(("max_norm", "scale"), [(13.0, 1.0), (20.0, 1.0), (6.5, 0.5)])

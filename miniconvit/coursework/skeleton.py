@@ -43,6 +43,15 @@ Params = dict[str, np.ndarray]  # arrays by name
 psa_forward = psa_backward = None  # positional attention without gates is no exercise
 
 
+def checked_targets(xp, logits, targets, label_smoothing):
+    """The library refuses wrong targets here. You are only given right ones."""
+    return targets
+
+
+def check_step(params, grads, moments):
+    """The library refuses gradients that do not fit here. You are only given right ones."""
+
+
 def __getattr__(name):
     if name not in FILES:
         raise AttributeError(name)

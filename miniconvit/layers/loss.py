@@ -1,6 +1,7 @@
 """Cross-entropy, with label smoothing or soft targets."""
 
 from ..arrays import array_module
+from ..checks import checked_targets
 
 
 def cross_entropy_forward(logits, targets, label_smoothing=0.0):
@@ -8,9 +9,10 @@ def cross_entropy_forward(logits, targets, label_smoothing=0.0):
 
     logits (B, C). targets (B,) integers in 0..C-1: t is one-hot, then smoothed as
     (1 - s) t + s / C; or (B, C) probabilities, taken as they are. Returns a scalar array in the
-    dtype of the logits.
+    dtype of the logits. Raises UserError for targets that are neither.
     """
     xp = array_module(logits)
+    targets = checked_targets(xp, logits, targets, label_smoothing)
     B, C = logits.shape
     if targets.ndim == 1:
         one_hot = xp.arange(C) == targets[:, None]  # (B, C)

@@ -1,10 +1,14 @@
 """The gradient checker: what it accepts, what it catches, and what it says."""
 
 import json
+import re
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from random_layers import plant, right_layer
 
 import miniconvit as mc
 from miniconvit.cli import program
@@ -236,6 +240,394 @@ def test_the_report_is_a_table_and_the_same_for_the_same_seed(inputs):
     assert a == b != c
     assert [line.split()[0] for line in a.splitlines()] == ["tensor", "x", "weight"]
     assert a.count("ok") == 2
+
+
+# What people bring: other forms, and layers that are hard to difference.
+
+
+def tanh_forward(x):
+    return np.tanh(x), np.tanh(x)
+
+
+def tanh_backward(dy, y):
+    return {"x": dy * (1 - y * y)}
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(8).standard_normal((3, 4))
+
+
+WRONG_FORMS = {
+    "inputs None": (None, {}, "dict of name to array"),
+    "inputs a list": ([np.ones(3)], {}, "dict of name to array"),
+    "inputs empty": ({}, {}, "dict of name to array"),
+    "a name that is no string": ({0: np.ones(3)}, {}, "dict of name to array"),
+    "a name that forward lacks": ({"z": np.ones(3)}, {}, "cannot be called: missing .* 'x'"),
+    "an input of None": ({"x": None}, {}, "x is of type NoneType"),
+    "an input tuple": ({"x": (1.0, 2.0)}, {}, "x is of type tuple: pass np.array"),
+    "a number": ({"x": np.float64(2)}, {}, "x is of type float64"),
+    "a matrix": ({"x": np.ones((2, 2)).view(np.matrix)}, {}, "x is of type matrix"),
+    "a masked array": ({"x": np.ma.ones(3)}, {}, "x is of type MaskedArray"),
+    "booleans": ({"x": np.ones(3, bool)}, {}, "x is bool; pass"),
+    "objects": ({"x": np.ones(3, object)}, {}, "x is object; pass"),
+    "half precision": ({"x": np.ones(3, "f2")}, {}, "x is float16: float32 cannot tell"),
+    "a complex number": ({"x": np.array(1j)}, {}, "real and its imaginary part"),
+    "an infinite input": ({"x": np.array([1.0, np.inf])}, {}, "x is not finite"),
+    "expect_zero one name": ({"x": np.ones(3)}, {"expect_zero": "x"}, r"write \['x'\]"),
+    "expect_zero a number": ({"x": np.ones(3)}, {"expect_zero": 0}, "a collection of names"),
+    "expect_zero misspelt": ({"xs": np.ones(3)}, {"expect_zero": ["sx"]}, "names 'sx'"),
+    "no step": ({"x": np.ones(3)}, {"step": 0.0}, "step is a share"),
+    "a step as text": ({"x": np.ones(3)}, {"step": "1e-5"}, "step is a share"),
+    "a scale of nothing": ({"x": np.ones(3)}, {"scale": {"x": 0}}, "scale is the inputs' size"),
+    "a scale of another": ({"x": np.ones(3)}, {"scale": {"y": 1}}, "scale names 'y'"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "options", "sentence"), WRONG_FORMS.values(), ids=WRONG_FORMS)
+def test_inputs_of_another_form_are_refused_by_a_sentence(inputs, options, sentence):
+    names = {"xs": lambda xs: tanh_forward(xs)}
+    forward = names.get(next(iter(inputs or [])) if isinstance(inputs, dict) and inputs else "x",
+                        tanh_forward)  # fmt: skip
+    with pytest.raises(mc.UserError, match=sentence):
+        mc.check_gradients(forward, tanh_backward, inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (lambda x: x, r"must return \(y, cache\), not ndarray"),
+        (lambda x: [x, None], r"must return \(y, cache\), not list"),
+        (lambda x: (x, x, x), "not a tuple of 3"),
+        (lambda x: None, "not NoneType"),
+        (lambda x: {"y": x}, "not dict"),
+        (lambda x: ([x], None), "y must be an array.*not list"),
+        (lambda x: (None, x), "y must be an array.*not NoneType"),
+        (lambda x: (((x, x), x), None), "y must be an array.*not tuple"),
+        (lambda x: (3, x), "y must be an array.*not int"),
+        (lambda x: ((), x), "empty tuple"),
+        (lambda x: (x > 0, x), "forward returns bool, which has no gradient"),
+        (lambda x: (x.argsort(), x), "forward returns int64, which has no gradient"),
+        (lambda x: (x * 1j, x), "complex128: return its real and imaginary part"),
+        (lambda x: (x.astype("f4"), x), "forward returns float32 .* casts"),
+        (lambda x: ((x, x.mean().astype("f2")), x), "forward returns float16 .* casts"),
+    ],
+)
+def test_a_forward_of_another_form_is_refused_by_a_sentence(x, result, sentence):
+    with pytest.raises(mc.UserError, match=sentence):
+        mc.check_gradients(result, tanh_backward, {"x": x})
+
+
+@pytest.mark.parametrize(
+    ("backward", "sentence"),
+    [
+        (lambda dy, y: None, "not NoneType"),
+        (lambda dy, y: [dy * (1 - y * y)], "not list"),
+        (lambda dy: dy, "cannot be called"),
+        ("tanh", "must be a function"),
+    ],
+)
+def test_a_backward_of_another_form_is_refused_by_a_sentence(x, backward, sentence):
+    with pytest.raises(mc.UserError, match=sentence):
+        mc.check_gradients(tanh_forward, backward, {"x": x})
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda g: g.astype("f4"), "float32, not float64"),
+        (lambda g: g.astype(np.longdouble), "not float64"),
+        (lambda g: g + 0j, "complex128"),
+        (lambda g: g.tolist(), "list, not an array"),
+        (lambda g: g[:1], r"shape \(1, 4\)"),
+        (lambda g: np.full_like(g, np.inf), "not finite"),
+    ],
+)
+def test_a_gradient_of_another_form_is_wrong(x, change, note):
+    report = mc.check_gradients(
+        tanh_forward, lambda dy, y: {"x": change(tanh_backward(dy, y)["x"])}, {"x": x}
+    )
+    assert [row.verdict for row in report.rows] == ["WRONG"]
+    assert re.search(note, report.rows[0].note)
+
+
+def problems_of(backward, forward=tanh_forward, **more):
+    inputs = {"x": np.random.default_rng(8).standard_normal((3, 4))}
+    report = mc.check_gradients(forward, backward, inputs, **more)
+    assert not report.ok
+    return str(report)
+
+
+def test_gradients_that_nobody_asked_for_are_said():
+    def misspelt(dy, y):
+        return tanh_backward(dy, y) | {"xx": dy}
+
+    def too_many(dy, y):
+        return dy * (1 - y * y), dy
+
+    assert "a gradient of 'xx', which is no input" in problems_of(misspelt)
+    assert "backward returns 2 gradients, but inputs: 1" in problems_of(too_many)
+    x = np.random.default_rng(8).standard_normal((3, 4))
+    none_beyond = mc.check_gradients(tanh_forward, lambda dy, y: (dy * (1 - y * y), None), {"x": x})
+    assert none_beyond.ok  # as linear_backward without a bias
+
+
+def test_state_that_backward_keeps_is_said():
+    total, buffer, calls = np.zeros((3, 4)), np.zeros((3, 4)), []
+
+    def accumulates(dy, y):
+        total[...] += dy * (1 - y * y)
+        return {"x": total.copy()}
+
+    def reuses(dy, y):
+        np.multiply(dy, 1 - y * y, out=buffer)
+        return {"x": buffer}
+
+    def forgets(dy, y):
+        calls.append(1)
+        return {"x": dy * (1 - y * y) * (len(calls) == 1)}
+
+    def spends(dy, y):
+        calls.pop()
+        return tanh_backward(dy, y)
+
+    assert "another one on a second call" in problems_of(accumulates)
+    assert "written over by the next call" in problems_of(reuses)
+    assert "another one on a second call" in problems_of(forgets)
+    calls[:] = [1]
+    assert "works once and then raises IndexError" in problems_of(spends)
+
+
+def test_a_cache_inside_an_object_is_watched_too():
+    def forward(x):
+        return np.tanh(x), SimpleNamespace(y=np.tanh(x))
+
+    def greedy(dy, cache):
+        cache.y *= cache.y
+        return {"x": dy * (1 - cache.y)}
+
+    assert "the cache was changed in place" in problems_of(greedy, forward)
+
+
+def test_float32_inside_is_named_wherever_it_is():
+    def hidden(x):
+        return np.tanh(x.astype("f4")).astype("f8"), np.tanh(x)
+
+    def half(x):
+        return np.tanh(x.astype("f2").astype("f8")), np.tanh(x)
+
+    def short_cache(x):
+        return np.tanh(x), np.tanh(x).astype("f4")
+
+    def short_dy(dy, y):
+        return {"x": dy.astype("f4") * (1 - y * y)}
+
+    def short_result(dy, y):
+        return {"x": tanh_backward(dy, y)["x"].astype("f4").astype("f8")}
+
+    assert re.search(
+        "unsure  forward (loses digits|moves in steps)", problems_of(tanh_backward, hidden)
+    )
+    assert "does it round or cast?" in problems_of(tanh_backward, half)
+    assert "the cache holds float32" in problems_of(tanh_backward, short_cache)
+    assert "not linear in dy: does backward cast?" in problems_of(short_dy)
+    assert "not linear in dy: does backward cast?" in problems_of(short_result)
+
+
+def test_a_mask_in_float32_is_no_cast(x):
+    keep = np.ones((3, 1), "f4")
+    assert mc.check_gradients(lambda x: (x * keep, keep), lambda dy, k: dy * k, {"x": x}).ok
+
+
+def zero_layers():
+    """Right layers whose output, or a gradient, is zero: name to (pair, inputs, zeros)."""
+    rng = np.random.default_rng(3)
+    x, w = rng.standard_normal((4, 3)), rng.standard_normal((3, 2))
+    relu = lambda x: (np.maximum(x, 0), x > 0), lambda dy, c: {"x": dy * c}
+    return {
+        "zero-initialised head": (
+            lambda x, w: (np.sin(x) @ w, (x, w)),
+            lambda dy, c: {"x": dy @ c[1].T * np.cos(c[0]), "w": np.sin(c[0]).T @ dy},
+            {"x": x, "w": 0 * w},
+            ["x"],
+        ),
+        "dead unit": (*relu, {"x": -np.abs(x) - 0.5}, ["x"]),
+        "zero inputs": (
+            lambda x, w: (x @ w, (x, w)),
+            lambda dy, c: {"x": dy @ c[1].T, "w": c[0].T @ dy},
+            {"x": 0 * x, "w": w},
+            ["w"],
+        ),
+        "no rows": (
+            lambda x, w: (np.tanh(x) @ w, (x, w)),
+            lambda dy, c: {"x": (dy @ c[1].T) / np.cosh(c[0]) ** 2, "w": np.tanh(c[0]).T @ dy},
+            {"x": x[:0], "w": w},
+            ["x", "w"],
+        ),
+        "no columns": (
+            lambda x, b: (x.sum(1) + b, x.shape),
+            lambda dy, shape: {"x": np.broadcast_to(dy[:, None], shape), "b": dy},
+            {"x": x[:, :0], "b": x[:, 0]},
+            ["x"],
+        ),
+        "constant": (lambda x: (0.0 * x.sum(), x), lambda dy, x: 0.0 * dy * x, {"x": x}, ["x"]),
+    }
+
+
+@pytest.mark.parametrize("every_entry", [False, True])
+@pytest.mark.parametrize("name", zero_layers())
+def test_zero_outputs_and_empty_inputs_have_a_verdict(name, every_entry):
+    forward, backward, inputs, zeros = zero_layers()[name]
+    report = mc.check_gradients(forward, backward, inputs, every_entry=every_entry)
+    assert not report.ok
+    assert [row.name for row in report.rows if row.verdict == "zero"] == zeros
+    assert mc.check_gradients(
+        forward, backward, inputs, every_entry=every_entry, expect_zero=zeros
+    ).ok
+
+
+@pytest.mark.parametrize("every_entry", [False, True])
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1e160, 1e250, 1e303])
+def test_outputs_at_the_ends_of_float64(x, every_entry, size):
+    def forward(x):
+        return size * np.tanh(x), np.tanh(x)
+
+    for factor, right in ((1.0, True), (-1.0, False), (1.01, False), (0.0, False)):
+        report = mc.check_gradients(
+            forward, lambda dy, y, f=factor: f * size * dy * (1 - y * y), {"x": x}, 0, every_entry
+        )
+        assert report.ok == right, report
+
+
+def test_an_output_that_overflows_beside_the_inputs_is_not_ok(x):
+    report = mc.check_gradients(
+        lambda x: (1.79769e308 * np.exp(x), None), lambda dy, c: dy, {"x": x - x.max()}
+    )
+    assert not report.ok
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e6, 1e9])
+def test_one_wrong_entry_among_larger_ones_is_found_entry_by_entry(ratio):
+    sizes = np.array([[ratio, ratio], [1.0, ratio]])
+
+    def backward(dy, y, error=0.0):
+        grad = dy * sizes * (1 - y * y)
+        grad[1, 0] *= 1 + error
+        return {"x": grad}
+
+    inputs = {"x": np.random.default_rng(8).standard_normal((2, 2))}
+    pair = lambda x: (sizes * np.tanh(x), np.tanh(x)), partial(backward, error=1e-3)
+    assert mc.check_gradients(pair[0], backward, inputs, every_entry=True).ok
+    report = mc.check_gradients(*pair, inputs, every_entry=True)
+    assert report.rows[0].verdict == "WRONG"
+    assert ratio < 1e4 or "only at [1, 0]" in report.rows[0].note
+
+
+KINKS = {
+    "abs at 0": (np.abs, np.sign, [0.0, 1.0, -2.0]),
+    "hinge at its corner": (lambda x: np.maximum(1 - x, 0), lambda x: -1.0 * (x < 1), [1.0, 0.3]),
+    "clip at its end": (lambda x: np.clip(x, 0, 1), lambda x: 1.0 * (x >= 0), [0.0, 0.5]),
+    "a tie": (lambda x: x.max(), lambda x: (x == x.max()) / (x == x.max()).sum(), [2.0, 2.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("every_entry", [False, True])
+@pytest.mark.parametrize("name", KINKS)
+def test_kinks_and_ties_get_a_hint(name, every_entry):
+    f, df, x = KINKS[name]
+    for delta, verdict in ((0.0, "unsure"), (0.1, "ok")):
+        inputs = {"x": np.array(x) + delta * np.arange(1, len(x) + 1)}
+        report = mc.check_gradients(
+            lambda x: (f(x), x), lambda dy, x: dy * df(x), inputs, every_entry=every_entry
+        )
+        assert report.rows[0].verdict == verdict, report
+        assert ("a kink or a tie" in str(report)) == (verdict == "unsure")
+
+
+def test_a_kink_near_the_inputs_is_no_kink():
+    """With 20,000 entries some lie within the usual step of their kink."""
+    inputs = {"x": np.random.default_rng(0).standard_normal((100, 200))}
+    pair = lambda x: (np.maximum(x, 0.3 * x), x > 0), lambda dy, c: dy * np.where(c, 1, 0.3)
+    assert mc.check_gradients(*pair, inputs).ok
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.01, 1e4, 1e6])
+def test_the_step_follows_the_inputs(size):
+    rng = np.random.default_rng(2)
+    inputs = {"x": size * rng.standard_normal((3, 7))}
+    inputs |= {"weight": rng.standard_normal(7), "bias": rng.standard_normal(7)}
+
+    def wrong(dy, cache):
+        dx, dweight, dbias = mc.layers.layernorm_backward(dy, cache)
+        return 1.0001 * dx, dweight, dbias
+
+    for every_entry in (False, True):
+        options = {"every_entry": every_entry}
+        assert mc.check_gradients(
+            mc.layers.layernorm_forward, mc.layers.layernorm_backward, inputs, **options
+        ).ok
+        report = mc.check_gradients(mc.layers.layernorm_forward, wrong, inputs, **options)
+        assert [row.verdict for row in report.rows] == ["WRONG", "ok", "ok"]
+
+
+def test_differences_that_cannot_tell_are_a_verdict_of_their_own():
+    x = np.random.default_rng(2).standard_normal(5)
+    pair = lambda x: ((x + 1e12) - 1e12, None), lambda dy, c: 1.0 * dy
+    report = mc.check_gradients(*pair, {"x": x})
+    assert report.rows[0].verdict == "unsure" and report.rows[0].note and not report.ok
+    far = {"x": 1e6 + np.random.default_rng(2).standard_normal((3, 7)), "weight": np.ones(7)}
+    report = mc.check_gradients(
+        lambda x, weight: mc.layers.layernorm_forward(x, weight, 0.0),
+        lambda dy, c: mc.layers.layernorm_backward(dy, c)[:2],
+        far,
+    )
+    assert [row.verdict for row in report.rows] == ["unsure", "ok"]
+    assert "differences are good to" in report.rows[0].note
+
+
+def test_step_and_scale_can_be_given():
+    """A tensor of zeros does not say its size, nor does one entry say the others'."""
+    pair = lambda x, b: (np.sin((x + b) * 1e6), np.cos((x + b) * 1e6)), None
+    backward = lambda dy, c: (1e6 * dy * c, 1e6 * (dy * c).sum(0))  # noqa: E731
+    inputs = {"x": 1e-6 * np.random.default_rng(2).standard_normal((4, 3)), "b": np.zeros(3)}
+    for options in ({"scale": 1e-6}, {"scale": {"b": 1e-6}}, {"step": 1e-6, "scale": {"b": 1e-5}}):
+        report = mc.check_gradients(pair[0], backward, inputs, **options)
+        assert report.ok, report
+        assert max(row.error for row in report.rows) < 1e-8
+
+
+def test_a_step_that_is_lost_in_the_inputs_passes_nothing():
+    inputs = {"x": 1e6 + np.random.default_rng(2).standard_normal(4)}
+    report = mc.check_gradients(
+        lambda x: (2 * x, x), lambda dy, x: 3 * dy, inputs, step=1e-10, scale=1e-12
+    )
+    assert not report.ok
+
+
+# Right layers of every kind and scale, and errors planted in them.
+
+
+def alarms_and_misses(seeds, every_entry=False):
+    alarms, misses = [], []
+    for seed in seeds:
+        forward, backward, inputs = right_layer(seed)
+        report = mc.check_gradients(forward, backward, inputs, seed, every_entry)
+        if not report.ok:
+            alarms.append((seed, str(report)))
+        wrong, what = plant(seed, backward, inputs)
+        if mc.check_gradients(forward, wrong, inputs, seed, every_entry).ok:
+            misses.append((seed, what))
+    return alarms, misses
+
+
+@pytest.mark.parametrize("every_entry", [False, True])
+def test_right_layers_of_all_scales_pass_and_planted_errors_do_not(every_entry):
+    assert alarms_and_misses(range(200), every_entry) == ([], [])
+
+
+@pytest.mark.full
+def test_no_false_alarm_in_10_000_right_layers_and_no_planted_error_missed():
+    assert alarms_and_misses(range(10_000)) == ([], [])
 
 
 @pytest.mark.parametrize("every_entry", [False, True])

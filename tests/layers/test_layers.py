@@ -3,11 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from math import erf, exp, log, pi, sqrt
 
+import fakecupy
 import numpy as np
 import pytest
 
 from miniconvit import layers
 from miniconvit.analysis.maps import nonlocality
+from miniconvit.errors import UserError
 from miniconvit.gradcheck.cases import CASES, FUNCTIONS
 from miniconvit.layers.position import relative_positions
 from miniconvit.model import local_centres
@@ -126,6 +128,85 @@ def test_cross_entropy_from_its_definition(rng, smoothing):
     assert float(layers.cross_entropy_forward(logits, one_hot, 0.5)[0]) == pytest.approx(
         expected / 4, rel=1e-12
     )
+
+
+def loss_of(targets, logits=None, smoothing=0.0):
+    if logits is None:
+        logits = np.random.default_rng(5).standard_normal((3, 4))
+    return float(layers.cross_entropy_forward(logits, targets, smoothing)[0])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [3, 0, 2],
+        (3, 0, 2),
+        np.array([3.0, 0.0, 2.0]),
+        np.array([3, 0, 2], "u1"),
+        np.eye(4)[[3, 0, 2]].tolist(),
+        np.eye(4, dtype=bool)[[3, 0, 2]],
+        np.eye(4, dtype="i8")[[3, 0, 2]],
+        np.eye(4, dtype="f2")[[3, 0, 2]],
+    ],
+    ids=str,
+)
+def test_the_same_labels_in_another_form_give_the_same_loss(targets):
+    assert loss_of(targets) == loss_of(np.array([3, 0, 2]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        ([1, 2, 4], "go from 1 to 4: classes count from 0, so subtract 1"),
+        ([0, 2, 4], r"lie in 0\.\.3, but these go from 0 to 4$"),
+        ([-100, 2, 3], "go from -100 to 3: leave out"),
+        (np.array([0, 255, 1], "u1"), "go from 0 to 255"),
+        ([0.0, 2.5, 1.0], "whole numbers"),
+        ([0.0, np.nan, 1.0], "go from nan"),
+        ([0.0, np.inf, 1.0], "to inf"),
+        (
+            [[3], [0], [2]],
+            r"labels \(3,\) or probabilities \(3, 4\) .* not int64 of shape \(3, 1\)",
+        ),
+        ([[3, 0, 2]], r"shape \(1, 3\)"),
+        ([3], r"shape \(1,\)"),
+        (3, r"shape \(\)"),
+        ([3, 0], r"shape \(2,\)"),
+        ([3, 0, 2, 1], r"shape \(4,\)"),
+        (np.eye(5)[[3, 0, 2]], r"shape \(3, 5\)"),
+        (np.eye(4)[[3, 0, 2]].T, r"shape \(4, 3\)"),
+        (np.full((3, 4, 1), 0.25), r"shape \(3, 4, 1\)"),
+        ([[0.5, 0.5, 0, 0], [1, 0, 0], [0, 0, 0, 1]], "cannot be made an array"),
+        (["cat", "dog", "dog"], "not <U3"),
+        ([1, None, 2], "not object"),
+        (None, "not object"),
+        (np.array([1, 2, 3]) + 0j, "not complex128"),
+        ([[0.5, 0.5, 0, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 1]], "go from -0.5 to 1.5"),
+        ([[0.5, np.inf, 0, 0]] * 3, "to inf"),
+        ([[0.5, np.nan, 0, 0]] * 3, "go from nan"),
+    ],
+    ids=str,
+)
+def test_targets_that_would_train_wrongly_are_refused(targets, sentence):
+    with pytest.raises(UserError, match=sentence):
+        loss_of(targets)
+
+
+def test_logits_and_smoothing_that_have_no_loss_are_refused():
+    for logits in (np.zeros(4), np.zeros((0, 4)), np.zeros((1, 4), int), [[0.0, 1.0]], None):
+        with pytest.raises(UserError, match="logits must be floats"):
+            layers.cross_entropy_forward(logits, np.array([0]))
+    for smoothing in (-0.1, 1.1, np.nan):
+        with pytest.raises(UserError, match="label_smoothing"):
+            loss_of([0, 1, 2], smoothing=smoothing)
+
+
+def test_the_loss_does_not_wait_for_a_gpu(cupy):
+    logits, labels = cupy.asarray(np.zeros((3, 4), "f4")), cupy.asarray(np.array([3, 0, 9]))
+    with fakecupy.forbid("wait", "upload"):
+        layers.cross_entropy_forward(logits, labels, 0.1)
+        with pytest.raises(UserError, match=r"not int64 of shape \(2,\)"):
+            layers.cross_entropy_forward(logits, labels[:2])
 
 
 def test_cross_entropy_survives_huge_logits():
