@@ -1,9 +1,11 @@
 """A student's process seen from outside: started, asked, cut off in time, and cleared away."""
 
+import json
 import os
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import layers
-from . import runner
+from . import confine, runner, source
 from .cases import map_arrays
 from .runner import Broken, Failure, Wire, arrays_in
 from .skeleton import kit_source
@@ -82,14 +84,16 @@ class Sandbox:
         self._folder.chmod(0o755)  # nobody may read it, and only read it
         (self._folder / f"{self._name}.py").write_text(self._text, encoding="utf-8")
         (self._folder / "kit.py").write_text(kit_source(), encoding="utf-8")
-        shutil.copyfile(runner.__file__, self._folder / "runner.py")
+        for module in (runner, confine):
+            shutil.copy(module.__file__, self._folder)
         self._log = tempfile.TemporaryFile()
         limits = self._limits
         numbers = (int(limits.seconds) + 1, limits.memory, limits.output)
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-B", "-u", "runner.py", self._name),
-                *(" ".join(sorted(self._allowed)), *map(str, numbers)),
+                *(" ".join(sorted(self._allowed)), " ".join(source.WHITELIST)),
+                *map(str, numbers),
             ],
             cwd=self._folder,
             env=_environment(),
@@ -175,6 +179,45 @@ class Sandbox:
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
+
+
+SOURCE_LIMITS = Limits(seconds=20.0, memory=1 << 30)
+MOST_DEATHS = 4  # of processes that look through one submission
+
+
+def look_through(files):
+    """[{"text", "problem", "functions"}, ...] of files' bytes, from a limited process that runs
+    none of them."""
+    described, deaths = [], 0
+    while len(described) < len(files):
+        if deaths < MOST_DEATHS:
+            described += _described(files[len(described) :])
+        if len(described) < len(files):  # the process died of this one
+            deaths += 1
+            problem = "is no valid Python: it takes too much memory or time to be read"
+            described.append({"text": "", "problem": problem, "functions": None})
+    return described
+
+
+def _described(files):
+    """What a process says of these files before it ends."""
+    limits = SOURCE_LIMITS
+    numbers = (int(limits.seconds), limits.memory, limits.output)
+    command = [sys.executable, "-I", "-B", source.__file__, *map(str, numbers)]
+    sent = b"".join(struct.pack("<I", len(data)) + data for data in files)
+    try:
+        answer = subprocess.run(
+            command,
+            input=sent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            timeout=limits.seconds,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        answer = error.stdout or b""
+    lines = answer.split(b"\n")[:-1]  # what is cut off is no line
+    return [json.loads(line) for line in lines]
 
 
 def _environment():
