@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import signal
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from .cases import HIDDEN, VISIBLE, Size
 from .exercises import Exercise, allowed_functions, exercises
 from .files import OTHER_ARCHIVES, printable
 from .judge import Row, judge
-from .sandbox import LIMITS, Limits, Sandbox
+from .sandbox import LIMITS, Keeper, Limits, Sandbox
 from .submission import read_submission
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
@@ -123,23 +126,23 @@ def load_assignment(folder):
         raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
 
 
-def grade_exercise(text, exercise, assignment):
+def grade_exercise(text, exercise, assignment, keeper=None):
     """The Result of one file's text. Every unit runs in a process of its own."""
     rows, printed = [], ""
     for unit in exercise.units:
         allowed = allowed_functions(unit.name)
-        with Sandbox(text, exercise.name, allowed, assignment.limits) as sandbox:
+        with Sandbox(text, exercise.name, allowed, assignment.limits, keeper) as sandbox:
             rows += judge(sandbox.call, unit, assignment.secret, assignment.sizes)
         printed = printed or sandbox.printed
     return Result(exercise, tuple(rows), printed=printed)
 
 
-def grade_submission(path, assignment, student=""):
+def grade_submission(path, assignment, student="", keeper=None):
     """The Graded of a folder or zip file. Whatever is in it gets a score and a sentence."""
     start = time.monotonic()
     texts, problems, remark = read_submission(path, assignment.exercises, assignment.skeleton)
     results = tuple(
-        grade_exercise(texts[exercise.name], exercise, assignment)
+        grade_exercise(texts[exercise.name], exercise, assignment, keeper)
         if exercise.name in texts
         else Result(exercise, problem=problems[exercise.name])
         for exercise in assignment.exercises
@@ -162,12 +165,12 @@ def grade(submissions, instructor, out, jobs=None):
         raise UserError(f"{out} holds the submissions: name another folder for the results")
     out.mkdir(parents=True, exist_ok=True)
     folders = _folders(paths, out)
-    graded = {}
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        futures = {
-            pool.submit(_grade_safely, path, assignment, student): student
+    graded, keeper = {}, Keeper()
+    with ending_when_asked(), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        futures = [
+            pool.submit(_grade_safely, path, assignment, student, keeper)
             for student, path in paths.items()
-        }
+        ]
         try:
             for future in tqdm(
                 as_completed(futures), total=len(futures), unit=" submissions", disable=None
@@ -176,11 +179,35 @@ def grade(submissions, instructor, out, jobs=None):
                 graded[one.student] = one
                 folders[one.student].mkdir(exist_ok=True)
                 write_results(one, assignment, folders[one.student] / "results.json")
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            keeper.stop()
+            raise
     graded = dict(sorted(graded.items()))
     _write_csv(graded.values(), assignment, out / TABLE)
     return graded
+
+
+@contextmanager
+def ending_when_asked():
+    """While it lasts, SIGTERM and SIGHUP end the program in order: processes and folders go.
+
+    Elsewhere than in the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    usual = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def submissions_in(folder):
@@ -226,11 +253,11 @@ def _folders(students, out):
     return folders
 
 
-def _grade_safely(path, assignment, student=""):
+def _grade_safely(path, assignment, student="", keeper=None):
     try:
         if path.is_symlink():
             raise UserError("it is a link, which may lead anywhere")
-        return grade_submission(path, assignment, student)
+        return grade_submission(path, assignment, student, keeper)
     except Exception as error:  # one submission must not end the others' grading
         problem = f"could not be graded, please look at it by hand: {type(error).__name__}: {error}"
         results = (Result(exercise, problem=problem) for exercise in assignment.exercises)
@@ -260,7 +287,10 @@ def write_results(graded, assignment, path):
         "execution_time": round(graded.seconds, 1),
         "tests": tests,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new = path.with_name(f".{path.name}.new")  # never through a link that lies there
+    new.unlink(missing_ok=True)
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def _write_csv(graded, assignment, path):
@@ -286,6 +316,7 @@ def autograde(root):
     """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
     root = Path(root)
     assignment = load_assignment(root / "source")
-    graded = _grade_safely((root / "submission").resolve(), assignment)
+    with ending_when_asked():
+        graded = _grade_safely((root / "submission").resolve(), assignment)
     (root / "results").mkdir(exist_ok=True)
     write_results(graded, assignment, root / "results" / "results.json")

@@ -169,13 +169,13 @@ def main(limits):
             tokenize.detect_encoding(io.BytesIO(texts[-1]).readline)
     for coding in ("utf-8-sig", *MARKS.values()):
         codecs.lookup(coding)
-    limit_resources(*limits)
+    confine(*limits)
     for text in texts:
         print(json.dumps(describe_source(text)), flush=True)
 
 
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    from confine import limit_resources
+    from confine import confine
 
-    main(map(int, sys.argv[1:4]))
+    main(map(int, sys.argv[1:5]))
