@@ -76,7 +76,7 @@ def check(folder, names):
     chosen = [e for e in coursework.exercises(names) if e in assignment.exercises]
     if not chosen:
         raise UserError(f"{folder} has no exercise {', '.join(names)}")
-    texts, problems, _ = coursework.read_submission(folder, chosen)
+    texts, problems = coursework.read_work(folder, chosen)
     total = 0.0
     for exercise in chosen:
         if exercise.name in problems:
@@ -85,7 +85,7 @@ def check(folder, names):
             result = coursework.grade_exercise(texts[exercise.name], exercise, assignment)
             score, text = result.score, result.text
         total += score
-        first, *more = text.splitlines()
+        first, *more = map(coursework.printable, text.splitlines())
         click.echo(f"{exercise.name:20}{score:6g} /{exercise.points:3}   {first}")
         for line in more:
             click.echo(f"{'':33}{line}")
@@ -119,7 +119,12 @@ def grade(submissions, instructor, out, jobs):
     """
     graded = coursework.grade(submissions, instructor, out, jobs)
     for one in graded.values():
-        click.echo(f"{one.student:30}{one.score:7g} /{one.max_score:4}   {one.remark}".rstrip())
+        row = f"{one.student:30}{one.score:7g} /{one.max_score:4}   {one.remark}"
+        click.echo(coursework.printable(row.rstrip()))
+    _, strangers = coursework.submissions_in(submissions)
+    if strangers:
+        names = ", ".join(path.name for path in strangers)
+        click.echo(coursework.printable(f"\nnot graded, being no folder or archive: {names}"))
     click.echo(f"\n{out / 'grades.csv'}, and results.json for each")
 
 

@@ -6,11 +6,13 @@ submissions, `pack` makes a submission; `EXERCISES` is the table of what there i
 
 from .create import create
 from .exercises import EXERCISES, exercises
+from .files import printable
 from .grading import (
     autograde,
     grade,
     grade_exercise,
     grade_submission,
     load_assignment,
+    submissions_in,
 )
-from .submission import pack, read_submission
+from .submission import pack, read_submission, read_work

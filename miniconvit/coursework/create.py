@@ -51,7 +51,7 @@ from pathlib import Path
 
 import pytest
 
-from miniconvit.coursework import grade_exercise, load_assignment, read_submission
+from miniconvit.coursework import grade_exercise, load_assignment, read_work
 
 FOLDER = Path(__file__).parent
 ASSIGNMENT = load_assignment(FOLDER)
@@ -59,7 +59,7 @@ ASSIGNMENT = load_assignment(FOLDER)
 
 @pytest.mark.parametrize("exercise", ASSIGNMENT.exercises, ids=lambda exercise: exercise.name)
 def test_exercise(exercise):
-    texts, problems, _ = read_submission(FOLDER, [exercise])
+    texts, problems = read_work(FOLDER, [exercise])
     assert not problems
     result = grade_exercise(texts[exercise.name], exercise, ASSIGNMENT)
     assert result.is_full, result.text

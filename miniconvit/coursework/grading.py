@@ -3,8 +3,12 @@
 import csv
 import json
 import os
+import signal
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +17,14 @@ from tqdm import tqdm
 from ..errors import UserError
 from .cases import HIDDEN, VISIBLE, Size
 from .exercises import Exercise, allowed_functions, exercises
+from .files import OTHER_ARCHIVES, printable
 from .judge import Row, judge
-from .sandbox import LIMITS, Limits, Sandbox
+from .sandbox import LIMITS, Keeper, Limits, Sandbox
 from .submission import read_submission
 
-STUDENT_FILE, INSTRUCTOR_FILE = "coursework.json", "hidden.json"
+STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
+LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
+ARCHIVES = (".zip", *OTHER_ARCHIVES)  # the others cannot be read, but some student's work is in it
 
 
 @dataclass(frozen=True)
@@ -119,23 +126,23 @@ def load_assignment(folder):
         raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
 
 
-def grade_exercise(text, exercise, assignment):
+def grade_exercise(text, exercise, assignment, keeper=None):
     """The Result of one file's text. Every unit runs in a process of its own."""
     rows, printed = [], ""
     for unit in exercise.units:
         allowed = allowed_functions(unit.name)
-        with Sandbox(text, exercise.name, allowed, assignment.limits) as sandbox:
+        with Sandbox(text, exercise.name, allowed, assignment.limits, keeper) as sandbox:
             rows += judge(sandbox.call, unit, assignment.secret, assignment.sizes)
         printed = printed or sandbox.printed
     return Result(exercise, tuple(rows), printed=printed)
 
 
-def grade_submission(path, assignment, student=""):
+def grade_submission(path, assignment, student="", keeper=None):
     """The Graded of a folder or zip file. Whatever is in it gets a score and a sentence."""
     start = time.monotonic()
     texts, problems, remark = read_submission(path, assignment.exercises, assignment.skeleton)
     results = tuple(
-        grade_exercise(texts[exercise.name], exercise, assignment)
+        grade_exercise(texts[exercise.name], exercise, assignment, keeper)
         if exercise.name in texts
         else Result(exercise, problem=problems[exercise.name])
         for exercise in assignment.exercises
@@ -144,7 +151,7 @@ def grade_submission(path, assignment, student=""):
 
 
 def grade(submissions, instructor, out, jobs=None):
-    """Grades every folder and zip file in `submissions`, `jobs` at a time (all cores where None).
+    """Grades every folder and archive in `submissions`, `jobs` at a time (all cores where None).
 
     Writes out/STUDENT/results.json for each and out/grades.csv. Returns the Graded, by name.
     Raises UserError where there is nothing to grade.
@@ -152,58 +159,105 @@ def grade(submissions, instructor, out, jobs=None):
     assignment = load_assignment(instructor)
     if assignment.sizes is not HIDDEN:
         raise UserError(f"{instructor} is a student's folder: name the instructor's")
-    paths = _submissions(Path(submissions))
+    paths, _ = submissions_in(submissions)
     out = Path(out)
+    if out.resolve() == Path(submissions).resolve():
+        raise UserError(f"{out} holds the submissions: name another folder for the results")
     out.mkdir(parents=True, exist_ok=True)
-    graded = {}
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        futures = {
-            pool.submit(_grade_safely, path, assignment, student): student
+    folders = _folders(paths, out)
+    graded, keeper = {}, Keeper()
+    with ending_when_asked(), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        futures = [
+            pool.submit(_grade_safely, path, assignment, student, keeper)
             for student, path in paths.items()
-        }
+        ]
         try:
             for future in tqdm(
                 as_completed(futures), total=len(futures), unit=" submissions", disable=None
             ):
                 one = future.result()
                 graded[one.student] = one
-                folder = out / one.student
-                folder.mkdir(exist_ok=True)
-                write_results(one, assignment, folder / "results.json")
-        finally:
-            pool.shutdown(cancel_futures=True)
+                folders[one.student].mkdir(exist_ok=True)
+                write_results(one, assignment, folders[one.student] / "results.json")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            keeper.stop()
+            raise
     graded = dict(sorted(graded.items()))
-    _write_csv(graded.values(), assignment, out / "grades.csv")
+    _write_csv(graded.values(), assignment, out / TABLE)
     return graded
 
 
-def _submissions(folder):
-    """{student: path} of what can be graded in a folder."""
+@contextmanager
+def ending_when_asked():
+    """While it lasts, SIGTERM and SIGHUP end the program in order: processes and folders go.
+
+    Elsewhere than in the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    usual = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def submissions_in(folder):
+    """({student: path}, paths of what is no submission) in a folder.
+
+    A system's own files, such as Thumbs.db, are neither. Raises UserError where nothing is there.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name the one that holds the submissions")
-    found = {}
+    paths, strangers = [], []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name.casefold() in LITTER:
             continue
-        if not path.is_dir() and path.suffix.lower() != ".zip":
-            raise UserError(
-                f"{path} is neither a folder nor a zip file: put a student's files into a folder "
-                "of the student's name, and anything else elsewhere"
-            )
-        student = path.name if path.is_dir() else path.stem
-        if student in found:
-            raise UserError(f"{student} has two submissions, {path} and {found[student]}")
-        found[student] = path
+        is_submission = path.is_dir() or path.name.casefold().endswith(ARCHIVES)
+        (paths if is_submission else strangers).append(path)
+    names = Counter(_student(path) for path in paths)
+    found = {}
+    for path in paths:  # alice/ beside alice.zip: both, under their whole names
+        student = _student(path)
+        found[path.name if names[student] > 1 else student] = path
     if not found:
         raise UserError(f"{folder} holds no submissions: it needs a folder or zip file for each")
-    return found
+    return found, strangers
 
 
-def _grade_safely(path, assignment, student=""):
+def _student(path):
+    if path.is_dir():
+        return path.name
+    name = path.stem
+    return name[:-4] if name.casefold().endswith(".tar") else name
+
+
+def _folders(students, out):
+    """{student: folder of the results}; no student's is where the table belongs."""
+    taken = {student.casefold() for student in students}
+    folders = {}
+    for student in students:
+        name = student
+        while name.casefold() == TABLE or (name != student and name.casefold() in taken):
+            name += "_"
+        folders[student] = out / name
+    return folders
+
+
+def _grade_safely(path, assignment, student="", keeper=None):
     try:
         if path.is_symlink():
             raise UserError("it is a link, which may lead anywhere")
-        return grade_submission(path, assignment, student)
+        return grade_submission(path, assignment, student, keeper)
     except Exception as error:  # one submission must not end the others' grading
         problem = f"could not be graded, please look at it by hand: {type(error).__name__}: {error}"
         results = (Result(exercise, problem=problem) for exercise in assignment.exercises)
@@ -233,25 +287,36 @@ def write_results(graded, assignment, path):
         "execution_time": round(graded.seconds, 1),
         "tests": tests,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new = path.with_name(f".{path.name}.new")  # never through a link that lies there
+    new.unlink(missing_ok=True)
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def _write_csv(graded, assignment, path):
     names = [exercise.name for exercise in assignment.exercises]
     # A name that is no UTF-8, as archives of other systems leave it, must not end it all.
-    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["student", "score", "max_score", *names, "remark"])
         for one in graded:
             scores = [result.score for result in one.results]
-            student = "'" + one.student if one.student[0] in "=+-@\t\r" else one.student
-            writer.writerow([student, one.score, one.max_score, *scores, one.remark])
+            texts = [_cell(one.student), _cell(one.remark)]
+            writer.writerow([texts[0], one.score, one.max_score, *scores, texts[1]])
+
+
+def _cell(text):
+    """A text that a spreadsheet takes for no formula, and that UTF-8 can hold."""
+    return (
+        "'" + printable(text) if text[:1] in ("=", "+", "-", "@", "\t", "\r") else printable(text)
+    )
 
 
 def autograde(root):
     """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
     root = Path(root)
     assignment = load_assignment(root / "source")
-    graded = _grade_safely((root / "submission").resolve(), assignment)
+    with ending_when_asked():
+        graded = _grade_safely((root / "submission").resolve(), assignment)
     (root / "results").mkdir(exist_ok=True)
     write_results(graded, assignment, root / "results" / "results.json")

@@ -140,22 +140,6 @@ def _blank(lines, name, node):
     ]
 
 
-def unfinished(text, exercise):
-    """The names of the exercise that are missing from a student's text, or still blank."""
-    bodies = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bodies |= {name: function.body for name, function in _functions(node)}
-    return [name for name in exercise.functions if _is_blank(bodies.get(name))]
-
-
-def _is_blank(body):
-    if not body:
-        return True
-    last = body[-1]
-    return isinstance(last, ast.Raise) and "NotImplementedError" in ast.unparse(last)
-
-
 def skeleton_hash(exercises):
     """A short hash of the blanks, by which a submission says which edition it was made from."""
     text = kit_source() + "".join(skeleton(exercise) for exercise in exercises)

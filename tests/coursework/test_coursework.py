@@ -26,7 +26,8 @@ from miniconvit.coursework.grading import Assignment, Result
 from miniconvit.coursework.judge import complain, judge
 from miniconvit.coursework.runner import Watched
 from miniconvit.coursework.skeleton import kit_source, skeleton, skeleton_hash, solution
-from miniconvit.coursework.submission import pack, read_submission, source_problem
+from miniconvit.coursework.source import describe_source
+from miniconvit.coursework.submission import pack, read_submission
 from miniconvit.gradcheck.mutants import MUTANTS, Mutant
 
 SECRET = "a secret of the test suite"
@@ -392,7 +393,7 @@ def test_pack_refuses_incomplete_work(kit, tmp_path):
     texts = solutions() | {"softmax.py": skeleton(exercises(["softmax"])[0])}
     del texts["adamw.py"]
     folder = submission(tmp_path / "mine", texts)
-    with pytest.raises(UserError, match=r"adamw.py is missing; softmax.py still lacks softmax_f"):
+    with pytest.raises(UserError, match=r"softmax.py still lacks softmax_f.*; adamw.py is missing"):
         pack(folder, assignment)
     assert not (folder / "submission.zip").exists()
     (folder / "softmax.py").write_text(texts["softmax.py"].replace("raise Not", "raise Not("))
@@ -461,9 +462,6 @@ def test_submissions_as_they_arrive(kit, tmp_path):
     with (tmp_path / "out" / "grades.csv").open(encoding="utf-8") as file:
         names = {row["student"] for row in csv.DictReader(file)}
     assert names >= {"'=1+2, cmd", "M?ller", "Upper", "moodle"}
-    (inbox / "late.tar.gz").touch()
-    with pytest.raises(UserError, match=r"late\.tar\.gz is neither a folder nor a zip file"):
-        grade(inbox, tmp_path / "kit" / "instructor", tmp_path / "out")
 
 
 def assignment_of(chosen):
@@ -574,18 +572,18 @@ def test_wheel_installs(kit, tmp_path):
         ("x = open", "uses open"),
         ("().__class__.__base__", "uses __"),
         ("def f(:", "is no valid Python"),
-        ("\0", "is no valid Python"),
+        ("\0", "holds zero bytes"),
         ("-" * 100_000 + "1", "is no valid Python"),
         ("(" * 100_000, "is no valid Python"),
     ],
 )
 def test_source_problems(text, sentence):
-    assert sentence in source_problem(text)
+    assert sentence in describe_source(text.encode())["problem"]
 
 
 def test_source_check_passes_honest_code():
     honest = "import numpy as np\nfrom math import sqrt\nfrom kit import erf\nx = np.open = 1\n"
-    assert source_problem(honest) == ""
+    assert describe_source(honest.encode())["problem"] == ""
 
 
 # The page for instructors
