@@ -63,7 +63,7 @@ def init_params(
     """Fresh parameters by name: the official initialisation (section 2 and appendix of the paper).
 
     Weights N(0, 0.02^2), biases 0, LayerNorms 1 and 0; the patch convolution U(-b, b) with
-    b = 1 / sqrt(fan in); GPSA: gates 1, v the identity, and position scores
+    b = 1 / sqrt(fan in); GPSA: gating_param 1, v the identity, and position scores
     -locality_strength * |offset - centre|^2, so that a head starts as a blurred shift; without
     use_local_init v and the position scores are weights like others.
     Drawn on the CPU in float64, then cast, so that every dtype holds the same numbers.

@@ -44,6 +44,7 @@ def command(name, data_dir, broken, img_size, no_download, preview, augment):
     """
     options = {"img_size": img_size, "broken": broken or "refuse"}
     dataset = load_dataset(name, data_dir, not no_download, **options)
+    preset = augment or dataset.augmentation
     height, width = dataset.train.images.shape[2:]
     splits = [(split, getattr(dataset, split)) for split in ("train", "val", "test")]
     rows = [(split, f"{len(part.labels):,} images") for split, part in splits if part]
@@ -51,9 +52,9 @@ def command(name, data_dir, broken, img_size, no_download, preview, augment):
     rows += [
         ("classes", classes + "; ..." * (len(dataset.classes) > 5)),
         ("size", f"{height}x{width} pixels, {dataset.train.images.shape[1]} channels"),
-        ("augmentation", f"{dataset.augmentation}: {PRESETS[dataset.augmentation].summary}"),
+        ("augmentation", f"{preset}: {PRESETS[preset].summary}"),
     ]
     click.echo(table(rows))
     if preview is not None:
-        draw_preview(dataset, augment or dataset.augmentation, preview)
+        draw_preview(dataset, preset, preview)
         click.echo(f"contact sheet in {preview}")

@@ -30,4 +30,7 @@ def command(checkpoint, file, variant, img_size):
     about = {"mean": found.mean, "std": found.std, "classes": found.classes, "data": found.data}
     save_checkpoint(file, found.params, found.config, **about)
     click.echo(table([("from", path), ("tensors", len(found.params)), ("file", file)]))
-    click.echo(f'\nmodel = {call}\nmodel.load_state_dict(safetensors.torch.load_file("{file}"))')
+    click.echo(
+        f"\nimport safetensors.torch\nimport timm\n\nmodel = {call}\n"
+        f'model.load_state_dict(safetensors.torch.load_file("{file}"))'
+    )

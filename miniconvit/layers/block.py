@@ -60,9 +60,8 @@ def block_backward(dy, cache):
     """The branches in reverse. Returns dx (B, N, D) and grads with params' keys."""
     cache1, cache2, kind = cache
     backwards = {"gpsa": gpsa_backward, "psa": psa_backward, "mhsa": mhsa_backward}
-    attention_backward = backwards[kind]
     dx, dmlp, dnorm2 = _branch_backward(dy, mlp_backward, cache2)
-    dx, dattn, dnorm1 = _branch_backward(dx, attention_backward, cache1)
+    dx, dattn, dnorm1 = _branch_backward(dx, backwards[kind], cache1)
     return dx, (
         prefixed(dnorm1, "norm1.")
         | prefixed(dattn, "attn.")

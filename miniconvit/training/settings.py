@@ -179,8 +179,8 @@ class Settings:
     freeze: str | None = setting(
         MODEL,
         _one_of(FREEZE),
-        "Leave the gates, or all attention, of the first blocks as they begin. Gates begin at 0 "
-        "then, or as --init-from says.",
+        "Leave the gates, or all attention, of the first blocks as they begin. Gates begin at one "
+        "half then, or as --init-from says.",
         None,
         shown="nothing",
     )
