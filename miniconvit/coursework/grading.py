@@ -19,7 +19,7 @@ from .cases import HIDDEN, VISIBLE, Size
 from .exercises import Exercise, allowed_functions, exercises
 from .files import OTHER_ARCHIVES, printable
 from .judge import Row, judge
-from .sandbox import LIMITS, Keeper, Limits, Sandbox
+from .sandbox import LIMITS, Keeper, Limits, Sandbox, require_open_folder
 from .submission import read_submission
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
@@ -165,6 +165,7 @@ def grade(submissions, instructor, out, jobs=None):
         raise UserError(f"{out} holds the submissions: name another folder for the results")
     out.mkdir(parents=True, exist_ok=True)
     folders = _folders(paths, out)
+    require_open_folder()
     graded, keeper = {}, Keeper()
     with ending_when_asked(), ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         futures = [
@@ -316,6 +317,7 @@ def autograde(root):
     """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
     root = Path(root)
     assignment = load_assignment(root / "source")
+    require_open_folder()
     with ending_when_asked():
         graded = _grade_safely((root / "submission").resolve(), assignment)
     (root / "results").mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import zipfile
@@ -287,14 +288,32 @@ def test_a_keeper_ends_what_runs_and_what_begins_later():
         later.call("changed_arguments")
 
 
+@POSIX
+@pytest.mark.skipif(os.name == "posix" and os.getuid() != 0, reason="only root has students moved")
+def test_a_folder_that_nobody_can_reach_is_named(instructor, tmp_path, monkeypatch):
+    """Every student would lose all points."""
+    hand_in(tmp_path / "inbox" / "anna")
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(miniconvit.UserError, match="is closed to others, so student code"):
+        grade(tmp_path / "inbox", instructor, tmp_path / "out")
+
+
 @pytest.fixture
-def grader(instructor, tmp_path):
+def temporary():
+    """A folder that nobody can reach too."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def grader(instructor, tmp_path, temporary):
     """A grader as a program of its own that grades a student's endless loop, and its children."""
     hand_in(tmp_path / "inbox" / "anna", "while True: pass\n")
-    (tmp_path / "temporary").mkdir()
     where = ["--instructor", instructor, "--out", tmp_path / "out"]
     command = [ROOT / "cli.py", "coursework", "grade", tmp_path / "inbox", *where]
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, stderr=subprocess.DEVNULL
     )
@@ -350,14 +369,14 @@ def test_students_do_not_outlive_a_killed_grader(grader):
 
 @LINUX
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_grader_that_is_asked_to_end_cleans_up(grader, tmp_path, name):
+def test_a_grader_that_is_asked_to_end_cleans_up(grader, temporary, name):
     process, children = grader
     assert len(children) == 1
     process.send_signal(getattr(signal, name))
     status = process.wait(timeout=20)
     assert status not in (0, None)
     assert are_gone(children)
-    assert not list((tmp_path / "temporary").iterdir())
+    assert not list(temporary.iterdir())
 
 
 def test_the_page_says_what_the_limits_are():
