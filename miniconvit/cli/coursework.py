@@ -125,7 +125,8 @@ def grade(submissions, instructor, out, jobs):
     if strangers:
         names = ", ".join(path.name for path in strangers)
         click.echo(coursework.printable(f"\nnot graded, being no folder or archive: {names}"))
-    click.echo(f"\n{out / 'grades.csv'}, and results.json for each")
+    click.echo(f"\n{coursework.walls()}")
+    click.echo(f"{out / 'grades.csv'}, and results.json for each")
 
 
 @command.command(cls=Command)

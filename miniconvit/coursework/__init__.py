@@ -15,4 +15,5 @@ from .grading import (
     load_assignment,
     submissions_in,
 )
+from .sandbox import walls
 from .submission import pack, read_submission, read_work

@@ -222,6 +222,24 @@ def test_system_calls_are_taken_away_where_the_library_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@POSIX
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ({"nobody": True, "filter": True}, "as nobody, its system calls are filtered"),
+        (
+            {"nobody": False, "filter": False},
+            "as you, its system calls are not filtered (no libsec",
+        ),
+    ],
+)
+def test_the_walls_are_said(monkeypatch, tmp_path, answer, sentence):
+    (tmp_path / "stand_in.py").write_text(f"print({json.dumps(json.dumps(answer))})")
+    assert sandbox.walls().startswith("student code runs as ")
+    monkeypatch.setattr(confine, "__file__", str(tmp_path / "stand_in.py"))
+    assert sentence in sandbox.walls()
+
+
 # An end for everyone
 
 
