@@ -99,10 +99,11 @@ def write_inspection(inspection, out):
     if inspection.picture is not None:
         layers, picture = inspection.layers, inspection.picture
         draw(pictures.draw_maps, "maps.png", picture, layers, query, note)
-        for layer in layers:
-            if layer["attention"] == "gpsa":
-                name = f"maps-layer{layer['layer']:02d}.png"
-                draw(pictures.draw_parts, name, picture, layer, query)
+        gpsa = [layer for layer in layers if layer["attention"] == "gpsa"]
+        top = max((part.max() for layer in gpsa for part in layer["maps"].values()), default=1.0)
+        for layer in gpsa:
+            name = f"maps-layer{layer['layer']:02d}.png"
+            draw(pictures.draw_parts, name, picture, layer, query, top)
     return names
 
 

@@ -89,15 +89,15 @@ def draw_maps(picture, layers, query, note, path):
     scales = {}  # name of an attention to its axes and an image
     for row, layer in zip(axes, layers, strict=True):
         kind = "content" if layer["attention"] == "mhsa" else "mixture"
-        style.draw_picture(row[0], picture, layer["maps"]["mixture"].shape[1:], query)
-        row[0].set_ylabel(f"{style.layer_name(layer['layer'] - 1)}\n{layer['attention'].upper()}")
+        row[1].set_ylabel(f"{style.layer_name(layer['layer'] - 1)}\n{layer['attention'].upper()}")
         for h, axis in enumerate(row[1:]):
             shown = style.draw_map(axis, layer["maps"]["mixture"][h], kind, top, query)
             gate = layer["heads"][h].get("gate")
             axis.set_title("" if gate is None else f"gate {gate:.2f}", fontsize=7, pad=2)
-        scales.setdefault(layer["attention"].upper(), ([], shown))[0].extend(row)
+        scales.setdefault(layer["attention"].upper(), ([], shown))[0].extend(row[1:])
     for h, axis in enumerate(axes[0][1:]):
         axis.set_title(f"{style.head_name(h)}\n{axis.get_title()}".strip(), fontsize=7, pad=2)
+    _draw_picture_once(axes[:, 0], picture, layers[0], query)
     axes[0][0].set_title("image, query", fontsize=7, pad=2)
     for name, (rows, shown) in scales.items():
         style.color_bar(figure, rows, shown, name)
@@ -107,27 +107,33 @@ def draw_maps(picture, layers, query, note, path):
 
 
 @style.look()
-def draw_parts(picture, layer, query, path):
+def draw_parts(picture, layer, query, top, path):
     """One GPSA layer taken apart: content, position and mixture, one column a head.
 
-    Arguments as in draw_maps, for one layer.
+    Arguments as in draw_maps, for one layer; top: where the scale ends.
     """
     heads = layer["heads"]
     height = 0.5 + 3 * style.WIDTH / (len(heads) + 2)
     figure, axes = style.new_figure(3, len(heads) + 1, height)
-    top = max(values.max() for values in layer["maps"].values())
     for row, kind in zip(axes, ("content", "position", "mixture"), strict=True):
-        style.draw_picture(row[0], picture, layer["maps"][kind].shape[1:], query)
-        row[0].set_ylabel(kind)
+        row[1].set_ylabel(kind)
         for h, axis in enumerate(row[1:]):
             shown = style.draw_map(axis, layer["maps"][kind][h], kind, top, query)
             if kind == "position" and heads[h]["centre"] is not None:
                 right, down = heads[h]["centre"]
                 style.mark_centre(axis, query[1] + right, query[0] + down)
-        style.color_bar(figure, row, shown, "attention")
+        style.color_bar(figure, row[1:], shown, "attention")
     for h, axis in enumerate(axes[0][1:]):
         axis.set_title(f"{style.head_name(h)}\ngate {heads[h]['gate']:.2f}", fontsize=7, pad=2)
+    _draw_picture_once(axes[:, 0], picture, layer, query)
     axes[0][0].set_title(style.layer_name(layer["layer"] - 1), pad=2)
     note = "what the framed patch attends to; + is the centre of the head's position attention"
     figure.supxlabel(note, fontsize=7)
     style.save(figure, path)
+
+
+def _draw_picture_once(column, picture, layer, query):
+    """The image on the first axes of a column, of which the others are taken away."""
+    style.draw_picture(column[0], picture, layer["maps"]["mixture"].shape[1:], query)
+    for axis in column[1:]:
+        axis.remove()

@@ -102,7 +102,7 @@ def whole_numbers(axis):
     """Few ticks on the x axis, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
 
 
 def draw_picture(axis, picture, grid, query=None):

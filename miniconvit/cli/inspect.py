@@ -112,9 +112,11 @@ def _dataset(checkpoint, path, model, data, data_dir, broken):
     return fitted(path, model, dataset)[0]
 
 
-COLUMNS = (
-    "layer         head    gate   strength   centre right, down   nonlocality   content   position"
-)
+COLUMNS = "layer      head   gate  strength          centre  nonlocality  content  position"
+MEANINGS = """\
+Nonlocality is the mean distance in patches from a query to what it looks at,
+by content or position alone too. Even attention looks at all patches alike.
+Strength is how sharply position looks at its centre, (right, down) of a query."""
 
 
 def _text(path, inspection):
@@ -135,6 +137,7 @@ def _text(path, inspection):
         for number, head in enumerate(layer["heads"], 1):
             lines.append(_line(layer, number, head))
             pushed |= head.get("centre", ()) is None
+    lines += ["", MEANINGS]
     if pushed:
         lines += ["", "no centre: with a negative strength a head is pushed away on all sides"]
     if inspection.images and inspection.config.has_cls_token:
@@ -153,7 +156,7 @@ def _line(layer, number, head):
         return f"{format(head[key], form) if key in head else '':>{width}}"
 
     return (
-        f"{first:11}{number:7d}{cell('gate', 8)}{cell('strength', 11)}{place:>22}"
-        f"{cell('nonlocality', 14)}{cell('content_nonlocality', 10)}"
-        f"{cell('position_nonlocality', 11)}"
+        f"{first:11}{number:4d}{cell('gate', 7)}{cell('strength', 10)}  {place:>15}"
+        f"{cell('nonlocality', 12)}{cell('content_nonlocality', 9)}"
+        f"{cell('position_nonlocality', 10)}"
     ).rstrip()

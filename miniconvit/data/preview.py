@@ -93,9 +93,10 @@ def _sheet(note, columns):
 
 
 def _fitting(text, font, width):
-    """text, or its beginning and dots where it is longer than so many pixels."""
+    """text, with dots in its middle where it is longer than so many pixels."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    first = last = text
+    while font.getlength(f"{first}...{last}") > width:
+        first, last = (first, last[1:]) if len(last) > len(first) else (first[:-1], last)
+    return f"{first.rstrip()}...{last.lstrip()}"

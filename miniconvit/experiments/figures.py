@@ -138,8 +138,8 @@ def _draw_escape(plan, outcomes, path):
         if histories[0][0][1]["gates"]:
             gates = [[reading["gates"] for _, reading in h] for h in histories]
             names.append("escape-gates.png")
-            note = f"a line a head and seed ({len(gates)} seed{'s' * (len(gates) > 1)})"
-            note += ", the mean over all"
+            seeds = f"{len(gates)} seed{'s' * (len(gates) > 1)}"
+            note = f"one line per head and seed ({seeds}), dashed: their mean"
             pictures.draw_gates(passes, gates, path.with_name(names[-1]), xlabel, note)
     if panels:
         count = len(panels[0][3])

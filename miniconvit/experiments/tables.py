@@ -185,8 +185,9 @@ def _spread(first, second):
 def _verdict(difference, spread, *entries):
     if any(entry["diverged"] for entry in entries):
         return ", without a verdict, as some of their runs diverged"
-    if spread is None:
-        return ", a single run has no spread to compare it with"
+    if spread is None:  # with one seed the table's head says so, once
+        one_seed = len(entries[0]["values"]) == 1
+        return "" if one_seed else ", a single run has no spread to compare it with"
     within = "within" if abs(difference) <= spread else "beyond"
     return f", {within} the spread of {spread:.{DIGITS[entries[0]['unit']]}f}"
 
@@ -287,7 +288,7 @@ def _about_spread(plan):
     """What ± is, and how often it misleads: Student's t of equal rows passes sqrt(n)."""
     n = len(plan.seeds)
     if n == 1:
-        return "There is one seed, so there is no spread."
+        return "There is one seed, and a single run has no spread to compare a difference with."
     between, within = (200 * float(stdtr(df, -(n**0.5))) for df in (2 * n - 2, n - 1))
     return (
         f"± is the sample standard deviation over {n} seeds. It holds neither the choice of the "

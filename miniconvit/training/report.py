@@ -66,10 +66,12 @@ def _terminal_may_be_gone():
 
 def epoch_line(row):
     """One row of metrics.jsonl as a line under COLUMNS."""
+    speed = row["images_per_second"]  # 0 where a resume had no step left to time
+    per_second = f"{speed:.0f}" if speed else "-"
     return (
         f"{row['epoch']:5d}   {row['train_loss']:10.4f}   {100 * row['train_top1']:7.1f} %"
         f"   {row['val_loss']:8.4f}   {100 * row['val_top1']:5.1f} %   {row['lr']:7.1e}"
-        f"   {row['images_per_second']:8.0f}   {duration(row['seconds']):>7}"
+        f"   {per_second:>8}   {duration(row['seconds']):>7}"
     )
 
 

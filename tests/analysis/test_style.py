@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from miniconvit.analysis import pictures, style
-from miniconvit.analysis.inspection import inspect
+from miniconvit.analysis.inspection import inspect, write_inspection
 from miniconvit.cli.inspect import _text
 from miniconvit.config import VARIANTS
 from miniconvit.data import load_dataset
 from miniconvit.model import init_params
+from miniconvit.training.report import draw_curves
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -55,7 +56,7 @@ def test_the_users_settings_stay_theirs():
 def test_pictures_count_layers_and_heads_from_one(inspection, figures):
     picture, layers, query = inspection.picture, inspection.layers, inspection.query
     pictures.draw_maps(picture, layers, query, "", "maps.png")
-    pictures.draw_parts(picture, layers[1], query, "parts.png")
+    pictures.draw_parts(picture, layers[1], query, 0.5, "parts.png")
     gates = np.full((1, 3, 3, 4), 0.7)  # seeds, epochs, layers, heads
     pictures.draw_gates([0, 1, 2], gates, "gates.png")
     run = ("", Checkpoint.config, [0, 1, 2], np.ones((1, 3, 4)))
@@ -70,6 +71,15 @@ def test_pictures_count_layers_and_heads_from_one(inspection, figures):
     assert re.findall(r"(\d) [GM][PH]SA", nonlocality) == ["1", "2", "3", "4"]
 
 
+def test_text_is_at_most_80_columns_wide_and_explains_its_columns(inspection):
+    text = _text("x", inspection)
+    assert max(map(len, text.splitlines())) <= 80
+    table, _, meanings = text.partition("\n\n")[2].partition("\n\n")
+    for name in ("strength", "centre", "nonlocality", "content", "position"):
+        assert name in table.splitlines()[0] and name in meanings.lower()
+    assert "even attention" in meanings.lower()
+
+
 def test_text_counts_layers_and_heads_from_one(inspection):
     rows = re.findall(r"^ *(?:(\d)  ([gm][ph]sa))? +(\d) ", _text("x", inspection), re.MULTILINE)
     assert [row[0] for row in rows if row[0]] == ["1", "2", "3", "4"]
@@ -78,11 +88,11 @@ def test_text_counts_layers_and_heads_from_one(inspection):
 
 def test_every_map_has_the_query_and_a_scale(inspection, figures):
     rectangle = matplotlib.patches.Rectangle
-    pictures.draw_parts(inspection.picture, inspection.layers[0], (5, 6), "parts.png")
+    pictures.draw_parts(inspection.picture, inspection.layers[0], (5, 6), 0.5, "parts.png")
     (figure,) = figures
     bars = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
     maps = [axis for axis in figure.axes if axis.images and axis not in bars]
-    assert (len(maps), len(bars)) == (3 * 5, 3)
+    assert (len(maps), len(bars)) == (1 + 3 * 4, 3)  # the image is shown once
     for axis in maps:
         frames = [patch for patch in axis.patches if isinstance(patch, rectangle)]
         assert frames and all(frame.get_xy() == (5.5, 4.5) for frame in frames)
@@ -90,6 +100,28 @@ def test_every_map_has_the_query_and_a_scale(inspection, figures):
     norms = {(axis.images[0].norm.vmin, axis.images[0].norm.vmax) for axis in maps if
              axis.images[0].cmap.name in style.MAPS}  # fmt: skip
     assert len(norms) == 1, "the maps of one picture are on one scale"
+
+
+def test_the_parts_of_all_layers_are_on_one_scale(inspection, figures, tmp_path):
+    inspection.layers[1]["maps"]["position"] = np.full((4, 8, 8), 0.75)  # more than in the others
+    write_inspection(inspection, tmp_path)
+    maps, *parts = figures
+    assert len(parts) == 3
+    for figure in (maps, *parts):
+        shown = [axis.images[0].norm.vmax for axis in figure.axes if axis.images]
+        assert shown.count(1) == 1, "the image is shown once"
+    tops = {axis.images[0].norm.vmax for figure in parts for axis in figure.axes if axis.images}
+    assert tops == {1, 0.75}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_ticks_of_epochs_are_whole_numbers(epochs, figures):
+    numbers = {"train_loss": 2.0, "val_loss": 1.9, "train_top1": 0.3, "val_top1": 0.4}
+    draw_curves([{"epoch": 1 + i, **numbers} for i in range(epochs)], "curves.png")
+    for axis in figures[0].axes:
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == round(tick) for tick in ticks)
 
 
 @pytest.mark.parametrize("kind", style.MAPS)

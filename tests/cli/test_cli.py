@@ -19,7 +19,7 @@ import miniconvit.cli.eval as eval_command
 from miniconvit import cli, convit_forward
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import normalize
-from miniconvit.training.report import duration, text_curve
+from miniconvit.training.report import COLUMNS, duration, epoch_line, text_curve
 from miniconvit.training.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -467,6 +467,14 @@ def test_no_module_called_cli_is_installed(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"miniconvit"}
+
+
+@pytest.mark.parametrize("speed, shown", [(1234.5, "1234"), (0.0, "-")])
+def test_an_epoch_without_a_timed_step_has_no_speed(speed, shown):
+    row = {"epoch": 2, "train_loss": 1.5, "train_top1": 0.5, "val_loss": 1.4, "val_top1": 0.6}
+    line = epoch_line(row | {"lr": 1e-3, "images_per_second": speed, "seconds": 3.0})
+    assert line[: COLUMNS.index("images/s") + len("images/s")].split()[-1] == shown
+    assert len(line) == len(COLUMNS)
 
 
 def test_text_curve_is_as_high_as_its_values():

@@ -1,5 +1,7 @@
 """`miniconvit data`: the splits, and a contact sheet that holds what it says."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -9,7 +11,7 @@ import miniconvit.cli.data as data_command
 from miniconvit import UserError
 from miniconvit.cli import program
 from miniconvit.data import augment, draw_mix
-from miniconvit.data.preview import CELL, COPIES, GAP, LINE, draw_preview
+from miniconvit.data.preview import CELL, COPIES, GAP, LINE, _fitting, draw_preview
 
 Image = pytest.importorskip("PIL.Image")
 SCALE = CELL // 8  # of the small data set's images
@@ -58,6 +60,14 @@ def test_a_sheet_holds_originals_copies_and_mixtures(tmp_path, preset):
             top, bottom, left, right = draw_mix(0.0, 1.0, 3, row, (8, 8)).box
             ours[:, top:bottom, left:right] = others[:, top:bottom, left:right]
             np.testing.assert_array_equal(found[row, -1], ours)
+
+
+def test_a_long_caption_keeps_both_ends():
+    font = SimpleNamespace(getlength=len)
+    assert _fitting("checks, top right", font, 17) == "checks, top right"
+    assert _fitting("vertical stripes, top left", font, 17) == "vertica...op left"
+    assert _fitting("vertical stripes, top left", font, 14) == "verti...p left"
+    assert _fitting("abc def", font, 6) == "a...ef"
 
 
 def test_the_command(tmp_path, monkeypatch):

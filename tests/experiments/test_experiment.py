@@ -273,6 +273,15 @@ def test_the_table_says_what_its_verdicts_are_worth(tmp_path):
     assert between == round(200 * stats.t.sf(3**0.5, 4))
 
 
+def test_one_seed_is_said_once(tmp_path):
+    plan = planned("ablation", seeds=1, budget=500.0)
+    _, text = write_tables(plan, outcomes_of(plan, lambda *_: 50.0), tmp_path)
+    assert text.count("There is one seed") == text.count("no spread") == 1
+    bullets = re.findall(r"^- .*$", text, re.MULTILINE)
+    assert len(bullets) == 9
+    assert all(re.search(r": [+]0\.0 points \(paper .*\)\.$", line) for line in bullets)
+
+
 def test_the_gap_at_the_smallest_fraction_is_compared_with_that_at_the_largest(tmp_path):
     plan = planned("sample-efficiency", seeds=2, fractions=[0.3, 0.1, 1.0])
     means = {"convit-10pct": 40.0, "vit-10pct": 33.0, "convit-30pct": 0.0, "vit-30pct": 9.0}

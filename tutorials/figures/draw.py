@@ -157,11 +157,15 @@ def gate():
     figure, (panels,) = new_figure(1, 6, 1.4)
     style.draw_picture(panels[0], image.transpose(1, 2, 0), (8, 8), query)
     panels[0].set_title("image")
+    shown = {}  # kind to a map
     for panel, g in zip(panels[1:], (0, 0.25, 0.5, 0.75, 1), strict=True):
         kind = {0: "content", 1: "position"}.get(g, "mixture")
-        shown = style.draw_map(panel, (1 - g) * C + g * P, kind, P.max(), query)
+        shown[kind] = style.draw_map(panel, (1 - g) * C + g * P, kind, P.max(), query)
         panel.set_title(f"g = {g:g}")
-    style.color_bar(figure, panels, shown, "attention")
+    style.color_bar(figure, panels, shown["position"], "attention, in each colour")
+    for kind in ("mixture", "content"):  # to the left of it, the same scale in the other colours
+        bar = figure.colorbar(shown[kind], ax=panels, fraction=0.05, pad=0.015, aspect=18, ticks=[])
+        bar.outline.set_linewidth(0.5)
     return figure
 
 
