@@ -41,9 +41,24 @@ class Differences:
             self._weighted = [y * dy for y, dy in zip(self._ys, dys, strict=True)]
         self.magnitude = norm(np.concatenate([w.ravel() for w in self._weighted]))
 
-    def quick(self, name, u, h):
-        """(slope, its round-off, how far the slopes on either side differ) over the step h."""
-        return self._measure(name, u, h)
+    def measure(self, name, u, h):
+        """The slope over a step h, its round-off, and how far the slopes on either side differ."""
+        x = self._inputs[name]
+        slope = bend = 0.0
+        noises = [SMALLEST]
+        with np.errstate(all="ignore"):
+            plus = self._outputs(self._inputs | {name: x + h * u})
+            minus = self._outputs(self._inputs | {name: x - h * u})
+            for y, weighted, dy, p, m in zip(
+                self._ys, self._weighted, self._dys, plus, minus, strict=True
+            ):
+                change = np.asarray(p - m)
+                slope += float((change * dy).sum())
+                bend += float((((p - y) + (m - y)) * dy).sum())
+                noises.append(EPS * norm(weighted[change != 0]))
+            if norm(((x + h * u) - (x - h * u)) / (2 * h) - u) > 0.01:
+                noises = [np.inf]  # the step itself is lost in x
+            return slope / (2 * h), norm(np.array(noises)) / (2 * h), abs(bend) / h
 
     def claim(self, name, u, h, grad):
         """What the gradient says of that difference: round-off makes the step not quite h u."""
@@ -58,7 +73,7 @@ class Differences:
         def take(k):
             if k not in taken:
                 step = h * 8.0**k
-                slope, noise, bend = self._measure(name, u, step)
+                slope, noise, bend = self.measure(name, u, step)
                 residual = self.claim(name, u, step, grad) - slope
                 taken[k] = slope, residual, noise * step, bend
             return taken[k]
@@ -78,34 +93,12 @@ class Differences:
             return Slope(np.nan, np.nan, np.inf, "forward is not finite beside the inputs")
         good = np.flatnonzero(bounds <= allowed)
         possible = np.flatnonzero(np.abs(residuals[1:]) <= allowed + bounds)
-        best = (
-            good[0]
-            if good.size
-            else min(possible, key=bounds.__getitem__, default=np.nanargmin(bounds))
-        )
+        best = min(possible, key=bounds.__getitem__, default=np.nanargmin(bounds))
+        best = good[0] if good.size else best
         bound, slope, residual = (float(a[best]) for a in (bounds, finest[1:], residuals[1:]))
         note = self._note(slopes, bends, noise, noise / steps[1])
         fits = bound <= allowed and abs(residual) <= allowed + bound
         return Slope(slope, residual, bound, "" if fits and note != KINK else note)
-
-    def _measure(self, name, u, h):
-        """Slope, its round-off, and the difference of the slopes on either side, for a step h."""
-        x = self._inputs[name]
-        slope = bend = 0.0
-        noises = [SMALLEST]
-        with np.errstate(all="ignore"):
-            plus = self._outputs(self._inputs | {name: x + h * u})
-            minus = self._outputs(self._inputs | {name: x - h * u})
-            for y, weighted, dy, p, m in zip(
-                self._ys, self._weighted, self._dys, plus, minus, strict=True
-            ):
-                change = np.asarray(p - m)
-                slope += float((change * dy).sum())
-                bend += float((((p - y) + (m - y)) * dy).sum())
-                noises.append(EPS * norm(weighted[change != 0]))
-            if norm(((x + h * u) - (x - h * u)) / (2 * h) - u) > 0.01:
-                noises = [np.inf]  # the step itself is lost in x
-            return slope / (2 * h), norm(np.array(noises)) / (2 * h), abs(bend) / h
 
     def _is_glaring(self, at_step, below):
         """Whether the gradient is so wrong, at two steps alike, that no more are needed."""
