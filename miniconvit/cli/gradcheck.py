@@ -24,10 +24,10 @@ def command(layer, mutants, every_entry, seed, as_json):
     """Check every backward pass.
 
     It compares each gradient with central differences in float64, and prints a row for each tensor.
-    A row says ok or WRONG. It says zero where the gradient vanishes exactly, as that of
-    pos_proj.bias must.
+    A row says ok, WRONG, or unsure where differences cannot tell. It says zero where the gradient
+    vanishes exactly, as that of pos_proj.bias must.
 
-    The exit code is 1 where a row is WRONG, or where a bug of --mutants is not caught.
+    The exit code is 1 where a row is not right, or where a bug of --mutants is not caught.
     """
     layers = CASES if layer is None else (layer,)
     run = _kill_table if mutants else _layer_tables
@@ -42,7 +42,8 @@ def _layer_tables(layers, every_entry, seed, as_json):
             if not as_json:
                 click.secho(f"{name}, case {number}", bold=True)
                 for line in str(report).splitlines():
-                    click.secho(f"  {line}", fg="red" if "WRONG" in line else None)
+                    is_bad = "WRONG" in line or "unsure" in line
+                    click.secho(f"  {line}", fg="red" if is_bad else None)
     ok = all(report.ok for _, report in reports)
     rows = [row for _, report in reports for row in report.rows]
     worst = max((row.error for row in rows if row.verdict == "ok"), default=0.0)

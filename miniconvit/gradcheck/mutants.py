@@ -96,7 +96,8 @@ def page():
         "",
         "A checker that has never failed proves nothing. So we planted bugs in our own backward "
         f"passes, {len(MUTANTS)} of them, one at a time. A reader of the layers wrote them without "
-        "seeing the checker. You can watch it catch every one, with the tensor that gives it away:",
+        "seeing the checker. You can watch it catch every one, with the tensor that gives it away, "
+        "whatever the `--seed`:",
         "",
         "```sh",
         "miniconvit gradcheck --mutants",
@@ -109,6 +110,10 @@ def page():
         "```sh",
         "python -m miniconvit.gradcheck.mutants > docs/mutants.md",
         "```",
+        "",
+        "The catalogue is ours, and our checker was improved until it caught all of it. So "
+        '"all caught" says less of us than it seems. It says more where somebody else\'s checker '
+        "meets it: [how others fare](results/checkers.md), and what you can learn from each miss.",
     ]
     for function, mutants in groupby(MUTANTS, lambda mutant: mutant.function):
         lines += ["", f"## `{function}`", ""]
