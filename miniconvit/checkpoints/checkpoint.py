@@ -203,7 +203,7 @@ def problem_of_metadata(config, mean=None, std=None, classes=None, data=None, st
     """What is wrong with the entries beside the configuration: the first finding, or None."""
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and not _is_list(values, config.in_chans, is_number):
-            return f"{name} is {values} where {config.in_chans} numbers were expected"
+            return f"{name} is {str(values)[:80]} where {config.in_chans} numbers were expected"
     if std is not None and min(std) <= 0:
         return f"std is {std} where positive numbers were expected"
     if classes is not None and not _is_list(
@@ -211,8 +211,8 @@ def problem_of_metadata(config, mean=None, std=None, classes=None, data=None, st
     ):
         return f"{config.num_classes} names of classes were expected and other classes found"
     if not isinstance(data, str | None):
-        return f"data is {data} where the name of a data set was expected"
-    return None if isinstance(state, dict | None) else f"state is {state}"
+        return f"data is {str(data)[:80]} where the name of a data set was expected"
+    return None if isinstance(state, dict | None) else f"state is {str(state)[:80]}"
 
 
 def _is_list(values, length, holds):
