@@ -74,8 +74,8 @@ def save_checkpoint(
     as metadata (JSON types), with a SHA-256 by which load_checkpoint notices any flipped bit.
 
     Equal arguments give equal bytes. A kill or a full disk at any moment leaves the old file or the
-    new one, whole. Raises UserError where params do not fit config, where a value is not finite
-    and where the file cannot be written.
+    new one, whole. Raises UserError where params do not fit config, where a value is not finite or
+    the metadata are what load_checkpoint would not read, and where the file cannot be written.
     """
     more = {prefix: getattr(optimizer, kind) for prefix, kind in MOMENTS.items() if optimizer}
     more |= {EMA: ema} if ema is not None else {}
@@ -87,7 +87,13 @@ def save_checkpoint(
     about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
     about |= {"data": data, "state": state}
     about = {key: value for key, value in about.items() if value is not None}
-    write_file(path, save(tensors, {METADATA_KEY: _sealed(about, tensors)}))
+    content = save(tensors, {METADATA_KEY: _sealed(about, tensors)})
+    try:
+        _parse_header(content)
+        parse_json(json.dumps(about))
+    except ValueError as error:
+        raise UserError(f"{path} is not written: of its metadata {error}") from error
+    write_file(path, content)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -260,11 +266,16 @@ def _header(path):
     """({name: (type, shape, offset)}, where offsets begin): eight bytes tell the length of a JSON
     text that describes the tensors."""
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        described = parse_json(file.read(min(length, MOST_TEXT_BYTES + 1)))
+        length, described = _parse_header(file.read(8 + MOST_TEXT_BYTES + 1))
     described.pop("__metadata__", None)
     entries = {
         name: (str(entry["dtype"]), entry["shape"], entry["data_offsets"][0])
         for name, entry in described.items()
     }
     return entries, 8 + length
+
+
+def _parse_header(content):
+    """(length, object) of the JSON text at the beginning of a file's content."""
+    length = int.from_bytes(content[:8], "little")
+    return length, parse_json(content[8 : 8 + min(length, MOST_TEXT_BYTES + 1)])

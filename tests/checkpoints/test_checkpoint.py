@@ -334,6 +334,31 @@ def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path, params):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"loss": float("nan")}, "NaN is not finite"),
+        ({"step": 2**63}, "no integer of 64 bits"),
+        ({1: "a", "1": "b"}, "a key comes twice"),
+        ({"log": ["x" * 2**21] * 3}, "more than 4,194,304 bytes"),
+        ({"log": ['"' * 2**20]}, "more than 4,194,304 bytes"),
+    ],
+)
+def test_metadata_that_could_not_be_read_are_not_written(tmp_path, params, state, words):
+    with pytest.raises(
+        UserError, match=rf"a\.safetensors is not written: of its metadata.*{words}"
+    ):
+        save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, state=state)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [{1: [None, True], "a": (0.1, {"b": -0.0})}, {"ü": "\udcff"}])
+def test_any_other_metadata_are_written_and_read(tmp_path, params, state):
+    save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, state=state)
+    found = load_checkpoint(tmp_path / "a.safetensors").state
+    assert found == json.loads(json.dumps(state))
+
+
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_refusing_disk_leaves_the_old_file_alone(tmp_path, params, monkeypatch, failing):
     path = tmp_path / "model.safetensors"
