@@ -1,15 +1,21 @@
-"""What the operating system gives: cores, and files that are written whole or not at all."""
+"""What the operating system gives: cores, files that are written whole or not at all, and small
+files that are read with suspicion."""
 
+import json
 import os
 import platform
 from contextlib import suppress
 from importlib.metadata import version
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
+from typing import Any
 
 from threadpoolctl import threadpool_info
 
 from .errors import UserError
+
+MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
+MOST_JSON_DEPTH = 20
 
 
 def available_threads(cgroup="/sys/fs/cgroup"):
@@ -59,6 +65,99 @@ def write_file(path, content):
         with suppress(OSError):
             partial.unlink()
         raise UserError(cannot_write(path, error)) from error
+
+
+def read_text(path: str | Path, advice: str) -> str | None:
+    """The text of a small file, or None where there is none.
+
+    Raises UserError, which names the file and ends with the advice, where it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            return _decoded(file.read(MOST_TEXT_BYTES + 1))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}): {advice}") from error
+
+
+def read_json(path: str | Path, advice: str, kind: type = dict) -> Any:
+    """What the JSON in a file describes, or None where there is no file. Raises UserError as
+    read_text, and as parse_json does for what is not of this kind."""
+    text = read_text(path, advice)
+    try:
+        return None if text is None else parse_json(text, kind)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from error
+
+
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """What a JSON text describes: a value of this kind, most often an object.
+
+    Raises ValueError with the reason for what none of our programs writes: text that is too long or
+    nested too deeply, a key that comes twice, and numbers that are not finite or need over 64 bits.
+    """
+    try:
+        value = json.loads(
+            _decoded(text),
+            object_pairs_hook=_without_twins,
+            parse_float=_as_float,
+            parse_int=_as_int,
+            parse_constant=_as_float,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, kind):
+        raise ValueError("it holds no JSON object")
+    _check_parts(value)
+    return value
+
+
+def _decoded(text):
+    """Bytes, or a text of them, as a text."""
+    if len(text) > MOST_TEXT_BYTES:
+        raise ValueError(f"it has more than {MOST_TEXT_BYTES:,} bytes")
+    return text.decode() if isinstance(text, bytes) else text
+
+
+def _without_twins(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key comes twice")
+    return values
+
+
+def _as_float(text):
+    if not isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not finite")
+    return value
+
+
+def _as_int(text):
+    if len(text) > 20 or abs(value := int(text)) >= 2**63:
+        raise ValueError(f"{text[:20]}... is no integer of 64 bits")
+    return value
+
+
+def _check_parts(value):
+    """Raises ValueError where a part is too deep, or a text could be no name of a file."""
+    parts = [value]
+    for _ in range(MOST_JSON_DEPTH):
+        inner = []
+        for part in parts:
+            if isinstance(part, dict):
+                inner += [*part, *part.values()]
+            elif isinstance(part, list):
+                inner += part
+            elif isinstance(part, str) and b"\0" in part.encode(errors="surrogateescape"):
+                raise ValueError("a text holds a zero byte")
+        parts = inner
+    if parts:
+        raise ValueError("it is nested too deeply")
 
 
 def cannot_write(path, error):

@@ -1,11 +1,12 @@
 """Checkpoints: parameters, and where wanted the optimizer's moments, in one safetensors file.
 
-Beside the tensors a file holds one metadata entry, a JSON text: the configuration, and what is
-known of normalisation, classes, data set and the state of the training.
+Beside the tensors a file holds one metadata entry, a JSON text: the configuration, what is known of
+normalisation, classes, data set and the state of the training, and the SHA-256 of all that.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,12 +21,14 @@ from ..config import ConViTConfig, is_number
 from ..errors import UserError
 from ..model import param_shapes
 from ..optim import AdamW
-from ..system import write_file
+from ..system import MOST_TEXT_BYTES, parse_json, write_file
 from .torch_file import widened
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 """What the folder of a run has: where it stands, and its best epoch."""
 METADATA_KEY = "miniconvit"
+OPENING = '{"config": {'
+"""How the text of our entry begins: it tells our file where a bit of METADATA_KEY has flipped."""
 MOMENTS = {"optimizer.exp_avg.": "exp_avg", "optimizer.exp_avg_sq.": "exp_avg_sq"}
 EMA = "ema."
 """Prefixes of the tensors that have the parameters' names and shapes."""
@@ -33,7 +36,7 @@ DTYPES = ("float32", "float64")
 NUMPY_HAS = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 BFLOAT16 = "BF16"
 """Types in a safetensors file. Others are float8 and smaller ones, and complex numbers."""
-MOST_HEADER_BYTES = 100_000_000  # the library's own limit
+LEAST_OF_A_BLOCK = 10  # tensors
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ def save_checkpoint(
 ) -> None:
     """Writes params under their official names, the moments of `optimizer` under
     `optimizer.exp_avg.` and `optimizer.exp_avg_sq.`, their average `ema` under `ema.`, and the rest
-    as metadata (JSON types).
+    as metadata (JSON types), with a SHA-256 by which load_checkpoint notices any flipped bit.
 
     Equal arguments give equal bytes. A kill or a full disk at any moment leaves the old file or the
-    new one, whole. Raises UserError where params do not fit config, where a value is not finite
-    and where the file cannot be written.
+    new one, whole. Raises UserError where params do not fit config, where a value is not finite or
+    the metadata are what load_checkpoint would not read, and where the file cannot be written.
     """
     more = {prefix: getattr(optimizer, kind) for prefix, kind in MOMENTS.items() if optimizer}
     more |= {EMA: ema} if ema is not None else {}
@@ -83,26 +86,43 @@ def save_checkpoint(
         raise UserError(f"{path} is not written: {problem}")
     about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
     about |= {"data": data, "state": state}
-    text = json.dumps({key: value for key, value in about.items() if value is not None})
-    write_file(path, save(tensors, {METADATA_KEY: text}))
+    about = {key: value for key, value in about.items() if value is not None}
+    content = save(tensors, {METADATA_KEY: _sealed(about, tensors)})
+    try:
+        _parse_header(content)
+        parse_json(json.dumps(about))
+    except ValueError as error:
+        raise UserError(f"{path} is not written: of its metadata {error}") from error
+    write_file(path, content)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """The Checkpoint in the file at path, on the CPU, arrays fresh and writable.
 
     Raises UserError, naming the file, where it is missing, damaged, not a checkpoint of miniconvit,
-    or where its tensors or its metadata do not fit its configuration or are not finite.
+    or where its tensors or its metadata do not fit its configuration or are not finite. Files from
+    before there was a SHA-256 are read without it.
     """
-    tensors, about = _read(path)
+    tensors, text = read_safetensors(path)
+    if text is None:
+        raise UserError(
+            f"{path} has no '{METADATA_KEY}' metadata, which tell the model's configuration: "
+            "use a checkpoint that miniconvit wrote"
+        )
     try:
+        about = parse_json(text)
+        if not isinstance(about.get("config"), dict):
+            raise UserError("its metadata tell no configuration")
+        is_whole = "sha256" not in about or text == _sealed(about, tensors)
+        about.pop("sha256", None)
         config = ConViTConfig.from_dict(about.pop("config"))
-        shapes = param_shapes(config)
+        shapes = shapes_to_fill(config, tensors)
         groups = [group for group in (MOMENTS, {EMA: "ema"}) if _any_begins(tensors, group)]
         more = {prefix: name for group in groups for prefix, name in group.items()}
         problem = find_problem(tensors, shapes, more) or not_finite(tensors)
         problem = problem or problem_of_metadata(config, **about)
-        if problem:
-            raise UserError(problem)
+        if problem or not is_whole:
+            raise UserError(problem or "its content is not what its SHA-256 was taken of")
         params = {name: tensors[name] for name in shapes}
         found = {more[p]: {name: tensors[p + name] for name in shapes} for p in more}
         ema = found.pop("ema", None)
@@ -130,6 +150,27 @@ def not_finite(tensors: Params) -> str | None:
         if not np.isfinite(value).all():
             return f"{name} holds values that are not finite"
     return None
+
+
+def _sealed(about, tensors):
+    """The text of the metadata entry: `about` as JSON, with the SHA-256 of itself and of the names,
+    types, shapes and bytes of the tensors."""
+    about = {key: value for key, value in about.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(value.ravel())
+    return json.dumps(about | {"sha256": digest.hexdigest()})
+
+
+def shapes_to_fill(config: ConViTConfig, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """param_shapes of a configuration from a file whose tensors have these names.
+
+    Raises UserError, before it builds anything, where they are too few for the depth.
+    """
+    if config.depth * LEAST_OF_A_BLOCK > len(names):
+        raise UserError(f"it has {len(names)} tensors, too few for {config.depth} blocks")
+    return param_shapes(config)
 
 
 def _any_begins(names, prefixes):
@@ -168,7 +209,7 @@ def problem_of_metadata(config, mean=None, std=None, classes=None, data=None, st
     """What is wrong with the entries beside the configuration: the first finding, or None."""
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and not _is_list(values, config.in_chans, is_number):
-            return f"{name} is {values} where {config.in_chans} numbers were expected"
+            return f"{name} is {str(values)[:80]} where {config.in_chans} numbers were expected"
     if std is not None and min(std) <= 0:
         return f"std is {std} where positive numbers were expected"
     if classes is not None and not _is_list(
@@ -176,8 +217,8 @@ def problem_of_metadata(config, mean=None, std=None, classes=None, data=None, st
     ):
         return f"{config.num_classes} names of classes were expected and other classes found"
     if not isinstance(data, str | None):
-        return f"data is {data} where the name of a data set was expected"
-    return None if isinstance(state, dict | None) else f"state is {state}"
+        return f"data is {str(data)[:80]} where the name of a data set was expected"
+    return None if isinstance(state, dict | None) else f"state is {str(state)[:80]}"
 
 
 def _is_list(values, length, holds):
@@ -190,14 +231,14 @@ def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
     bfloat16 becomes float32. Raises UserError, naming the file, where it is missing or damaged, or
     holds numbers of a type that NumPy does not have.
     """
-    entries, begin = _header(path)
-    for name, (kind, _, _) in entries.items():
-        if kind not in NUMPY_HAS and kind != BFLOAT16:
-            raise UserError(
-                f"{path} holds {name[:80]} as {kind[:80]}, which is not read here: "
-                "save its tensors as float32 or bfloat16"
-            )
     try:
+        entries, begin = _header(path)
+        for name, (kind, _, _) in entries.items():
+            if kind not in NUMPY_HAS and kind != BFLOAT16:
+                raise UserError(
+                    f"{path} holds {name[:80]} as {kind[:80]}, which is not read here: "
+                    "save its tensors as float32 or bfloat16"
+                )
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {}
@@ -209,11 +250,13 @@ def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
                 else:
                     tensors[name] = file.get_tensor(name)
             return tensors, text
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"there is no checkpoint {path}: give the path of a .safetensors file"
         ) from None
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, or not a safetensors file: {error}; use another checkpoint"
         ) from error
@@ -221,33 +264,18 @@ def read_safetensors(path: str | Path) -> tuple[Params, str | None]:
 
 def _header(path):
     """({name: (type, shape, offset)}, where offsets begin): eight bytes tell the length of a JSON
-    text that describes the tensors. {} where that cannot be read: the library says why."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= MOST_HEADER_BYTES else b""
-        described = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
-        entries = {
-            name: (str(entry["dtype"]), entry["shape"], entry["data_offsets"][0])
-            for name, entry in described.items()
-        }
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return {}, 0
+    text that describes the tensors."""
+    with open(path, "rb") as file:
+        length, described = _parse_header(file.read(8 + MOST_TEXT_BYTES + 1))
+    described.pop("__metadata__", None)
+    entries = {
+        name: (str(entry["dtype"]), entry["shape"], entry["data_offsets"][0])
+        for name, entry in described.items()
+    }
     return entries, 8 + length
 
 
-def _read(path):
-    """The tensors and the metadata, unchecked."""
-    tensors, text = read_safetensors(path)
-    if text is None:
-        raise UserError(
-            f"{path} has no '{METADATA_KEY}' metadata, which tell the model's configuration: "
-            "use a checkpoint that miniconvit wrote"
-        )
-    try:
-        about = json.loads(text)
-    except ValueError:
-        about = None
-    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
-        raise UserError(f"{path} is damaged: its metadata cannot be read; use another checkpoint")
-    return tensors, about
+def _parse_header(content):
+    """(length, object) of the JSON text at the beginning of a file's content."""
+    length = int.from_bytes(content[:8], "little")
+    return length, parse_json(content[8 : 8 + min(length, MOST_TEXT_BYTES + 1)])

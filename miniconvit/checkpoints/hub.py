@@ -1,6 +1,5 @@
 """Where a checkpoint lies: a file, a folder of a run or as the hub gives it, a published name."""
 
-import json
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ..config import VARIANTS
 from ..errors import UserError
+from ..system import read_json
 from .checkpoint import BEST, LAST, checkpoint_of_run
 
 PUBLISHED = {"convit_tiny.fb_in1k": 23, "convit_small.fb_in1k": 111, "convit_base.fb_in1k": 346}
@@ -33,6 +33,8 @@ def locate(source: str | Path) -> Source:
     if path.is_dir():
         path = _in_folder(path)
     if path.exists():
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is no file: give a checkpoint")
         return Source(path)
     name = re.sub(r"^(hf[-_]hub:)?(timm/)?", "", str(source))
     if name in PUBLISHED:
@@ -90,14 +92,7 @@ def with_config(source: Source) -> Source:
 def _timm_config(path):
     """The entries about the weights, which older versions of timm did not nest; {} where the file
     is missing or no description of a model."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): repair it, or move the weights out of its folder"
-        ) from None
+    values = read_json(path, "repair it, or move the weights out of its folder", object)
     if not isinstance(values, dict) or "architecture" not in values:
         return {}
     nested = values.get("pretrained_cfg")

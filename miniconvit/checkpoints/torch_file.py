@@ -177,6 +177,8 @@ def _read_legacy(path):
     keys, _ = _run(stream)
     content, begin, places = stream.getbuffer(), stream.tell(), {}
     for key in keys:
+        if type(key) is not str:  # of tuples within tuples no hash is taken
+            raise ValueError("the key of a storage is none")
         count = int(np.frombuffer(content, order + "i8", 1, begin)[0])
         places[key] = slice(begin + 8, begin + 8 + count * itemsizes[key])
         begin = places[key].stop
@@ -341,6 +343,8 @@ class _Machine:
         if type(storage) is not _Storage:
             return Opaque(f"a tensor in {storage.name}")
         _check(storage.count, offset, size, stride)
+        if not isinstance(metadata, dict | None):
+            raise ValueError("the metadata of a tensor are none")
         unknown = set(metadata or {}) - {"neg", "conj"}  # of real numbers the conjugate is itself
         if unknown or self.arrays is None:
             return Opaque(f"a tensor with {', '.join(map(str, unknown))}")

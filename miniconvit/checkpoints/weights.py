@@ -19,15 +19,16 @@ from safetensors import SafetensorError, safe_open
 from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
 from ..errors import UserError
-from ..model import param_shapes
 from .checkpoint import (
     METADATA_KEY,
+    OPENING,
     Checkpoint,
     find_problem,
     load_checkpoint,
     not_finite,
     problem_of_metadata,
     read_safetensors,
+    shapes_to_fill,
 )
 from .hub import locate, with_config
 from .resolution import at_resolution
@@ -35,7 +36,7 @@ from .state_dict import find_state_dict, is_counter
 from .torch_file import Opaque, read_torch_file
 
 HEAD = ("head.weight", "head.bias")
-MOST_ELEMENTS = 2**29  # convit_base_plus has 152 million; of views any file can hold any number
+MOST_REPEATED_BYTES = 2**26  # of a model in a small file: views make any number of any storage
 
 NOT_OF_THE_ARCHITECTURE = {
     "img_size",
@@ -155,7 +156,8 @@ def _is_ours(path):
     """Whether miniconvit wrote this file. What cannot be opened is left to the other reader."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return METADATA_KEY in (file.metadata() or {})
+            entries = file.metadata() or {}
+            return METADATA_KEY in entries or any(v.startswith(OPENING) for v in entries.values())
     except (SafetensorError, OSError, TypeError, ValueError):
         return False
 
@@ -178,11 +180,12 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
     try:
         _refuse_objects(found)
         config = recognise(tensors, num_heads, img_size, place.img_size, num_classes)
-        shapes = param_shapes(config)
+        shapes = shapes_to_fill(config, tensors)
         if HEAD[0] not in tensors:
             shapes = {name: shape for name, shape in shapes.items() if name not in HEAD}
-        if sum(map(prod, shapes.values())) > MOST_ELEMENTS:
-            raise UserError(f"it has more than {MOST_ELEMENTS} parameters")
+        most = max(2 * path.stat().st_size, MOST_REPEATED_BYTES)  # twice: float16 is widened
+        if sum(value.nbytes for name, value in tensors.items() if name in shapes) > most:
+            raise UserError("its tensors repeat their storages and are far larger than the file")
         params = _floats({name: tensors[name] for name in shapes if name in tensors})
         problem = find_problem(params, shapes) or not_finite(params)
         if problem:

@@ -14,7 +14,7 @@ from ..experiments.figures import draw
 from ..experiments.plan import EXPERIMENTS, FRACTIONS, PLAN, complete, load_plan, refuse_other
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
-from ..system import write_file
+from ..system import read_text, write_file
 from ..training.interrupt import Interrupted
 from ..training.settings import DATA, TRAINING, flag
 from .options import (
@@ -146,9 +146,9 @@ def _refuse_flags(plan, name, given):
 
 def _kept_data_dir(out, given):
     """Where the data lie: as given, or as it was when the plan in the folder out was made."""
-    kept = out / DATA_DIR
-    if given is None and (out / PLAN).exists() and kept.exists():
-        return Path(kept.read_text().rstrip("\n"))
+    if given is None and (out / PLAN).exists():
+        kept = read_text(out / DATA_DIR, "delete it, and add --data-dir")
+        return kept and Path(kept.rstrip("\n"))
     return given
 
 

@@ -6,11 +6,10 @@ All rows of a plan train for the same number of steps of the same number of imag
 import json
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from pathlib import Path
 
 from ..config import VARIANTS, is_count, is_number
 from ..errors import UserError, unknown_name
-from ..system import write_file
+from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
 PLAN = "plan.json"
@@ -36,6 +35,7 @@ MASKED_SHARES = {3: 0.3, 5: 0.5, 10: 1.0}  # table 6: 3, 5 and 10 of 10 GPSA lay
 WARM_UP = 0.1  # of the steps
 SAFETY = 0.9  # of the budget is planned: other programs run too
 LEAST_STEPS = 200  # fewer show nothing
+MOST_SEEDS = 1000
 VALIDATIONS = 10  # of a run, at most
 READINGS = 20  # in their place where an experiment draws what changes over training
 
@@ -129,20 +129,18 @@ class Plan:
 
 def load_plan(path):
     """The Plan in a file. Raises UserError where it is missing, damaged or not of this program."""
+    values = read_json(path, advice := "give the plan.json of an experiment")
+    if values is None:
+        raise UserError(f"{path} cannot be read (there is no such file): {advice}")
     try:
-        values = json.loads(Path(path).read_text())
         rows = [Row(**row | {"settings": Settings(**row["settings"])}) for row in values["rows"]]
         plan = Plan(values["asked"], values["measured_on"], rows)
         _check(plan)
         return plan
-    except OSError as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = str(error) if isinstance(error, UserError) else repr(error)
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): give the plan.json of an experiment"
-        ) from error
-    except (ValueError, TypeError, KeyError, LookupError, ArithmeticError, UserError) as error:
-        raise UserError(
-            f"{path} is damaged, or no plan of this program ({error!r}): give the plan.json of an "
-            "experiment"
+            f"{path} is damaged, or no plan of this program ({reason[:200]}): {advice}"
         ) from error
 
 
@@ -152,6 +150,8 @@ def _check(plan):
     given = {key: value for key, value in plan.asked.items() if key != "experiment"}
     if plan.experiment not in EXPERIMENTS or complete(plan.experiment, given) != plan.asked:
         raise ValueError("its options are not all those of an experiment")
+    if len(plan.asked.get("fractions", ())) > len(plan.rows):
+        raise ValueError("its rows are fewer than its fractions")
     parts = [
         [(row.name, row.label, row.masks, row.settings.model, row.settings.subset) for row in rows]
         for rows in (plan.rows, rows_of(plan.asked))
@@ -207,6 +207,8 @@ def _check_options(asked, own):
     for name in ("seeds", "steps"):
         if not is_count(asked.get(name, 1), 1):
             raise UserError(f"--{name} must be an integer of at least 1, not {asked[name]}")
+    if asked["seeds"] > MOST_SEEDS:
+        raise UserError(f"--seeds must be at most {MOST_SEEDS}, not {asked['seeds']}")
 
 
 def refuse_other(plan, experiment, given, folder):

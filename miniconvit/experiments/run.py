@@ -16,7 +16,7 @@ from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
-from ..system import write_file
+from ..system import read_text, write_file
 from ..training.evaluate import evaluate
 from ..training.history import run_history
 from ..training.interrupt import Diverged
@@ -149,7 +149,7 @@ def _run(plan, row, seed, out, report, where):
     was_finished = mark.exists()
     try:
         if was_finished:
-            raise Diverged(mark.read_text().strip())
+            raise Diverged(read_text(mark, "delete it to train this run again").strip())
         result = train(settings, folder.path, resume=True, quiet=True, report=report, **where)
     except Diverged as error:
         reason = str(error).partition(";")[0]  # what follows is advice for a single run

@@ -5,13 +5,14 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from platform import python_version
 
 from ..checkpoints.checkpoint import BEST, LAST
+from ..config import is_number
 from ..errors import UserError
-from ..system import arithmetic, cannot_write, write_file
+from ..system import arithmetic, cannot_write, parse_json, read_json, write_file
 
 try:
     import fcntl
@@ -19,6 +20,11 @@ except ImportError:  # Windows: two processes in one folder are then not told ap
     fcntl = None
 
 CONFIG, LOG = "config.json", "log.txt"
+NUMBERS = {"epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr"}
+NUMBERS |= {"images_per_second", "seconds"}
+READINGS = ("nonlocality", "gates", "strengths", "centre_norms")
+"""What a row of metrics.jsonl holds."""
+MOST_LISTS = 2**20  # in all rows: a list takes twenty times the memory of its text
 BEFORE_CONFIG = {LOG, CONFIG + ".partial"}  # what a run that dies at once leaves behind
 
 
@@ -46,6 +52,24 @@ def describe(settings, config, data_dir, workers, place):
     }
 
 
+def _is_row(row, epoch):
+    """Whether a dict is what finish_epoch writes: numbers, and lists of a list of numbers a layer,
+    with None for what a head has not."""
+    numbers = {name: value for name, value in row.items() if name not in READINGS}
+    lists = [row[name] for name in READINGS if name in row]
+    return (
+        set(numbers) == NUMBERS
+        and len(lists) in (0, len(READINGS))
+        and all(map(is_number, numbers.values()))
+        and type(row["epoch"]) is type(row["step"]) is int
+        and row["epoch"] == epoch
+        and all(0 <= row[name] <= 1 for name in ("train_top1", "val_top1"))
+        and all(isinstance(layers, list) for layers in lists)
+        and all(isinstance(heads, list) for layers in lists for heads in layers)
+        and all(x is None or is_number(x) for layers in lists for heads in layers for x in heads)
+    )
+
+
 class RunFolder:
     """config.json, metrics.jsonl, last.safetensors, best.safetensors, log.txt and curves.png.
 
@@ -60,20 +84,13 @@ class RunFolder:
 
     def config(self):
         """What config.json says, or None where no run has begun here."""
-        try:
-            values = json.loads((self.path / CONFIG).read_text())
-            if not isinstance(values, dict):
-                raise ValueError("it holds no object")
-            return values
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path / CONFIG} cannot be read: {error}; choose another --out"
-            ) from error
+        return read_json(self.path / CONFIG, "choose another --out")
 
     def check(self, resume):
         """Raises UserError where a run may not begin, or with resume=True not go on, here."""
+        for file in (self.last, self.best, self.metrics, self.path / LOG):
+            if file.exists() and not file.is_file():
+                raise UserError(f"{file} is no file: take it away, or choose another --out")
         if self.config() is not None:
             if not resume:
                 raise UserError(
@@ -150,11 +167,11 @@ class RunFolder:
 
     def finished_epochs(self):
         """The rows of metrics.jsonl so far, as many as are whole."""
-        if not self.metrics.exists():
-            return []
         try:
-            return [json.loads(line) for line in self.metrics.read_bytes().split(b"\n")[:-1]]
-        except ValueError as error:
+            return self._rows()
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.metrics} is damaged: {error}; give a checkpoint instead"
             ) from error
@@ -164,15 +181,30 @@ class RunFolder:
 
         Raises UserError where there are fewer.
         """
-        with suppress(FileNotFoundError, ValueError):
-            lines = self.metrics.read_bytes().split(b"\n")[:-1] if count else []
-            rows = [json.loads(line) for line in lines[:count]]
+        with suppress(OSError, ValueError):
+            rows = self._rows(count) if count else []
             if len(rows) == count:
                 return rows
         raise UserError(
             f"{self.metrics} is damaged: {count} whole lines were expected, one for each epoch "
             "that last.safetensors knows; start again in another folder with --out"
         )
+
+    def _rows(self, count=None):
+        """All rows, or the first `count`, of metrics.jsonl, without what is half a line. Raises
+        ValueError for lines that are no rows."""
+        rows, lists = [], 0
+        if self.metrics.exists() and not self.metrics.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        with open(self.metrics, "rb") as file:
+            for line in islice(file, count):
+                if not line.endswith(b"\n"):
+                    break
+                lists += line.count(b"[")
+                rows.append(parse_json(line))
+                if not _is_row(rows[-1], len(rows)) or lists > MOST_LISTS:
+                    raise ValueError(f"line {len(rows)} is no row of epoch {len(rows)}")
+        return rows
 
     def cut_metrics(self, count):
         """Takes from metrics.jsonl what the checkpoint does not know: all but `count` rows."""

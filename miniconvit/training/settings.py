@@ -270,7 +270,7 @@ def check_setting(name, value):
         return
     if not limits.hold(value):
         hint = did_you_mean(value, limits.names)
-        raise UserError(f"{flag(name)} must be {limits.words}, not {value}{hint}")
+        raise UserError(f"{flag(name)} must be {limits.words}, not {str(value)[:80]}{hint}")
 
 
 def flag(name: str) -> str:
@@ -322,7 +322,7 @@ def stored_data_dir(out: str | Path) -> Path | None:
     """Where the data of the run in the folder `out` lie: a Path, or None where it does not say."""
     found = (RunFolder(out).config() or {}).get("data_dir")
     if not isinstance(found, str | None):
-        raise UserError(f"the data_dir in {out}/config.json is no path but {found}: add --data-dir")
+        raise UserError(f"the data_dir in {out}/config.json is no path: add --data-dir")
     return Path(found) if found else None
 
 

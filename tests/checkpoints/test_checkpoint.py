@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was written, and every kind of damage is a sentence."""
 
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from miniconvit import AdamW, ConViTConfig, UserError, init_params
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from miniconvit.checkpoints.weights import open_weights
 from miniconvit.system import write_file
 
 CONFIG = ConViTConfig(
@@ -210,6 +212,9 @@ DAMAGE = {
     "another depth": lambda path: with_metadata(
         path, lambda about: about["config"].update(depth=3)
     ),
+    "more blocks than tensors": lambda path: with_metadata(
+        path, lambda about: about["config"].update(depth=10**12)
+    ),
     "unknown entry": lambda path: with_metadata(path, lambda about: about.update(colour="red")),
     **{
         f"{name} {value}": lambda path, name=name, value=value: with_metadata(
@@ -252,9 +257,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_a_sentence_that_names_the_file(tmp_path, params, optimizer, damage):
+    """Also in a file from before there was a SHA-256, which would notice it all."""
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, params, CONFIG, optimizer=optimizer)
-    load_checkpoint(path)
+    with_metadata(path, lambda about: about.pop("sha256"))
+    assert_same(load_checkpoint(path).params, params)
     DAMAGE[damage](path)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_checkpoint(path)
@@ -267,24 +274,52 @@ def test_missing_file_and_folder(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_random_damage_is_answered_by_a_sentence_or_harmless(tmp_path, params):
-    """A flipped bit of the header is refused, or leaves a checkpoint of finite values."""
-    path, rng = tmp_path / "model.safetensors", np.random.default_rng(11)
-    save_checkpoint(path, params, CONFIG)
+def test_every_flipped_bit_is_noticed(tmp_path, params):
+    """In the header and the first tensors, by either way of opening a checkpoint."""
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG, mean=[1e-05], std=[1.0], classes=["a", "b", "ü"])
     whole = np.frombuffer(path.read_bytes(), np.uint8)
     header = 8 + struct.unpack("<Q", whole[:8].tobytes())[0]
-    refused = 0
-    for _ in range(200):
+    for place in np.arange(8 * (header + 64))[::61]:
         damaged = whole.copy()
-        damaged[rng.integers(header)] ^= np.uint8(1 << rng.integers(8))
+        damaged[place // 8] ^= np.uint8(1 << place % 8)
         path.write_bytes(damaged.tobytes())
-        try:
-            found = load_checkpoint(path)
-        except UserError:
-            refused += 1
-        else:
-            assert all(np.isfinite(value).all() for value in found.params.values())
-    assert refused > 150
+        for read in (load_checkpoint, open_weights):
+            with pytest.raises(UserError, match=r"model\.safetensors"):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({"head.bias": tensors["head.bias"] + np.float32(1e-6)}),
+        lambda tensors: tensors.update({"head.bias": -tensors["head.bias"]}),
+        lambda tensors: tensors.update(
+            {"norm.weight": tensors["norm.bias"], "norm.bias": tensors["norm.weight"]}
+        ),
+    ],
+)
+def test_other_tensors_are_not_those_of_the_sha256(tmp_path, params, change):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG)
+    with_tensors(path, lambda tensors: None)
+    assert_same(load_checkpoint(path).params, params)
+    with_tensors(path, change)
+    with pytest.raises(UserError, match="not what its SHA-256 was taken of"):
+        load_checkpoint(path)
+
+
+def test_the_sha256_is_of_the_content_by_its_definition(tmp_path, params):
+    """SHA-256 of the JSON without it, then of name, type, shape and bytes of each tensor."""
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, params, CONFIG, data="letters")
+    header, _ = parts(path)
+    about = json.loads(header["__metadata__"]["miniconvit"])
+    stated = about.pop("sha256")
+    content = json.dumps(about).encode()
+    for name in sorted(params):
+        content += f"{name} float32 {params[name].shape}".encode() + params[name].tobytes()
+    assert stated == hashlib.sha256(content).hexdigest()
 
 
 def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path, params):
@@ -297,6 +332,31 @@ def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path, params):
     with pytest.raises(UserError, match=r"head\.bias is missing"):
         save_checkpoint(path, {k: v for k, v in params.items() if k != "head.bias"}, CONFIG)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"loss": float("nan")}, "NaN is not finite"),
+        ({"step": 2**63}, "no integer of 64 bits"),
+        ({1: "a", "1": "b"}, "a key comes twice"),
+        ({"log": ["x" * 2**21] * 3}, "more than 4,194,304 bytes"),
+        ({"log": ['"' * 2**20]}, "more than 4,194,304 bytes"),
+    ],
+)
+def test_metadata_that_could_not_be_read_are_not_written(tmp_path, params, state, words):
+    with pytest.raises(
+        UserError, match=rf"a\.safetensors is not written: of its metadata.*{words}"
+    ):
+        save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, state=state)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("state", [{1: [None, True], "a": (0.1, {"b": -0.0})}, {"ü": "\udcff"}])
+def test_any_other_metadata_are_written_and_read(tmp_path, params, state):
+    save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, state=state)
+    found = load_checkpoint(tmp_path / "a.safetensors").state
+    assert found == json.loads(json.dumps(state))
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

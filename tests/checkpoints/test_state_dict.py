@@ -198,8 +198,12 @@ def test_what_repeats_itself_makes_no_large_model(opened, monkeypatch):
     params, _ = opened(expanded)
     np.testing.assert_array_equal(params["norm.bias"], np.full(8, 0.5, F), strict=True)
     assert params["norm.bias"].flags.writeable
-    monkeypatch.setattr(weights, "MOST_ELEMENTS", sum(v.size for v in expanded.values()) - 1)
-    with pytest.raises(UserError, match="has more than"):
+    expanded["norm.bias"] = np.broadcast_to(F(0.5), (2**24 + 8,))[:8]
+    assert opened(expanded)
+    expanded["head.weight"] = np.broadcast_to(F(0.5), (2**21 + 1, 8))
+    expanded["head.bias"] = np.broadcast_to(F(0.5), (2**21 + 1,))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="far larger than the file"):
+        patch.setattr(weights, "_floats", None)
         opened(expanded)
 
 

@@ -658,7 +658,10 @@ MISTAKES = {
     "too large a fraction": (["sample-efficiency", "--fractions", "0.1,2"], "at most 1"),
     "another's option": (["ablation", "--fractions", "0.1"], "ablation takes --subset"),
     "no plan": (["ablation", "--plan", "nothing.json"], "nothing.json cannot be read"),
-    "no plan's content": (["ablation", "--plan", "list.json"], "list.json is damaged"),
+    "no plan's content": (
+        ["ablation", "--plan", "list.json"],
+        "list.json cannot be read (it holds",
+    ),
     "a full folder": (["ablation", "--out", "."], "holds no plan"),
     "too few minutes": (
         ["ablation", "--data", "shapes", "--subset", "1", "--budget", "1"],
