@@ -4,8 +4,8 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
+from .arguments import check_step
 from .arrays import Params, array_module
-from .checks import check_step
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
 

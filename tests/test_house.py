@@ -19,7 +19,7 @@ CEILING = 900
 FLOORS = {
     "errors": 0,
     "arrays": 1,
-    "checks": 1,
+    "arguments": 1,
     "config": 1,
     "system": 1,
     "layers": 2,
@@ -146,7 +146,17 @@ def test_importing_the_package_loads_the_lesson_and_the_checker_alone():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = found.stdout.split()
     ours = {name.split(".")[1] for name in modules if name.startswith("miniconvit.")}
-    assert ours == {"errors", "arrays", "checks", "config", "layers", "optim", "model", "gradcheck"}
+    lesson = {"layers", "optim", "model", "gradcheck"}
+    assert ours == {"errors", "arrays", "arguments", "config"} | lesson
+        "errors",
+        "arrays",
+        "arguments",
+        "config",
+        "layers",
+        "optim",
+        "model",
+        "gradcheck",
+    }
     assert not {"miniconvit.gradcheck.cases", "miniconvit.gradcheck.mutants"} & set(modules)
     others = {"safetensors", "pooch", "tqdm", "click", "threadpoolctl", "PIL", "matplotlib"}
     assert not others & set(modules)

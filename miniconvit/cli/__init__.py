@@ -40,7 +40,7 @@ class Program(Group):
         return None
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Program)
 @click.version_option(__version__, message="miniconvit %(version)s")
 def program():
     """ConViT by hand: every gradient is written out, checked and trained.

@@ -36,8 +36,14 @@ class Option(click.Option):
         self.group = group
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class Command(click.Command):
     """A command whose help shows its options in their groups."""
+
+    def __init__(self, *args, **kwargs):  # of its own, since it may be called without its group
+        super().__init__(*args, context_settings=HELP, **kwargs)
 
     def format_options(self, ctx, formatter):
         groups = {group: [] for group in GROUPS}
@@ -53,6 +59,9 @@ class Command(click.Command):
 
 class Group(click.Group):
     """A group of commands that asks which one was meant."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, context_settings=HELP, **kwargs)
 
     def resolve_command(self, ctx, args):
         name = args[0]

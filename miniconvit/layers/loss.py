@@ -1,7 +1,7 @@
 """Cross-entropy, with label smoothing or soft targets."""
 
+from ..arguments import checked_targets
 from ..arrays import array_module
-from ..checks import checked_targets
 
 
 def cross_entropy_forward(logits, targets, label_smoothing=0.0):
