@@ -6,6 +6,8 @@ import numpy as np
 
 from .errors import UserError, did_you_mean
 
+TOLERANCE = 1e-3  # of a probability: those in float16 are as far off
+
 
 def checked_targets(xp, logits, targets, label_smoothing):
     """The targets as an array. On a GPU their values are not looked at: that would wait for it."""
@@ -31,7 +33,7 @@ def checked_targets(xp, logits, targets, label_smoothing):
 def _check_values(targets, C):
     low, high = targets.min(), targets.max()
     if targets.ndim == 2:
-        if not (low >= 0 and high < inf):  # NaN is neither
+        if not (low >= 0 and high <= 1 + TOLERANCE):  # NaN is neither
             raise UserError(f"probabilities cannot go from {low} to {high}, as these targets do")
     elif not (low >= 0 and high < C):
         hint = ": classes count from 0, so subtract 1" if low > 0 and high == C else ""
@@ -43,6 +45,33 @@ def _check_values(targets, C):
 
 def _form(x):
     return f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else type(x).__name__
+
+
+def check_params(params, shapes):
+    """Raises UserError where a parameter is missing or has another shape, which may broadcast.
+
+    shapes: name to shape.
+    """
+    for name, shape in shapes.items():
+        if name not in params:
+            raise UserError(f"the parameter {name} is missing")
+        if params[name].shape != shape:
+            raise UserError(f"{name} has shape {params[name].shape}, but this model's is {shape}")
+
+
+def check_rates(lr, weight_decay, betas, eps):
+    """Raises UserError where AdamW could not train with these numbers."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+        if not 0.0 <= value < inf:
+            raise UserError(f"{name} must be 0 or a positive number, not {value}")
+    if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
+        raise UserError(f"betas must be two numbers of at least 0 and below 1, not {betas}")
+
+
+def check_max_norm(max_norm):
+    """Raises UserError for a limit that would turn all gradients round, or be none."""
+    if not max_norm > 0.0:  # NaN is not
+        raise UserError(f"max_norm must be above 0, not {max_norm}")
 
 
 def check_step(params, grads, moments):

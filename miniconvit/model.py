@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from . import layers
+from .arguments import check_params
 from .arrays import DROP_PATH, Array, Params, array_module, to_device, uniform
 from .config import ConViTConfig
 from .errors import UserError
@@ -134,6 +135,7 @@ def convit_forward(
         expected = f"(B, {config.in_chans}, {config.image[0]}, {config.image[1]})"
         found = shape or f"{type(images).__name__}: pass an array"
         raise UserError(f"the model expects images of shape {expected}, not {found}")
+    check_params(params, param_shapes(config))
     if images.dtype != params["head.weight"].dtype:
         raise UserError(
             f"images are {images.dtype} but the parameters {params['head.weight'].dtype}: "

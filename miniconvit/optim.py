@@ -4,7 +4,7 @@ from math import cos, inf, pi, sqrt
 
 import numpy as np
 
-from .arguments import check_step
+from .arguments import check_max_norm, check_rates, check_step
 from .arrays import Params, array_module
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
@@ -25,6 +25,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ):
+        check_rates(lr, weight_decay, betas, eps)
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.step_count = 0
         self.exp_avg = {name: _zeros_like(p) for name, p in params.items()}
@@ -70,7 +71,11 @@ def clip_grad_norm(grads: Params, max_norm: float) -> float:
     """Scales all gradients in place so that their joint L2 norm is at most max_norm.
 
     Returns the norm before: a float, or a scalar on the device, for which nobody has waited.
+    Raises UserError where max_norm is not above 0.
     """
+    check_max_norm(max_norm)
+    if not grads:
+        return 0.0
     square = sum((g * g).sum() for g in grads.values())
     xp = array_module(square)
     if xp is not np:

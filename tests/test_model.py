@@ -1,5 +1,6 @@
 """The whole model: variants, initialisation, edge cases of the architecture, randomness."""
 
+import re
 from dataclasses import replace
 from math import log
 from types import SimpleNamespace
@@ -307,3 +308,17 @@ def test_without_caches_the_logits_are_the_same_and_there_is_no_backward():
     np.testing.assert_array_equal(logits, mc.convit_forward(images, params, SMALL)[0])
     with pytest.raises(mc.UserError, match="keep_caches was False"):
         mc.convit_backward(np.ones_like(logits), cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("head.bias", np.zeros(1)), ("norm.weight", np.float64(1.0)), ("pos_embed", None)],
+)
+def test_parameters_that_would_broadcast_or_are_missing_are_refused(name, value):
+    config = mc.VARIANTS["convit_micro32"]
+    params = mc.init_params(config, dtype="float64")
+    params |= {name: value} if value is not None else {}
+    if value is None:
+        del params[name]
+    with pytest.raises(mc.UserError, match=re.escape(name)):
+        mc.convit_forward(np.zeros((1, 3, 32, 32)), params, config)

@@ -143,3 +143,25 @@ def test_after_the_end_the_rate_stays_at_its_minimum():
 
 def test_without_warmup_the_rate_starts_at_the_peak():
     assert mc.warmup_cosine(0, 10, 0.3, 0) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_limit_that_would_turn_gradients_round_is_refused(max_norm):
+    grads = {"a": np.ones(3)}
+    with pytest.raises(mc.UserError, match="max_norm must be above 0"):
+        mc.clip_grad_norm(grads, max_norm)
+    np.testing.assert_array_equal(grads["a"], 1.0)
+
+
+def test_no_gradients_have_norm_zero():
+    assert mc.clip_grad_norm({}, 1.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{"lr": -1.0}, {"lr": np.nan}, {"weight_decay": -0.1}, {"eps": -1.0}, {"betas": (0.9, 1.0)},
+     {"betas": (1.5, 0.9)}, {"betas": (0.9,)}],
+)  # fmt: skip
+def test_rates_that_cannot_train_are_refused(rates):
+    with pytest.raises(mc.UserError, match=next(iter(rates))):
+        mc.AdamW({"a": np.ones(3)}, **rates)

@@ -21,6 +21,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
+from ..arguments import check_params
 from ..errors import UserError
 from ..model import param_shapes
 from .pieces import PIECE_ROWS, answer_piece, cut, kernels, train_piece
@@ -175,6 +176,7 @@ class ProcessEngine(Engine):
         whole = params.keys() == self._shapes.keys()
         given = PARAMS if whole and self._lie_at(PARAMS, params) else GIVEN
         if given == GIVEN:
+            check_params(params, self._shapes)
             for name, shared in self._tensors(GIVEN, dtype).items():
                 shared[...] = params[name]
         pieces = cut(n, self.config.num_patches)

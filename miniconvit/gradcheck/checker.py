@@ -93,7 +93,7 @@ def check_gradients(
     Returns a Report. Raises UserError for what is of another form, and where forward changes its
     inputs, gives different results for the same ones, or is not finite.
     """
-    check_arguments(forward, backward, inputs, expect_zero, step, scale)
+    check_arguments(forward, backward, inputs, seed, expect_zero, step, scale)
     rng = np.random.default_rng(seed)
     pair = Pair(forward, backward, inputs)
     first, second = pair.first_runs()

@@ -1,14 +1,16 @@
 """What the checker takes, and the sentence about anything else."""
 
+from collections import deque
 from collections.abc import Collection
 from inspect import signature
 
 import numpy as np
 
+from ..config import is_count
 from ..errors import UserError, did_you_mean
 
 
-def check_arguments(forward, backward, inputs, expect_zero, step, scale):
+def check_arguments(forward, backward, inputs, seed, expect_zero, step, scale):
     """Raises UserError for inputs and options that no check can be made of."""
     if not isinstance(inputs, dict) or not inputs or not all(isinstance(n, str) for n in inputs):
         raise UserError("inputs must be a dict of name to array, with at least one")
@@ -18,6 +20,8 @@ def check_arguments(forward, backward, inputs, expect_zero, step, scale):
     _check_call(backward, "backward(dy, cache)", {}, None, None)
     if isinstance(expect_zero, str) or not isinstance(expect_zero, Collection):
         raise UserError(f"expect_zero is a collection of names: write [{expect_zero!r}]")
+    if not is_count(seed):
+        raise UserError(f"seed must be an integer of at least 0, not {seed!r}")
     scales = scale if isinstance(scale, dict) else {}
     for what, names in (("expect_zero", expect_zero), ("scale", scales)):
         for name in names:
@@ -26,7 +30,7 @@ def check_arguments(forward, backward, inputs, expect_zero, step, scale):
                 raise UserError(f"{what} names {name!r}, which is not among the inputs{hint}")
     if not _is_number(step) or not 1e-10 <= step <= 0.1:
         raise UserError(f"step is a share of the inputs' size, in 1e-10..0.1, not {step!r}")
-    for size in scales.values() if scales else [] if scale is None else [scale]:
+    for size in scales.values() if isinstance(scale, dict) else [] if scale is None else [scale]:
         if not _is_number(size) or not 0 < size < np.inf:
             raise UserError(f"scale is the inputs' size, a number above 0 or a dict, not {scale!r}")
 
@@ -130,16 +134,23 @@ def misfit(x, grad):
     return ""
 
 
-def arrays_in(item, seen=None):
-    """Every array in a cache of nested tuples, lists, dicts and objects."""
-    seen = set() if seen is None else seen
-    if isinstance(item, np.ndarray):
-        yield item
-    elif isinstance(item, tuple | list | dict) or hasattr(item, "__dict__"):
-        if id(item) in seen:
-            return
-        seen.add(id(item))
-        if not isinstance(item, tuple | list):
-            item = (item if isinstance(item, dict) else vars(item)).values()
-        for part in list(item):
-            yield from arrays_in(part, seen)
+def arrays_in(item):
+    """Every array in a cache of nested containers and objects."""
+    seen, waiting = set(), [item]
+    while waiting:  # without recursion: a tape may be long
+        item = waiting.pop()
+        if isinstance(item, np.ndarray):
+            yield item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            waiting += reversed(_parts(item))
+
+
+def _parts(item):
+    """What a container or an object holds, as a list."""
+    if isinstance(item, tuple | list | deque):
+        return list(item)
+    if isinstance(item, dict):
+        return list(item.values())
+    slots = (getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
+    return [*slots, *getattr(item, "__dict__", {}).values()]

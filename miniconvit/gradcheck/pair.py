@@ -1,6 +1,6 @@
 """A layer's two functions, called on copies and watched: what they must not do is said."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,12 +14,15 @@ FACTOR = 4 / 3  # every digit of dy becomes another one, which float32 would rou
 
 @dataclass(frozen=True)
 class Run:
-    """One call of forward: its own copies of the inputs, and what it returned."""
+    """One call of forward: its own copies of the inputs, copies of the outputs, and the cache.
+
+    kept: the arrays in the cache, each with a copy, where it matters that they stay."""
 
     inputs: dict
     ys: tuple
     cache: object
     is_tuple: bool
+    kept: tuple = ()
 
 
 class Pair:
@@ -28,17 +31,27 @@ class Pair:
     def __init__(self, forward, backward, inputs):
         self._forward, self._backward = forward, backward
         self.inputs = {name: x.copy() for name, x in inputs.items()}
+        self._shapes = None  # of the outputs
 
     def run(self, changed=()):
         """Calls forward on copies. changed: name to another value of that input."""
         inputs = {name: x.copy() for name, x in (self.inputs | dict(changed)).items()}
         result = self._forward(**inputs)
         ys, cache = outputs_and_cache(result)
+        shapes = [np.shape(y) for y in ys]
+        self._shapes = self._shapes or shapes
+        if shapes != self._shapes:
+            raise UserError(
+                f"forward's output has shape {shapes} beside the inputs, where it has "
+                f"{self._shapes}: nothing can be compared"
+            )
+        ys = tuple(np.array(y) for y in ys)  # the next call may write into the same ones
         return Run(inputs, ys, cache, isinstance(result[0], tuple))
 
     def first_runs(self):
         """Two Runs. Raises UserError where they differ, change their inputs or are not finite."""
         first = self.run()
+        first = replace(first, kept=tuple((a, a.copy()) for a in arrays_in(first.cache)))
         changed = self._changed_inputs(first)
         if changed:
             raise UserError(f"forward changes {changed[0]} in place: let it work on a copy")
@@ -61,7 +74,9 @@ class Pair:
         first, second: two Runs; dys: the gradients of the outputs; vanishing: name to the norm that
         round-off alone may give a gradient.
         """
+        stale = any(not np.array_equal(a, b, equal_nan=True) for a, b in first.kept)
         returned, problems = self._call(first, dys)
+        problems += ["a later call of forward writes over the cache of an earlier one"] * stale
         grads = _copies(returned)
         problems += self._repeated(second, dys, grads, vanishing)
         for name, grad in grads.items():

@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections import deque
 from functools import partial
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -717,3 +719,86 @@ def test_mutants_of_a_layer_that_fails_itself_cannot_be_judged(monkeypatch):
 def test_unknown_layer():
     with pytest.raises(mc.UserError, match="unknown layer 'conv'"):
         check_layer("conv")
+
+
+def test_an_output_that_every_call_writes_into_is_seen_as_it_was():
+    """Else every slope would be zero: a wrong gradient passed, and a right one did not."""
+    out = np.empty((3, 4))
+    x = np.random.default_rng(0).standard_normal((3, 4))
+
+    def forward(x):
+        np.tanh(x, out=out)
+        return out, x
+
+    nothing = mc.check_gradients(forward, lambda dy, x: {"x": 0 * dy}, {"x": x}, expect_zero=["x"])
+    assert [row.verdict for row in nothing.rows] == ["WRONG"]
+    right = mc.check_gradients(forward, lambda dy, x: {"x": dy * (1 - np.tanh(x) ** 2)}, {"x": x})
+    assert right.ok, right
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_a_cache_that_a_later_call_writes_over_is_named(buffers):
+    outs = cycle([np.empty((3, 4)) for _ in range(buffers)])
+    x = np.random.default_rng(0).standard_normal((3, 4))
+
+    def forward(x):
+        out = next(outs)
+        np.tanh(x, out=out)
+        return out, out
+
+    report = mc.check_gradients(forward, lambda dy, y: {"x": dy * (1 - y * y)}, {"x": x})
+    assert not report.ok
+    assert "a later call of forward writes over the cache of an earlier one" in report.problems
+
+
+def test_a_cache_may_be_a_long_chain_a_deque_or_an_object_with_slots():
+    class Slots:
+        __slots__ = ("x",)
+
+    x = np.random.default_rng(0).standard_normal((3, 4))
+
+    def chain(x):
+        cache = (x,)
+        for _ in range(5000):
+            cache = (cache,)
+        return x * x, cache
+
+    def backward(dy, cache):
+        while isinstance(cache, tuple):
+            (cache,) = cache
+        return {"x": 2 * cache * dy}
+
+    assert mc.check_gradients(chain, backward, {"x": x}).ok
+
+    def in_slots(x):
+        cache = Slots()
+        cache.x = x
+        return x * x, cache
+
+    def in_deque(x):
+        return x * x, deque([x])
+
+    def ruin(dy, cache):
+        array = cache.x if isinstance(cache, Slots) else cache[0]
+        kept = array.copy()
+        array *= 3.0
+        return {"x": 2 * kept * dy}
+
+    for forward in (in_slots, in_deque):
+        assert not mc.check_gradients(forward, ruin, {"x": x}).ok
+
+
+def test_an_output_whose_shape_hangs_on_the_inputs_is_refused():
+    def forward(x):
+        return x[x > x.mean() + 1e-7], x
+
+    x = np.array([1.0, 2.0, 3.0, 2.0 + 2e-7])
+    with pytest.raises(mc.UserError, match="shape"):
+        mc.check_gradients(forward, lambda dy, x: {"x": np.zeros(4)}, {"x": x})
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5])
+def test_a_seed_that_is_none_is_refused(seed):
+    same = (lambda x: (x, None)), (lambda dy, cache: {"x": dy})
+    with pytest.raises(mc.UserError, match="seed"):
+        mc.check_gradients(*same, {"x": np.ones(3)}, seed=seed)
