@@ -19,6 +19,18 @@ AVERAGES = {"ema", "swa"}
 NO_MODELS = {"optimizer", "optim", "exp", "grad", "grads", "momentum"}
 """Words in a place: averages go first, as in timm, and what only has the shapes of a model last."""
 
+COUNTERS = {
+    "decay",
+    "n_averaged",
+    "num_batches_tracked",
+    "num_updates",
+    "step",
+    "steps",
+    "total_ops",
+    "total_params",
+}
+"""Last names under which one float is a count, or a constant of an average."""
+
 
 @dataclass(frozen=True)
 class StateDict:
@@ -58,10 +70,12 @@ def find_state_dict(value: Any, path: Path) -> StateDict:
 
 
 def is_counter(name: Any, entry: Any) -> bool:
-    """Whether an entry that is none of the model's only counts or indexes something: one number,
-    integers, or the relative positions that ConViTs of before kept."""
+    """Whether an entry that is none of the model's only counts or indexes something: integers, a
+    flag, or floats under a name that says so. One float of another name may be a parameter."""
     if isinstance(entry, np.ndarray):
-        return entry.size <= 1 or entry.dtype.kind != "f" or str(name).endswith("rel_indices")
+        last, kind = str(name).rpartition(".")[2], entry.dtype.kind
+        is_one = entry.size <= 1 and (kind == "b" or last in COUNTERS)
+        return kind in "iu" or is_one or last == "rel_indices"
     return isinstance(entry, int | float)
 
 

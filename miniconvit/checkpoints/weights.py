@@ -244,6 +244,12 @@ def _left_out(found, shapes):
     others = {name: entry for name, entry in found.entries.items() if name not in shapes}
     others |= found.beside
     for name, entry in others.items():
+        masked = found.entries.get(str(name).removesuffix("_mask"))
+        if masked is not None and masked is not entry and np.shape(masked) == np.shape(entry):
+            raise UserError(
+                f"{name[:80]} is a mask of a tensor, and masks are not applied here: save the "
+                "masked weights alone"
+            )
         is_head = HEAD[0] not in shapes and not str(name).startswith(("blocks.", "patch_embed."))
         if not (is_counter(name, entry) or is_head):
             raise UserError(f"the tensor {name[:80]} is none of the model's; use another file")

@@ -65,6 +65,7 @@ def test_a_prefix_that_not_all_share_is_refused_by_the_first_that_does_not(opene
 
 COUNTERS = {
     "num_updates": np.array(7),
+    "initialised": np.array(True),
     "decay": np.array(0.99, F),
     "module.step": np.zeros(1, np.int64),
     "module.blocks.1.total_params": np.zeros(1),
@@ -83,13 +84,19 @@ def test_counters_are_left_out_and_named(opened):
     assert_same(params, golden("model"))
     assert said.count("\n") == 1
     assert all(name.removeprefix("module.") in said for name in COUNTERS)
-    many = with_prefix("") | {f"blocks.{i % 3}.total_ops{i}": np.zeros(1) for i in range(40)}
-    assert opened(many)[1].endswith("total_ops7 and 32 more\n")
+    many = with_prefix("") | {f"blocks.{i % 3}.x{i}.total_ops": np.zeros(1) for i in range(40)}
+    assert opened(many)[1].endswith("x7.total_ops and 32 more\n")
 
 
 def test_what_counts_nothing_is_not_left_out(opened):
     for name, value, words in (
         ("tail", np.ones(3, F), "the tensor tail is none of the model's"),
+        ("blocks.0.alpha", np.array(0.3, F), "the tensor blocks.0.alpha is none of the model's"),
+        ("head.temperature", np.ones(1, F), "head.temperature is none of the model's"),
+        ("blocks.0.step", np.ones(3, F), "blocks.0.step is none of the model's"),
+        ("blocks.0.ring", np.ones((9, 9), bool), "blocks.0.ring is none of the model's"),
+        ("head.weight_mask", np.ones((5, 8), bool), "head.weight_mask .* masks are not applied"),
+        ("head.weight_mask", np.ones((5, 8), np.uint8), "masks are not applied"),
         ("blocks.0.attn.mask", np.ones((9, 9), F), "mask is none of the model's"),
         ("head.bias", 3, "head.bias is missing"),
         ("head.bias", np.ones(5, np.int64), "head.bias is int64 where float32"),
