@@ -194,7 +194,9 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
     except UserError as error:
         raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
     if found.count > 1:
-        _say(f"{path} holds {found.count} state dicts: {found.place} is read")
+        others = ", ".join(found.equals[:8])
+        doubt = f", but no name tells it from {others}" if others else ""
+        _say(f"{path} holds {found.count} state dicts: {found.place} is read{doubt}")
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         _say(f"{path}: left out {', '.join(left_out[:8])}{more}")
@@ -244,8 +246,9 @@ def _left_out(found, shapes):
     others = {name: entry for name, entry in found.entries.items() if name not in shapes}
     others |= found.beside
     for name, entry in others.items():
-        masked = found.entries.get(str(name).removesuffix("_mask"))
-        if masked is not None and masked is not entry and np.shape(masked) == np.shape(entry):
+        masked = found.entries.get(str(name)[: -len("_mask")])
+        is_mask = str(name).endswith("_mask") and isinstance(masked, np.ndarray)
+        if is_mask and masked.shape == np.shape(entry):
             raise UserError(
                 f"{name[:80]} is a mask of a tensor, and masks are not applied here: save the "
                 "masked weights alone"

@@ -158,6 +158,12 @@ SEVERAL = {
         with_prefix("optimizer.exp_avg.", moved(1)) | golden("model"),
         "the outermost",
     ),
+    "gradients": ({"gradients": moved(1), "weights": golden("model")}, "weights"),
+    "gradients before timm's key": ({"model": {"grad_ema": moved(1)}, "z": golden("model")}, "z"),
+    "fisher": ({"fisher": moved(1), "params": golden("model")}, "params"),
+    "one letter": ({"m": moved(1), "p": golden("model")}, "p"),
+    "optax": ({"nu": moved(1), "params": golden("model")}, "params"),
+    "optimizerState": ({"optimizerState": moved(1), "params": golden("model")}, "params"),
     "schema is no average": ({"schema": moved(1), "model": golden("model")}, "model"),
 }
 
@@ -169,6 +175,17 @@ def test_of_several_the_average_is_read_and_that_is_said(opened, name):
     assert_same(params, golden("model"))
     count = 3 if name == "moments" else 2
     assert said == f"FILE holds {count} state dicts: {place} is read\n"
+
+
+def test_where_no_name_decides_the_others_are_named(opened):
+    value = {"last": golden("model"), "best": moved(1), "m": moved(2), "v": moved(3)}
+    params, said = opened(value)
+    assert_same(params, golden("model"))
+    assert said == (
+        "FILE holds 4 state dicts: last is read, but no name tells it from best\n"
+    )
+    _, said = opened({"init_state": golden("model"), "final_state": moved(1)})
+    assert said.endswith("init_state is read, but no name tells it from final_state\n")
 
 
 def test_other_networks_are_told_by_what_they_lack(opened):
