@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from .checkpoint import (
     METADATA_KEY,
     OPENING,
@@ -60,6 +60,8 @@ def open_weights(
     interpolated where it is of other patches. What was left out or assumed of a file of others is
     said on stderr. Raises UserError where the source is missing, damaged or does not fit.
     """
+    if model is not None and model not in VARIANTS:
+        raise UserError(unknown_name("model", model, VARIANTS))
     place = locate(source)
     path = place.path
     if _is_ours(path):
@@ -347,6 +349,12 @@ def _image(tensors, patch, img_size, own_size):
     own = [(height // patch[0], width // patch[1]) for height, width in _sizes(own_size)]
     asked = [ConViTConfig(size, patch).grid for size in _sizes(img_size)]
     fitting = [grid for grid in own + asked if prod(grid) == count]
+    has_gpsa = any(name.endswith("attn.qk.weight") for name in tensors)
+    if not (fitting or has_gpsa) and count - 1 in map(prod, own + asked):
+        raise UserError(
+            f"its pos_embed has {count} places for {count - 1} patches: a plain ViT of timm's "
+            "gives its class token a position, and this is no ConViT"
+        )
     rows, cols = fitting[0] if fitting else _guess(count, *asked)
     return rows * patch[0], cols * patch[1]
 

@@ -181,9 +181,7 @@ def test_where_no_name_decides_the_others_are_named(opened):
     value = {"last": golden("model"), "best": moved(1), "m": moved(2), "v": moved(3)}
     params, said = opened(value)
     assert_same(params, golden("model"))
-    assert said == (
-        "FILE holds 4 state dicts: last is read, but no name tells it from best\n"
-    )
+    assert said == ("FILE holds 4 state dicts: last is read, but no name tells it from best\n")
     _, said = opened({"init_state": golden("model"), "final_state": moved(1)})
     assert said.endswith("init_state is read, but no name tells it from final_state\n")
 
