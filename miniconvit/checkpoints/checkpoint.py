@@ -84,8 +84,11 @@ def save_checkpoint(
     problem = find_problem(tensors, param_shapes(config), more) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
-    about = {"config": config.to_dict(), "mean": mean, "std": std, "classes": classes}
+    about = {"mean": _as_list(mean), "std": _as_list(std), "classes": _as_list(classes)}
     about |= {"data": data, "state": state}
+    if problem := problem_of_metadata(config, **about):
+        raise UserError(f"{path} is not written: {problem}")
+    about = {"config": config.to_dict()} | about
     about = {key: value for key, value in about.items() if value is not None}
     content = save(tensors, {METADATA_KEY: _sealed(about, tensors)})
     try:
@@ -150,6 +153,16 @@ def not_finite(tensors: Params) -> str | None:
         if not np.isfinite(value).all():
             return f"{name} holds values that are not finite"
     return None
+
+
+def _as_list(values):
+    """A list of Python's own numbers or texts from a tuple, a list or an array; others as they
+    are."""
+    if isinstance(values, np.ndarray):
+        return values.tolist()
+    if not isinstance(values, list | tuple):
+        return values
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
 def _sealed(about, tensors):

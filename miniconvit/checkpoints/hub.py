@@ -18,9 +18,11 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 @dataclass(frozen=True)
 class Source:
     """A file, and what is known of the model from elsewhere than the file: img_size (pixels of its
-    own positional embedding), mean, std and classes, None where nothing says them."""
+    own positional embedding), mean, std and classes, None where nothing says them. is_folder:
+    whether its folder was given, so that a config.json there is about it."""
 
     path: Path
+    is_folder: bool = False
     img_size: tuple[int, int] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -30,15 +32,16 @@ class Source:
 def locate(source: str | Path) -> Source:
     """The Source that a path, a folder or a name means. Raises UserError where there is none."""
     path = Path(source)
-    if path.is_dir():
+    is_folder = path.is_dir()
+    if is_folder:
         path = _in_folder(path)
     if path.exists():
         if not path.is_file():  # a pipe would be waited for
             raise UserError(f"{path} is no file: give a checkpoint")
-        return Source(path)
+        return Source(path, is_folder)
     name = re.sub(r"^(hf[-_]hub:)?(timm/)?", "", str(source))
     if name in PUBLISHED:
-        return Source(_fetch(name), VARIANTS[name.partition(".")[0]].image)
+        return Source(_fetch(name), img_size=VARIANTS[name.partition(".")[0]].image)
     advice = f"give a run folder, the path of a .safetensors or .pth file, or one of {_names()}"
     if re.match(r"hf[-_]hub:|https?:", str(source)):
         advice = f"only {_names()} are fetched; download it, and give its folder or file"
@@ -79,9 +82,17 @@ def _fetch(name):
 
 
 def with_config(source: Source) -> Source:
-    """The Source with what a config.json of timm beside its file says. Raises UserError where that
-    cannot be read."""
-    values = _timm_config(source.path.with_name("config.json"))
+    """The Source with what a config.json of timm beside its file says.
+
+    Beside a file that was given itself it is used where it describes a ConViT; else stderr says
+    that it is not. Raises UserError where it cannot be read.
+    """
+    path = source.path.with_name("config.json")
+    values = _timm_config(path)
+    name = str(values.get("architecture", ""))
+    if values and not source.is_folder and not name.startswith("convit_"):
+        print(f"{path} describes {name[:80]}, no ConViT: it is left alone", file=sys.stderr)
+        return source
     size = values.get("input_size")
     if isinstance(size, list) and len(size) == 3 and all(type(side) is int for side in size):
         source = replace(source, img_size=(size[1], size[2]))

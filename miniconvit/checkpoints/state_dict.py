@@ -16,24 +16,40 @@ MOST_DEEP, MOST_MODELS = 8, 16
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which timm looks, in its order."""
 AVERAGES = {"ema", "swa"}
-NO_MODELS = {"optimizer", "optim", "exp", "grad", "grads", "momentum"}
-"""Words in a place: averages go first, as in timm, and what only has the shapes of a model last."""
+NO_MODELS = ("optim", "grad", "moment", "fisher")
+MOMENTS = {"exp", "m", "v", "mu", "nu"}
+"""Words in a place, of NO_MODELS their beginnings: averages go first, as in timm, and what only has
+the shapes of a model last."""
+
+COUNTERS = {
+    "decay",
+    "n_averaged",
+    "num_batches_tracked",
+    "num_updates",
+    "step",
+    "steps",
+    "total_ops",
+    "total_params",
+}
+"""Last names under which one float is a count, or a constant of an average."""
 
 
 @dataclass(frozen=True)
 class StateDict:
     """entries: under the official names, and what else has their prefix; beside: what stands in the
-    same dict and has another; where: keys and words of the prefix; count: how many were found."""
+    same dict and has another; where: keys and words of the prefix; count: how many were found;
+    equals: the places of others between which no name decides."""
 
     entries: dict[str, Any]
     beside: dict[Any, Any]
     where: tuple[str, ...]
     count: int
+    equals: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
         """Where it stands, for a sentence."""
-        return ".".join(self.where) or "the outermost"
+        return _place(self.where)
 
 
 def find_state_dict(value: Any, path: Path) -> StateDict:
@@ -47,7 +63,8 @@ def find_state_dict(value: Any, path: Path) -> StateDict:
     found = [candidate for where, entries in dicts for candidate in _models(where, entries)]
     if found:
         entries, beside, where = min(found, key=lambda candidate: _rank(candidate[2]))
-        return StateDict(entries, beside, where, len(found))
+        places = [_place(w) for _, _, w in found if _rank(w) == _rank(where) and w != where]
+        return StateDict(entries, beside, where, len(found), tuple(places))
     where, entries = max(dicts, key=lambda item: _count_tensors(item[1]), default=((), {}))
     if not _count_tensors(entries):
         raise UserError(
@@ -58,10 +75,12 @@ def find_state_dict(value: Any, path: Path) -> StateDict:
 
 
 def is_counter(name: Any, entry: Any) -> bool:
-    """Whether an entry that is none of the model's only counts or indexes something: one number,
-    integers, or the relative positions that ConViTs of before kept."""
+    """Whether an entry that is none of the model's only counts or indexes something: integers, a
+    flag, or floats under a name that says so. One float of another name may be a parameter."""
     if isinstance(entry, np.ndarray):
-        return entry.size <= 1 or entry.dtype.kind != "f" or str(name).endswith("rel_indices")
+        last, kind = str(name).rpartition(".")[2], entry.dtype.kind
+        is_one = entry.size <= 1 and (kind == "b" or last in COUNTERS)
+        return kind in "iu" or is_one or last == "rel_indices"
     return isinstance(entry, int | float)
 
 
@@ -102,11 +121,16 @@ def _models(where, entries):
     return [(group, beside, (*where, *p.split(".")[:-1])) for p, group in groups.items()]
 
 
+def _place(where):
+    return ".".join(where) or "the outermost"
+
+
 def _rank(where):
     """Sorts places: averages first, then timm's keys in its order, then the outer ones."""
     words = {word.lower() for name in where for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
     wrapper = min((WRAPPERS.index(name) for name in where if name in WRAPPERS), default=9)
-    return bool(words & NO_MODELS), not words & AVERAGES, wrapper, len(where)
+    is_none = bool(words & MOMENTS) or any(word.startswith(NO_MODELS) for word in words)
+    return is_none, not words & AVERAGES, wrapper, len(where)
 
 
 def _count_tensors(entries):

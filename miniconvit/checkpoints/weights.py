@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from .checkpoint import (
     METADATA_KEY,
     OPENING,
@@ -60,6 +60,8 @@ def open_weights(
     interpolated where it is of other patches. What was left out or assumed of a file of others is
     said on stderr. Raises UserError where the source is missing, damaged or does not fit.
     """
+    if model is not None and model not in VARIANTS:
+        raise UserError(unknown_name("model", model, VARIANTS))
     place = locate(source)
     path = place.path
     if _is_ours(path):
@@ -194,7 +196,9 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
     except UserError as error:
         raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
     if found.count > 1:
-        _say(f"{path} holds {found.count} state dicts: {found.place} is read")
+        others = ", ".join(found.equals[:8])
+        doubt = f", but no name tells it from {others}" if others else ""
+        _say(f"{path} holds {found.count} state dicts: {found.place} is read{doubt}")
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         _say(f"{path}: left out {', '.join(left_out[:8])}{more}")
@@ -244,6 +248,13 @@ def _left_out(found, shapes):
     others = {name: entry for name, entry in found.entries.items() if name not in shapes}
     others |= found.beside
     for name, entry in others.items():
+        masked = found.entries.get(str(name)[: -len("_mask")])
+        is_mask = str(name).endswith("_mask") and isinstance(masked, np.ndarray)
+        if is_mask and masked.shape == np.shape(entry):
+            raise UserError(
+                f"{name[:80]} is a mask of a tensor, and masks are not applied here: save the "
+                "masked weights alone"
+            )
         is_head = HEAD[0] not in shapes and not str(name).startswith(("blocks.", "patch_embed."))
         if not (is_counter(name, entry) or is_head):
             raise UserError(f"the tensor {name[:80]} is none of the model's; use another file")
@@ -338,6 +349,12 @@ def _image(tensors, patch, img_size, own_size):
     own = [(height // patch[0], width // patch[1]) for height, width in _sizes(own_size)]
     asked = [ConViTConfig(size, patch).grid for size in _sizes(img_size)]
     fitting = [grid for grid in own + asked if prod(grid) == count]
+    has_gpsa = any(name.endswith("attn.qk.weight") for name in tensors)
+    if not (fitting or has_gpsa) and count - 1 in map(prod, own + asked):
+        raise UserError(
+            f"its pos_embed has {count} places for {count - 1} patches: a plain ViT of timm's "
+            "gives its class token a position, and this is no ConViT"
+        )
     rows, cols = fitting[0] if fitting else _guess(count, *asked)
     return rows * patch[0], cols * patch[1]
 

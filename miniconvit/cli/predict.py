@@ -50,6 +50,11 @@ def command(checkpoint, images, variant, img_size, device, as_json):
             "write it again with mc.save_checkpoint(FILE, params, config, mean=[...], std=[...]), "
             "and give that file"
         )
+    if config.num_classes == 1:
+        raise UserError(
+            f"{path} has one logit, and a softmax over one class says nothing: give a model of two "
+            "classes or more"
+        )
     params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
     answers, failed = [], []

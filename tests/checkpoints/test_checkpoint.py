@@ -352,6 +352,30 @@ def test_metadata_that_could_not_be_read_are_not_written(tmp_path, params, state
     assert not list(tmp_path.iterdir())
 
 
+def test_arguments_that_do_not_fit_are_told_before_anything_is_written(tmp_path, params):
+    for about, words in (
+        ({"mean": [0.5, 0.5]}, r"mean is \[0\.5, 0\.5\] where 1 numbers were expected"),
+        ({"mean": np.ones((1, 1))}, "mean is .* where 1 numbers"),
+        ({"mean": np.array(0.5)}, "mean is 0.5 where 1 numbers"),
+        ({"std": [0.0]}, "std is .* where positive numbers"),
+        ({"classes": ["a"]}, "3 names of classes were expected"),
+        ({"classes": "abc"}, "3 names of classes were expected"),
+        ({"data": 5}, "data is 5 where the name"),
+        ({"state": [1]}, "state is "),
+    ):
+        with pytest.raises(UserError, match=rf"a\.safetensors is not written: {words}"):
+            save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, **about)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_of_statistics_and_classes_are_taken(tmp_path, params):
+    about = {"mean": np.array([0.5], "float32"), "std": (np.float64(0.25),)}
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, params, CONFIG, classes=np.array(["a", "b", "c"]), **about)
+    found = load_checkpoint(path)
+    assert (found.mean, found.std, found.classes) == ([0.5], [0.25], ["a", "b", "c"])
+
+
 @pytest.mark.parametrize("state", [{1: [None, True], "a": (0.1, {"b": -0.0})}, {"ü": "\udcff"}])
 def test_any_other_metadata_are_written_and_read(tmp_path, params, state):
     save_checkpoint(tmp_path / "a.safetensors", params, CONFIG, state=state)

@@ -71,13 +71,27 @@ def test_its_config_says_normalisation_size_and_classes(folder, capsys):
         {"architecture": "x", "mean": [9, 9, 9], "pretrained_cfg": nested, **names},
     ):
         place = folder(config)
-        for source in (place, place / "model.safetensors"):
+        is_convit = config["architecture"] == "convit_tiny"
+        for source in (place, place / "model.safetensors")[: 1 + is_convit]:
             _, found = open_weights(source)
             assert (found.mean, found.std) == (nested["mean"], nested["std"])
             assert found.classes == names["label_names"]
             assert capsys.readouterr().err == ""
     _, found = open_weights(place, img_size=24)
     assert (found.config.grid, capsys.readouterr().err) == ((6, 6), "")
+
+
+def test_the_config_of_another_model_beside_a_file_is_left_alone(folder, capsys):
+    other = {"architecture": "vit_base_patch16_224", "mean": [0.5] * 3, "std": [0.5] * 3}
+    place = folder(other | {"label_names": list("abcde")})
+    _, found = open_weights(place / "model.safetensors", img_size=12)
+    assert (found.mean, found.classes) == (list(IMAGENET_MEAN), None)
+    assert capsys.readouterr().err == (
+        f"{place / 'config.json'} describes vit_base_patch16_224, no ConViT: it is left alone\n"
+    )
+    assert open_weights(place)[1].mean == [0.5] * 3
+    place = folder(other | {"architecture": "convit_small"})
+    assert open_weights(place / "model.safetensors")[1].mean == [0.5] * 3
 
 
 def test_a_config_that_does_not_fit_is_a_sentence(folder):

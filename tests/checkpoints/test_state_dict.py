@@ -65,6 +65,7 @@ def test_a_prefix_that_not_all_share_is_refused_by_the_first_that_does_not(opene
 
 COUNTERS = {
     "num_updates": np.array(7),
+    "initialised": np.array(True),
     "decay": np.array(0.99, F),
     "module.step": np.zeros(1, np.int64),
     "module.blocks.1.total_params": np.zeros(1),
@@ -83,13 +84,19 @@ def test_counters_are_left_out_and_named(opened):
     assert_same(params, golden("model"))
     assert said.count("\n") == 1
     assert all(name.removeprefix("module.") in said for name in COUNTERS)
-    many = with_prefix("") | {f"blocks.{i % 3}.total_ops{i}": np.zeros(1) for i in range(40)}
-    assert opened(many)[1].endswith("total_ops7 and 32 more\n")
+    many = with_prefix("") | {f"blocks.{i % 3}.x{i}.total_ops": np.zeros(1) for i in range(40)}
+    assert opened(many)[1].endswith("x7.total_ops and 32 more\n")
 
 
 def test_what_counts_nothing_is_not_left_out(opened):
     for name, value, words in (
         ("tail", np.ones(3, F), "the tensor tail is none of the model's"),
+        ("blocks.0.alpha", np.array(0.3, F), "the tensor blocks.0.alpha is none of the model's"),
+        ("head.temperature", np.ones(1, F), "head.temperature is none of the model's"),
+        ("blocks.0.step", np.ones(3, F), "blocks.0.step is none of the model's"),
+        ("blocks.0.ring", np.ones((9, 9), bool), "blocks.0.ring is none of the model's"),
+        ("head.weight_mask", np.ones((5, 8), bool), "head.weight_mask .* masks are not applied"),
+        ("head.weight_mask", np.ones((5, 8), np.uint8), "masks are not applied"),
         ("blocks.0.attn.mask", np.ones((9, 9), F), "mask is none of the model's"),
         ("head.bias", 3, "head.bias is missing"),
         ("head.bias", np.ones(5, np.int64), "head.bias is int64 where float32"),
@@ -151,6 +158,12 @@ SEVERAL = {
         with_prefix("optimizer.exp_avg.", moved(1)) | golden("model"),
         "the outermost",
     ),
+    "gradients": ({"gradients": moved(1), "weights": golden("model")}, "weights"),
+    "gradients before timm's key": ({"model": {"grad_ema": moved(1)}, "z": golden("model")}, "z"),
+    "fisher": ({"fisher": moved(1), "params": golden("model")}, "params"),
+    "one letter": ({"m": moved(1), "p": golden("model")}, "p"),
+    "optax": ({"nu": moved(1), "params": golden("model")}, "params"),
+    "optimizerState": ({"optimizerState": moved(1), "params": golden("model")}, "params"),
     "schema is no average": ({"schema": moved(1), "model": golden("model")}, "model"),
 }
 
@@ -162,6 +175,15 @@ def test_of_several_the_average_is_read_and_that_is_said(opened, name):
     assert_same(params, golden("model"))
     count = 3 if name == "moments" else 2
     assert said == f"FILE holds {count} state dicts: {place} is read\n"
+
+
+def test_where_no_name_decides_the_others_are_named(opened):
+    value = {"last": golden("model"), "best": moved(1), "m": moved(2), "v": moved(3)}
+    params, said = opened(value)
+    assert_same(params, golden("model"))
+    assert said == ("FILE holds 4 state dicts: last is read, but no name tells it from best\n")
+    _, said = opened({"init_state": golden("model"), "final_state": moved(1)})
+    assert said.endswith("init_state is read, but no name tells it from final_state\n")
 
 
 def test_other_networks_are_told_by_what_they_lack(opened):

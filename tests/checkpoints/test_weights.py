@@ -394,6 +394,24 @@ def test_a_grid_that_may_be_either_is_not_guessed(tmp_path):
             open_weights(bare, "vit_micro64", asked)
 
 
+@pytest.mark.parametrize("asked", [(24, 40), (24, 24)])
+def test_a_class_token_with_a_position_is_no_convit_s(tmp_path, asked):
+    """Of 3x5 patches and a token there are as many places as in a square of 4x4."""
+    count = asked[0] * asked[1] // 64 + 1
+    _, bare = plain_model(tmp_path, (8, 8 * count))
+    with pytest.raises(UserError, match=rf"{count} places for {count - 1} patches: .* no ConViT"):
+        open_weights(bare, "vit_micro64", asked)
+    found = open_weights(bare, "vit_micro64", (8, 8 * count))[1]
+    assert found.config.grid == (1, count)
+
+
+def test_an_unknown_model_is_a_sentence(bare):
+    with pytest.raises(UserError, match=r"unknown model 'convit_tny' \(did you mean convit_tiny"):
+        open_weights(bare(), model="convit_tny")
+    with pytest.raises(UserError, match=r"unknown model ''"):
+        open_weights(bare(), model="")
+
+
 def test_a_training_begins_at_the_grid_of_its_images(tmp_path, capsys):
     ours, bare = plain_model(tmp_path, (32, 72))
     config = open_weights(ours)[1].config

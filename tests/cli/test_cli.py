@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,16 @@ def test_predict_reads_every_kind_of_image(trained, tmp_path, program):
         np.testing.assert_allclose(
             [entry["probability"] for entry in answer["top"]], p[order], rtol=1e-4
         )
+
+
+def test_predict_of_one_logit_is_refused(trained, tmp_path, program):
+    model, one = load_checkpoint(trained[0] / "best.safetensors"), tmp_path / "one.safetensors"
+    write_images(tmp_path)
+    params = model.params | {k: model.params[k][:1] for k in ("head.weight", "head.bias")}
+    config = replace(model.config, num_classes=1)
+    save_checkpoint(one, params, config, mean=model.mean, std=model.std)
+    answer = program("predict", one, tmp_path / "rgb.png", "--json")
+    assert_sentence(*answer, str(one), "softmax over one class says nothing")
 
 
 def test_predict_prints_classes(trained, tmp_path, program):
