@@ -7,6 +7,7 @@ perhaps mirrored. Models of at most 32 pixels are shown the whole shorter side.
 
 import errno
 import os
+import stat
 import sys
 from importlib.util import find_spec
 from itertools import count
@@ -84,6 +85,7 @@ def open_image(file, channels=3):
     from PIL import Image, ImageOps
 
     try:
+        _refuse_pipe(file)
         with Image.open(file) as image:
             _refuse_extreme(file, image)
             is_deep = image.mode[0] in "IF" or ";16" in str(image.tile[:1])  # until it is loaded
@@ -141,6 +143,13 @@ def _too_large(file, reason):
     if reason.startswith("not"):
         advice = "use a smaller copy"
     return BrokenImage(f"{file} cannot be read as an image: {reason}; {advice}", reason)
+
+
+def _refuse_pipe(file):
+    """Raises BrokenImage for a pipe, socket or device: to open one may wait for ever."""
+    if not stat.S_ISREG(mode := os.stat(file).st_mode) and not stat.S_ISDIR(mode):
+        reason = "it is no file, but a pipe, a socket or a device"
+        raise BrokenImage(f"{file} cannot be read as an image: {reason}; use a file", reason)
 
 
 def _refuse_extreme(file, image):
@@ -281,6 +290,7 @@ def finding(file, thorough=False):
     from PIL import Image
 
     try:
+        _refuse_pipe(file)
         with open(file, "rb") as stream:
             end = stream.seek(0, 2)
             stream.seek(max(0, end - TAIL))

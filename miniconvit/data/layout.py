@@ -313,9 +313,14 @@ def _images(folder, seen, ignored):
                 seen.add(real)
                 entered.append(name)
         below[:] = entered
-        images = [name for name in names if _is_image(name)]
-        paths += [os.path.join(place, name) for name in images]
-        ignored.update(_kind(name) for name in names if not _is_image(name))
+        for name in names:
+            path = os.path.join(place, name)
+            if not _is_image(name):
+                ignored[_kind(name)] += 1
+            elif os.path.exists(path) and not os.path.isfile(path):
+                ignored["pipes, sockets and devices"] += 1  # to open one may wait for ever
+            else:
+                paths.append(path)
     return sorted(paths)
 
 
