@@ -137,7 +137,7 @@ def named(value, names):
         value = (value,)
     if isinstance(value, dict) and not names:
         return dict(value)
-    if not isinstance(value, tuple) or len(value) != len(names):
+    if not isinstance(value, tuple | list) or len(value) != len(names):
         return {}
     arrays = {}
     for name, item in zip(names, value, strict=True):

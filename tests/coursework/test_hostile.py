@@ -152,7 +152,8 @@ def test_endless_loops_are_cut_off(text):
 
 VALUES = {
     "a text": ("'rubbish'", "is of type str, not an array"),
-    "a list": ("[1.0, 2.0]", "is of type tuple, not an array"),
+    "a list": ("[1.0, 2.0]", "is of type list, not an array"),
+    "a tuple": ("(1.0, 2.0)", "is of type tuple, not an array"),
     "objects": ("np.array([x, None], dtype=object)", "is an array of dtype object"),
     "a class": ("np.ndarray", "is a type, not an array"),
     "complex": ("x + 0j", "is an array of dtype complex128"),
