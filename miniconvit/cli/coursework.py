@@ -124,7 +124,8 @@ def grade(submissions, instructor, out, jobs):
     _, strangers = coursework.submissions_in(submissions)
     if strangers:
         names = ", ".join(path.name for path in strangers)
-        click.echo(coursework.printable(f"\nnot graded, being no folder or archive: {names}"))
+        line = coursework.printable(f"not graded, being no folder or archive: {names}")
+        click.echo(f"\n{line}")
     click.echo(f"\n{coursework.walls()}")
     click.echo(f"{out / 'grades.csv'}, and results.json for each")
 

@@ -52,7 +52,7 @@ class _Ledger:
 
     def __init__(self, unit):
         self.unit, self.stage = unit, ""
-        self.complaints = {}
+        self.complaints, self.changed = {}, ""
         self.free, self.gradients = {"arguments"}, {"arguments"}
 
     def blame(self, stage, sentence):
@@ -66,9 +66,14 @@ class _Ledger:
 
     def rows(self):
         return [
-            Row(self.unit.name, name, complaint, name in self.free)
+            Row(self.unit.name, name, self._explained(complaint), name in self.free)
             for name, complaint in self.complaints.items()
         ]
+
+    def _explained(self, complaint):
+        """The complaint, with the change in place that may be its cause."""
+        is_likely = any(words in complaint for words in (NEARLY, AGAIN))
+        return f"{complaint}; {self.changed}" if self.changed and is_likely else complaint
 
 
 def _judge_case(call, unit, case, ledger):
@@ -98,6 +103,7 @@ AGAIN = (
     "right at first, wrong when it runs again after other inputs: it changes what was kept, "
     "or leans on something outside its arguments"
 )
+NEARLY = "nearly right"
 
 
 def _announce(unit, case, ledger):
@@ -117,7 +123,8 @@ def _judge_arguments(call, unit, ledger):
         for function, position in call("changed_arguments"):
             names = [*inspect.signature(getattr(layers, function, adamw_steps)).parameters]
             name = names[position + (function == "adamw_steps")]
-            ledger.add("arguments", f"{function} changes its argument {name} in place")
+            ledger.changed = ledger.changed or f"{function} changes its argument {name} in place"
+            ledger.add("arguments", ledger.changed)
     except (TypeError, ValueError, LookupError, AttributeError):
         ledger.add("arguments", "the process answered with something else")
 
@@ -130,7 +137,7 @@ def named(value, names):
         value = (value,)
     if isinstance(value, dict) and not names:
         return dict(value)
-    if not isinstance(value, tuple) or len(value) != len(names):
+    if not isinstance(value, tuple | list) or len(value) != len(names):
         return {}
     arrays = {}
     for name, item in zip(names, value, strict=True):
@@ -236,12 +243,14 @@ def _place(got, expected, size):
     index = ", ".join(map(str, np.argwhere(wrong)[0]))
     place = f"{wrong.sum()} of {wrong.size} entries wrong, the first at [{index}]"
     if cosine > 0.9999:
-        return f"nearly right, {place}: is a constant rounded, or a formula an approximation?"
+        return f"{NEARLY}, {place}: is a constant rounded, or a formula an approximation?"
     return f"{place}; cosine with the right one {cosine:.3f}: a term is missing or wrong"
 
 
 def _factor(factor, size, tolerance):
     """A sentence on got = factor * expected."""
+    if f"{factor:.6g}" == "1":
+        return f"{NEARLY}, all of it too {'large' if factor > 1 else 'small'} by the same factor"
     if isclose(factor, -1.0, rel_tol=tolerance):
         return "exactly the right value with the opposite sign"
     named_sizes = {

@@ -66,7 +66,7 @@ class Wire:
 
     def call(self, name, *args, **kwargs):
         """What the other side's function returns; a cache comes back as Kept. Raises Failure."""
-        self._send("call", name, list(args), kwargs)
+        self._send("call", name, args, kwargs)
         while True:
             kind, *content = self._receive()
             if kind == "return":
@@ -131,7 +131,8 @@ class Wire:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, tuple | list):
-            return [self._encode(item, arrays) for item in value]
+            items = [self._encode(item, arrays) for item in value]
+            return {"list": items} if isinstance(value, list) else items
         if isinstance(value, dict):
             return {"dict": [[str(k), self._encode(v, arrays)] for k, v in value.items()]}
         if isinstance(value, Kept):
@@ -151,6 +152,8 @@ class Wire:
             return self._next_array(np.dtype(content[0]), content[1])
         if kind == "dict":
             return {str(key): self._decode(value) for key, value in content}
+        if kind == "list":  # in a call all sequences are tuples, whose arrays are bounded
+            return self._decode(content) if self._is_call else [*self._decode(content)]
         if kind == "kept":  # in a call a number of ours comes home, in an answer theirs arrives
             return self._kept[content] if self._is_call else Kept(int(content))
         return Other(_plain(content, 80))

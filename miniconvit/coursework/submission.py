@@ -143,7 +143,13 @@ def _own_copies(folder, exercises):
             with path.open("rb") as file:
                 files[exercise.file,] = bounded(file)
         except FileNotFoundError:
-            files[exercise.file,] = "is missing"
+            others = sorted(
+                other.name
+                for other in Path(folder).glob("*")
+                if _is_misnamed(other.name, exercise) and other.is_file()
+            )
+            advice = f": {shown(others[:1])} is there, rename it to {exercise.file}"
+            files[exercise.file,] = "is missing" + advice * bool(others)
         except OSError as error:
             files[exercise.file,] = f"cannot be read: {error.strerror}"
     copies = {copy.path: copy for copy in _copies(files)}
@@ -208,11 +214,21 @@ def _advice(exercise, found):
             f": {notebooks[0][1]} is a notebook, which is not graded; export it as a Python script "
             f"and hand that in as {exercise.file}"
         )
+    renamed = [path for name, path in names if _is_misnamed(name, exercise)]
+    if renamed:
+        return f": {renamed[0]} is there, rename it to {exercise.file}"
     if alike:
         return f": {alike[0]} is no Python file with {exercise.functions[0]} in it"
     if archives:
         return f": {archives[0]} cannot be opened here; hand in a zip file"
     return f": {found.remarks[0]}" if found.remarks else ""
+
+
+def _is_misnamed(name, exercise):
+    """Whether a name is the exercise's but for its ending: linear, linear.pyi, linear.py.bak."""
+    ending = r"(\.py([iw]|[^a-z].*)?)?"
+    wrong = re.fullmatch(re.escape(exercise.name) + ending, name.casefold())
+    return bool(wrong) and name != exercise.file
 
 
 def _edition(data):

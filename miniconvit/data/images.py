@@ -7,6 +7,7 @@ perhaps mirrored. Models of at most 32 pixels are shown the whole shorter side.
 
 import errno
 import os
+import stat
 import sys
 from importlib.util import find_spec
 from itertools import count
@@ -27,6 +28,7 @@ LONGEST = 1000  # the longer side over the shorter one
 PIXELS_PER_BYTE = 10  # of a large photograph, at most
 RESIZED_WHOLE = 64  # times the pixels of a view: what is larger is cut before it is resized
 STRIPE = 256  # rows
+PHOTOMETRIC = 262  # the TIFF tag that is 0 where 0 is white
 DARK = 64  # of 255: a quarter
 
 _dark_images = count()
@@ -79,11 +81,13 @@ def open_image(file, channels=3):
 
     Turned as its EXIF orientation says; transparent parts become white; 16-bit grey keeps its
     upper 8 bits, and where little is left of an image it is said once. Raises BrokenImage, naming
-    the file, where it is missing, no image, damaged, or larger than the limits or the memory.
+    the file, where it is missing, no image, damaged, or larger than the limits or the memory, and
+    where its values are negative, of more than 16 bits, or floats beyond 255.
     """
     from PIL import Image, ImageOps
 
     try:
+        _refuse_pipe(file)
         with Image.open(file) as image:
             _refuse_extreme(file, image)
             is_deep = image.mode[0] in "IF" or ";16" in str(image.tile[:1])  # until it is loaded
@@ -143,6 +147,13 @@ def _too_large(file, reason):
     return BrokenImage(f"{file} cannot be read as an image: {reason}; {advice}", reason)
 
 
+def _refuse_pipe(file):
+    """Raises BrokenImage for a pipe, socket or device: to open one may wait for ever."""
+    if not stat.S_ISREG(mode := os.stat(file).st_mode) and not stat.S_ISDIR(mode):
+        reason = "it is no file, but a pipe, a socket or a device"
+        raise BrokenImage(f"{file} cannot be read as an image: {reason}; use a file", reason)
+
+
 def _refuse_extreme(file, image):
     """Raises BrokenImage where a picture is too long, or larger than Pillow's MAX_IMAGE_PIXELS and
     its file's bytes make believable: 254 bytes can ask for gigabytes."""
@@ -158,14 +169,34 @@ def _refuse_extreme(file, image):
         raise _too_large(file, f"its {width:,} x {height:,} pixels are a line and no picture")
 
 
+def _is_white_zero(image):
+    """Whether 0 is white in a TIFF: Pillow minds that where there are 8 bits or fewer alone."""
+    return getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+
+
+def _refuse_floats(image):
+    """Raises ValueError where Pillow would clip floats, or show them inverted."""
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    if not (low >= 0 and high <= 255):  # NaN too
+        raise ValueError(f"its floats reach from {low:.6g} to {high:.6g}, not within 0 to 255")
+    if _is_white_zero(image):
+        raise ValueError("its floats are white at 0 (WhiteIsZero), which is not read here")
+
+
 def _to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits, in as many or in 32
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() >= 2**16:
+        if pixels.min() < 0:
+            raise ValueError(f"it has negative values, down to {pixels.min()}")
+        if pixels.max() >= 2**16:
             raise ValueError("it has values of more than 16 bits")
+        pixels = 2**16 - 1 - pixels.astype(np.int32) if _is_white_zero(image) else pixels
         return Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        _refuse_floats(image)
     if not image.has_transparency_data:
         return image if image.mode in ("L", "RGB") else image.convert("RGB")
     on_white = Image.new("RGB", image.size)
@@ -281,6 +312,7 @@ def finding(file, thorough=False):
     from PIL import Image
 
     try:
+        _refuse_pipe(file)
         with open(file, "rb") as stream:
             end = stream.seek(0, 2)
             stream.seek(max(0, end - TAIL))

@@ -337,6 +337,28 @@ def test_hints_stay_silent_on_what_is_nearly_right():
     assert "1 times" not in complain(nearly, RIGHT, SIZE)
 
 
+@pytest.mark.parametrize("change, word", [(1.01e-7, "large"), (-4e-7, "small"), (4e-6, "large")])
+def test_a_factor_of_nearly_one_is_not_called_exactly_one(change, word):
+    text = complain(RIGHT * (1 + change), RIGHT, SIZE)
+    assert text.endswith(f"; nearly right, all of it too {word} by the same factor")
+    assert "exactly" not in text
+
+
+def test_a_slight_change_in_place_is_named_where_it_shows(in_process):
+    (linear,) = exercises(["linear"])
+    first = "    rows = x.reshape"
+    text = solution(linear).replace(first, f"    x *= 1.0000001\n{first}", 1)
+    found = in_process(linear, text)
+    assert "1 times" not in found.text
+    complaints = {row.tensor: row.complaint for row in found.rows if not row.ok}
+    changed = "linear_forward changes its argument x in place"
+    assert complaints.keys() == {"y", "dweight", "arguments"}
+    assert complaints["arguments"] == changed
+    for tensor in ("y", "dweight"):
+        assert "nearly right" in complaints[tensor]
+        assert complaints[tensor].endswith(f"; {changed}")
+
+
 def test_what_is_right():
     assert complain(RIGHT * (1 + 1e-9), RIGHT, SIZE) == ""
     assert "error 1.0e-06" in complain(RIGHT * (1 + 1e-6), RIGHT, SIZE)

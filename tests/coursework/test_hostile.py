@@ -4,6 +4,7 @@ They are put straight into the process, past the source check, which would refus
 """
 
 import inspect
+import io
 import os
 import zipfile
 
@@ -12,10 +13,10 @@ import pytest
 
 import miniconvit
 from miniconvit.coursework import exercises
-from miniconvit.coursework.cases import VISIBLE
+from miniconvit.coursework.cases import VISIBLE, map_arrays
 from miniconvit.coursework.grading import Assignment, grade_exercise
 from miniconvit.coursework.runner import Wire
-from miniconvit.coursework.sandbox import FORGED, Limits, Sandbox
+from miniconvit.coursework.sandbox import FORGED, Bounded, Limits, Sandbox
 from miniconvit.coursework.skeleton import solution
 from miniconvit.coursework.submission import read_submission
 
@@ -152,7 +153,8 @@ def test_endless_loops_are_cut_off(text):
 
 VALUES = {
     "a text": ("'rubbish'", "is of type str, not an array"),
-    "a list": ("[1.0, 2.0]", "is of type tuple, not an array"),
+    "a list": ("[1.0, 2.0]", "is of type list, not an array"),
+    "a tuple": ("(1.0, 2.0)", "is of type tuple, not an array"),
     "objects": ("np.array([x, None], dtype=object)", "is an array of dtype object"),
     "a class": ("np.ndarray", "is a type, not an array"),
     "complex": ("x + 0j", "is an array of dtype complex128"),
@@ -404,13 +406,23 @@ def test_values_survive_the_wire():
         return part
 
     kind, (value, rest) = Wire(read, None, None, None)._receive()
-    assert (kind, rest, value["b"]) == ("return", (True, 3, "x"), None)
+    assert (kind, rest, value["b"]) == ("return", [True, 3, "x"], None)
     for got, expected in zip(value["a"], arrays, strict=True):
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected)
 
 
+def test_lists_in_a_call_are_tuples_whose_arrays_are_bounded():
+    """Bounds are laid on the arrays of tuples and dicts alone."""
+    sent = []
+    Wire(None, sent.append, None, None)._send("call", "f", ([np.ones(2), [3]],), {})
+    stream = io.BytesIO(sent[0])
+    _, _, (given,), _ = Wire(stream.read, None, None, None)._receive()
+    assert isinstance(given, tuple) and given[1] == (3,)
+    assert isinstance(map_arrays(lambda a: a.view(Bounded), given)[0], Bounded)
+
+
 def test_the_process_ends_with_the_sandbox():
     with Sandbox(solution(GELU), "gelu", frozenset()) as sandbox:
-        assert sandbox.call("changed_arguments") == ()
+        assert sandbox.call("changed_arguments") == []
     assert sandbox._process.returncode is not None

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from miniconvit.coursework import create, exercises, read_submission
+from miniconvit.coursework import create, exercises, read_submission, read_work
 from miniconvit.coursework.cases import VISIBLE
 from miniconvit.coursework.grading import Assignment, grade_submission, submissions_in
 from miniconvit.coursework.skeleton import skeleton, solution
@@ -182,6 +182,23 @@ def test_notebooks_are_named(hand_in, name):
         f"mlp.py is missing: {name} is a notebook, which is not graded; "
         "export it as a Python script and hand that in as mlp.py"
     )
+
+
+MISNAMED = ["mlp", "mlp.py.bak", "mlp.pyi", "MLP.py~"]
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_a_file_of_another_ending_is_to_be_renamed(hand_in, name):
+    texts, problems, _ = hand_in({name: MLP, "adamw.py": ADAMW})
+    assert texts == {"adamw": ADAMW}
+    assert problems["mlp"] == f"mlp.py is missing: {name} is there, rename it to mlp.py"
+
+
+@pytest.mark.parametrize("name", [*MISNAMED, "mlp.py.txt"])
+def test_check_says_so_too(tmp_path, name):
+    put(tmp_path, {name: MLP, "mlp2.py": MLP, "mlp.pdf": "", "mlp.d/mlp": MLP})
+    _, problems = read_work(tmp_path, exercises(["mlp"]))
+    assert problems == {"mlp": f"mlp.py is missing: {name} is there, rename it to mlp.py"}
 
 
 def test_a_misspelt_function_is_still_work(hand_in):
@@ -367,7 +384,8 @@ def test_strangers_stop_nothing_and_are_named(tmp_path, program):
     where = ("--instructor", tmp_path / "kit" / "instructor", "--out", tmp_path / "out")
     status, output, _ = program("coursework", "grade", inbox, *where, "--jobs", "2")
     assert status == 0
-    assert "not graded, being no folder or archive: ehthumbs.txt, list?[31m.xlsx" in output
+    line = "not graded, being no folder or archive: ehthumbs.txt, list?[31m.xlsx"
+    assert output.splitlines().count(line) == 1
     assert "\x1b" not in output
     scores = {
         path.parent.name: json.loads(path.read_text())["score"]

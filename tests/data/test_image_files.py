@@ -263,8 +263,40 @@ def test_nothing_is_said_of_other_images(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("values", [[0, 2**16], [-1, 5]])
-def test_values_beyond_16_bits_are_refused(tmp_path, values):
-    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(BrokenImage, match=r"x\.tif .*more than 16 bits"):
+@pytest.mark.parametrize(
+    "values, kind, sentence",
+    [
+        ([0, 2**16], np.int32, "it has values of more than 16 bits"),
+        ([-1, 5], np.int32, "it has negative values, down to -1"),
+        ([-0.5, 1], np.float32, r"its floats reach from -0\.5 to 1, not within 0 to 255"),
+        ([0, 4095], np.float32, "its floats reach from 0 to 4095, not within 0 to 255"),
+        ([0, np.nan], np.float32, "its floats reach from nan to nan, not within 0 to 255"),
+    ],
+)
+def test_values_that_would_be_clipped_are_refused(tmp_path, values, kind, sentence):
+    Image.fromarray(np.array([values], kind)).save(tmp_path / "x.tif")
+    with pytest.raises(BrokenImage, match=rf"x\.tif cannot be read as an image: {sentence}"):
         read_image(tmp_path / "x.tif", (8, 8))
+
+
+WHITE_IS_ZERO = {262: 0}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_deep_tiff_whose_zero_is_white_looks_as_its_shallow_one(tmp_path, channels):
+    """Pillow writes and reads 8 bits rightly, so both files are of the same picture."""
+    shades = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "8.tif", tiffinfo=WHITE_IS_ZERO)
+    stored = (65535 - 257 * shades.astype(np.int64)).astype(np.uint16)
+    Image.fromarray(stored).save(tmp_path / "16.tif", tiffinfo=WHITE_IS_ZERO)
+    shallow, deep = (np.asarray(open_image(tmp_path / f"{n}.tif", channels)) for n in (8, 16))
+    np.testing.assert_array_equal(shallow.reshape(16, 16, -1)[..., 0], shades)
+    np.testing.assert_array_equal(deep, shallow)
+
+
+def test_floats_whose_zero_is_white_are_refused(tmp_path):
+    Image.fromarray(np.full((9, 9), 200, np.float32)).save(
+        tmp_path / "f.tif", tiffinfo=WHITE_IS_ZERO
+    )
+    with pytest.raises(BrokenImage, match=r"f\.tif .*floats are white at 0"):
+        open_image(tmp_path / "f.tif")

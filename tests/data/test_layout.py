@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from miniconvit import UserError
-from miniconvit.data import load_dataset
+from miniconvit.data import BrokenImage, load_dataset
+from miniconvit.data.images import finding, open_image
 from miniconvit.data.layout import counted, difference_in_form, images_below
 
 Image = pytest.importorskip("PIL.Image")
@@ -294,3 +295,57 @@ def test_names_that_differ_in_their_form_only(tmp_path, capsys, one, other, word
     capsys.readouterr()
     assert sizes(tmp_path)[0] == [2, 2, 2]
     assert "two classes have names that differ only in" in capsys.readouterr().err
+
+
+# pipes and doubles
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_no_image(tmp_path, program):
+    """Whoever opens one waits until somebody writes into it."""
+    splits(tmp_path, train=4, val=2)
+    os.mkfifo(tmp_path / "train" / "owl" / "pipe.jpg")
+    (tmp_path / "val" / "owl" / "link.png").symlink_to("/dev/zero")
+    (tmp_path / "train" / "newt" / "link.png").symlink_to("0.png")
+    status, out, err = program("data", "imagefolder", "--data-dir", tmp_path)
+    assert status == 0 and "train          9 images" in out
+    assert f"ignored in {tmp_path}: pipes, sockets and devices (2)\n" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_pipe_by_name_is_answered_by_a_sentence(tmp_path, thorough):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert finding(tmp_path / "pipe.jpg", thorough).startswith("it is no file, but a pipe")
+    with pytest.raises(BrokenImage, match=r"pipe\.jpg cannot be read .* no file, but a pipe"):
+        open_image(tmp_path / "pipe.jpg")
+
+
+TRAINED_ON = "are files of train too, by links: accuracy in val is also of images that were trained"
+
+
+def test_val_that_is_a_link_to_train_is_said(tmp_path, capsys):
+    splits(tmp_path, train=4)
+    (tmp_path / "val").symlink_to("train")
+    assert sizes(tmp_path) == [[4, 4], [4, 4], None]
+    err = capsys.readouterr().err
+    assert f"8 image files of val {TRAINED_ON}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("link", ["folder", "file", "hard"])
+def test_a_class_or_file_of_val_that_is_one_of_train_is_said(tmp_path, capsys, link):
+    splits(tmp_path, train=4, val=2)
+    owl, trained = tmp_path / "val" / "owl", tmp_path / "train" / "owl"
+    for file in owl.iterdir():
+        file.unlink()
+    if link == "folder":
+        owl.rmdir()
+        owl.symlink_to(trained)
+    elif link == "file":
+        (owl / "x.png").symlink_to(trained / "0.png")
+    else:
+        (owl / "x.png").hardlink_to(trained / "0.png")
+    load(tmp_path)
+    err = capsys.readouterr().err
+    assert f"{4 if link == 'folder' else 1} image files of val {TRAINED_ON}" in err
+    assert err.count("\n") == 1
