@@ -12,6 +12,7 @@ from platform import python_version
 from ..checkpoints.checkpoint import BEST, LAST
 from ..config import is_number
 from ..errors import UserError
+from ..neighbours.models import config_to_dict
 from ..system import arithmetic, cannot_write, parse_json, read_json, write_file
 
 try:
@@ -44,7 +45,7 @@ def describe(settings, config, data_dir, workers, place):
     """For config.json: what decides a run, and where it was made."""
     return {
         "settings": asdict(settings),
-        "model": config.to_dict(),
+        "model": config_to_dict(config),
         "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
         "workers": workers,
