@@ -177,9 +177,7 @@ def outcome(folder):
     return [(folder / name).read_bytes() for name in ("last.safetensors", "best.safetensors")], rows
 
 
-@pytest.mark.parametrize(
-    ("seed", "count"), [(1, 25), pytest.param(2, 400, marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize(("seed", "count"), [(1, 25), pytest.param(2, 400, marks=pytest.mark.full)])
 def test_damaged_runs_are_refused_or_end_with_the_same_bits(
     seed, count, trained, stopped, tmp_path, program, monkeypatch
 ):
