@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..system import read_json
 from .cases import HIDDEN, VISIBLE, Size
 from .exercises import Exercise, allowed_functions, exercises
 from .files import OTHER_ARCHIVES, printable
@@ -115,15 +116,16 @@ def load_assignment(folder):
             f"{folder} holds neither {STUDENT_FILE} nor {INSTRUCTOR_FILE}: name a folder that "
             "`miniconvit coursework create` made"
         )
+    advice = "create the coursework again"
+    config = read_json(path, advice)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         chosen = exercises(config["exercises"])
         if name == STUDENT_FILE:
             return Assignment(chosen, "visible", VISIBLE, config["skeleton"])
         secret, visibility = config["secret"], config["visibility"]
         return Assignment(chosen, secret, HIDDEN, config["skeleton"], visibility)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
+        raise UserError(f"{path} is damaged ({error}): {advice}") from error
 
 
 def grade_exercise(text, exercise, assignment, keeper=None):

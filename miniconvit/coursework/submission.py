@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import UserError
+from ..system import parse_json
 from .files import OTHER_ARCHIVES, bounded, files_of, shown
 from .sandbox import look_through
 from .skeleton import skeleton
@@ -233,8 +234,8 @@ def _is_misnamed(name, exercise):
 
 def _edition(data):
     try:
-        return json.loads(data)["skeleton"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return parse_json(data)["skeleton"]
+    except (ValueError, KeyError):
         return ""
 
 
