@@ -63,7 +63,8 @@ def _run(argv, name):
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
     warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # the limits are our own
     try:
-        status = program.main(argv, prog_name=name, standalone_mode=False)
+        color = False if os.environ.get("NO_COLOR") else None  # None: on terminals alone
+        status = program.main(argv, prog_name=name, standalone_mode=False, color=color)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
