@@ -6,7 +6,6 @@ submissions, `pack` makes a submission; `EXERCISES` is the table of what there i
 
 from .create import create
 from .exercises import EXERCISES, exercises
-from .files import printable
 from .grading import (
     autograde,
     grade,
@@ -17,3 +16,4 @@ from .grading import (
 )
 from .sandbox import walls
 from .submission import pack, read_submission, read_work
+from .work import packed, printable, row
