@@ -18,6 +18,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "trace",
     "experiment",
     "export",
     "bench",
