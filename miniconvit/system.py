@@ -1,5 +1,5 @@
-"""What the operating system gives: cores, files that are written whole or not at all, and small
-files that are read with suspicion."""
+"""What the operating system gives: cores, files that are written whole or not at all, small files
+that are read with suspicion, and terminals that shall obey no text."""
 
 import json
 import os
@@ -166,6 +166,20 @@ def cannot_write(path, error):
         f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
         "(what was saved before is untouched)"
     )
+
+
+def printable(text: object) -> str:
+    """The text without characters that a terminal would obey, or that are none."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def shortened(text: object, width: int) -> str:
+    """The printable text in at most so many characters, with dots in the middle of a longer one."""
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    kept = width - 3
+    return f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
 
 
 def _sync_folder(folder):

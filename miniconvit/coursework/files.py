@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from ..errors import UserError
+from ..system import printable
 
 LARGEST = 200_000  # bytes of one file
 LARGEST_LISTING = 4 << 20  # bytes of a zip file's list of files
@@ -45,11 +46,6 @@ class Found:
     def remark(self, sentence):
         if sentence not in self.remarks:
             self.remarks.append(sentence)
-
-
-def printable(text):
-    """The text without characters that a terminal would obey, or that are none."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def shown(parts):
