@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..system import read_json
 from .cases import HIDDEN, VISIBLE, cases
 from .exercises import allowed_functions, exercises
@@ -23,7 +23,7 @@ from .judge import Result, judge
 from .sandbox import LIMITS, Keeper, Limits, Sandbox, require_open_folder
 from .submission import read_submission
 from .task import Exercise, Size
-from .work import printable, row
+from .work import row
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
