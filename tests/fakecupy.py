@@ -375,7 +375,7 @@ RUNTIME = {
 def modules():
     """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
     cupy = ModuleType("cupy")
-    vars(cupy).update(FUNCTIONS)
+    vars(cupy).update(FUNCTIONS, __version__="14.2.0")
     stream = SimpleNamespace(synchronize=lambda: wait("synchronize"))
     cupy.cuda = SimpleNamespace(
         runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
@@ -392,6 +392,8 @@ def install(monkeypatch):
     for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
+    monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 90)
+    monkeypatch.setattr("miniconvit.engine.cuda._find_cache", lambda: None)
     monkeypatch.setattr("miniconvit.engine.cuda._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     return sys.modules["cupy"]
 
