@@ -355,7 +355,7 @@ def test_memory_that_ends_outside_of_the_pool_is_answered_alike(cupy, monkeypatc
     def load(start, stop):
         return images[start:stop], labels[start:stop]
 
-    engine = DeviceEngine(CONFIG, cupy)
+    engine = DeviceEngine(Classification(CONFIG), cupy)
     with mutants.planted(gelu_forward=fails):
         with pytest.raises(mc.UserError, match=r"64 images .*: add --batch-size 16, which fits"):
             engine.loss_and_grads(load, 64, params)
@@ -369,7 +369,7 @@ def test_memory_that_ends_outside_of_the_pool_is_answered_alike(cupy, monkeypatc
 def test_the_first_error_of_cuda_is_the_one_that_is_told(cupy, monkeypatch):
     pool = SimpleNamespace(free_all_blocks=raising(RuntimeError("cudaErrorIllegalAddress again")))
     monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
-    with pytest.raises(RuntimeError, match="the first"), DeviceEngine(CONFIG, cupy):
+    with pytest.raises(RuntimeError, match="the first"), DeviceEngine(Classification(CONFIG), cupy):
         raise RuntimeError("the first")
 
 
