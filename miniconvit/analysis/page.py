@@ -167,9 +167,7 @@ def _history(history):
 def _palette():
     """style.MAPS as custom properties of CSS: --content-0 is nothing, --content-2 is most."""
     return "".join(
-        f"--{kind}-{i}: {color};"
-        for kind, colors in MAPS.items()
-        for i, color in enumerate(colors)
+        f"--{kind}-{i}: {color};" for kind, colors in MAPS.items() for i, color in enumerate(colors)
     ).replace("white", "#ffffff")
 
 
