@@ -34,7 +34,7 @@ def command(layer, part, mutants, every_entry, seed, as_json):
 
     It compares each gradient with central differences in float64, and prints a row for each tensor.
     A row says ok, WRONG, or unsure where differences cannot tell. It says zero where the gradient
-    vanishes exactly, as that of pos_proj.bias must.
+    vanishes exactly, as that of pos_proj.bias must. On a terminal, rows that are not right are red.
 
     The exit code is 1 where a row is not right, or where a bug of --mutants is not caught.
     """
@@ -50,8 +50,7 @@ def _layer_tables(layers, every_entry, seed, as_json):
             reports.append((name, report))
             if not as_json:
                 click.secho(f"{name}, case {number}", bold=True)
-                for line in str(report).splitlines():
-                    is_bad = "WRONG" in line or "unsure" in line
+                for line, is_bad in report.lines():
                     click.secho(f"  {line}", fg="red" if is_bad else None)
     ok = all(report.ok for _, report in reports)
     rows = [row for _, report in reports for row in report.rows]
@@ -64,9 +63,10 @@ def _layer_tables(layers, every_entry, seed, as_json):
         print_json({"ok": ok, "seed": seed, "worst_error": worst, "cases": cases})
     else:
         verdict = "all right" if ok else "WRONG, see above"
-        click.echo(
+        click.secho(
             f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}; "
-            f"largest relative error of a right one {worst:.0e}"
+            f"largest relative error of a right one {worst:.0e}",
+            fg=None if ok else "red",
         )
     return ok
 
