@@ -6,11 +6,12 @@ from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import Classification, make_engine
+from ..engine import make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
+from .objectives import objective_of
 from .report import Report
 from .run_folder import RunFolder, describe
 from .schedule import Schedule, make_schedule
@@ -86,7 +87,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(Classification(config, s.label_smoothing), xp, workers) as engine:
+        with make_engine(objective_of(s, config), xp, workers) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
