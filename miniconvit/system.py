@@ -1,5 +1,5 @@
 """What the operating system gives: cores, files that are written whole or not at all, small files
-that are read with suspicion, and terminals that shall obey no text."""
+that are read with suspicion, and texts as wide as a table."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_info
 
-from .errors import UserError
+from .errors import UserError, printable
 
 MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
 MOST_JSON_DEPTH = 20
@@ -166,11 +166,6 @@ def cannot_write(path, error):
         f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
         "(what was saved before is untouched)"
     )
-
-
-def printable(text: object) -> str:
-    """The text without characters that a terminal would obey, or that are none."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def shortened(text: object, width: int) -> str:

@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 
-from ..system import printable, write_file
+from ..errors import printable
+from ..system import write_file
 from . import PRESETS, draw_mix, erase, mix_images, normalize
 from .images import require_pillow
 
