@@ -6,9 +6,9 @@ import numpy as np
 
 from .. import layers
 from ..arrays import array_module
+from ..errors import shortened
 from ..layers.patch_embed import patch_embed_backward
 from ..model import convit_backward, convit_forward
-from ..system import shortened
 from . import style
 
 MOST = 8  # images in a picture
