@@ -23,12 +23,12 @@ import numpy as np
 
 from ..arguments import check_params
 from ..errors import UserError
-from ..model import param_shapes
-from .pieces import PIECE_ROWS, answer_piece, cut, kernels, train_piece
+from .pieces import PIECE_ROWS, cut, kernels
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
-SPARE_SLOTS = 2  # beside one for each worker: pieces that are loaded, or wait for their turn
+SPARE_PIECES = 2  # beside one for each worker: pieces that are loaded, or have been computed
+DEPTH = 16  # places for sums that wait for their neighbours: up to 2**16 pieces
 NO_RESERVE = 0x4000  # from Linux's mman.h: pages that nobody touches are not set aside
 ALIGNMENT = 64  # bytes, a cache line
 MOST_FILES = 2**31 - 1  # no descriptor is greater
@@ -36,7 +36,8 @@ NUMBER = 8  # bytes, at most
 
 GIVEN, PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, SLOTS = range(6)
 """Places in the shared memory, each for one array of every parameter's shape: what came with a
-call, what `hold` was given, a call's gradients, and from SLOTS on those of single pieces."""
+call, what `hold` was given, a call's gradients, and from SLOTS on those of single pieces and of
+several."""
 
 
 class LostWorker(UserError):
@@ -53,7 +54,7 @@ def can_fork():
 
 
 class ProcessEngine(Engine):
-    """Runs training steps and inference of one model, as Engine, on `workers` processes.
+    """Runs training steps and inference of one Objective, as Engine, on `workers` processes.
 
     The workers are forked at once, before this process has much to share with them, and live until
     close() or its end. Images, parameters and gradients lie in memory that all of them share;
@@ -61,19 +62,19 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, config, workers, blocks=kernels):
-        super().__init__(config, 1, blocks)
+    def __init__(self, objective, workers, blocks=kernels):
+        super().__init__(objective, 1, blocks)
         self.workers = workers
-        self._shapes = param_shapes(config)
-        images = max(1, PIECE_ROWS // config.num_patches)
-        numbers = config.in_chans * prod(config.image) + config.num_classes
-        self._in_size = _aligned(NUMBER * images * numbers) + 2 * ALIGNMENT
-        self._out_size = sum(_aligned(NUMBER * prod(shape)) for shape in self._shapes.values())
-        self._out_size = max(self._out_size, self._in_size)
+        self._shapes = objective.shapes
+        images = max(1, PIECE_ROWS // objective.rows)
+        self._in_size = _space([(images, *shape) for shape in objective.inputs])
+        self._out_size = max(_space(self._shapes.values()), _space([(images, *objective.output)]))
+        self._most_slots = workers + SPARE_PIECES + DEPTH
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
         weakref.finalize(self, _end, self._workers, os.getpid())  # also when it is dropped
-        self._last_place = None  # where the last piece's gradients are, once it is the last's turn
+        self._slots = []  # where nothing lies that is still needed
+        self._put_off = None  # additions that wait for the last piece, once it is the last's turn
         try:
             self._start()
         except UserError:
@@ -94,15 +95,17 @@ class ProcessEngine(Engine):
                 found += sum(int(line.split()[1]) for line in file if line.startswith("Private"))
         return found / 2**10
 
-    def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
+    def loss_and_grads(self, load, n, params, seed=0, step=0):
         """As Engine's."""
-        if len(cut(n, self.config.num_patches)) <= 1:
-            return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
-        options = n, label_smoothing, seed, step
+        if len(cut(n, self.objective.rows)) <= 1:
+            return super().loss_and_grads(load, n, params, seed, step)
+        options = n, seed, step
         with closing(self._answers(self._train, options, load, n, params)) as answers:
-            loss, correct, grads = self._summed(answers)
+            *numbers, (_, grads) = self._summed(answers)
+        dtype = next(iter(grads.values())).dtype.str
+        self._share_out(self._add_shares, grads, self._put_off, dtype)
         self._shared[GRADS] = grads
-        return loss, correct, grads
+        return *numbers, grads
 
     def hold(self, params, optimizer):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
@@ -136,40 +139,42 @@ class ProcessEngine(Engine):
         try:
             self._share_out(self._update_share, params, bare, lr, dtype)
         except LostWorker:
-            self._stop()
             raise LostUpdate(
                 "a worker process was killed in the middle of an update, and the parameters are "
                 "lost with it: a run goes on from its last save by --resume"
             ) from None
+
+    def logits(self, load, n, params):
+        """As Engine's."""
+        if len(cut(n, self.objective.rows)) <= 1:
+            return super().logits(load, n, params)
+        with closing(self._answers(self._infer, (), load, n, params)) as answers:
+            found = {index: y.copy() for index, y in answers}
+        return np.concatenate([found[index] for index in sorted(found)])
+
+    def _add(self, left, right):
+        """As Engine's, of pairs (place, gradients). What the last piece completes is put off for
+        the workers, each its share: they have nothing else."""
+        if self._put_off is not None:
+            self._put_off.append((left[0], right[0]))
+        else:
+            super()._add(left[1], right[1])
+            self._slots.append(right[0] - SLOTS)
+
+    def _share_out(self, work, params, *arguments):
+        """Has each worker do this work for its share of the parameters."""
+        try:
+            for connection, names in zip(self._workers, _shares(params, self.workers), strict=True):
+                self._ask(connection, work, names, *arguments)
+            for connection in self._workers:
+                self._received(connection)
         except BaseException:
             self._stop()
             raise
 
-    def logits(self, load, n, params):
-        """As Engine's."""
-        if len(cut(n, self.config.num_patches)) <= 1:
-            return super().logits(load, n, params)
-        with closing(self._answers(self._infer, (), load, n, params)) as answers:
-            return np.concatenate([y.copy() for y in answers])
-
-    def _add(self, total, grads):
-        """As Engine's; the last piece's by the workers, each its share: they have nothing else."""
-        if self._last_place is None:
-            super()._add(total, grads)
-        else:
-            dtype = next(iter(total.values())).dtype.str
-            self._share_out(self._add_share, total, self._last_place, dtype)
-
-    def _share_out(self, work, params, *arguments):
-        """Has each worker do this work for its share of the parameters."""
-        for connection, names in zip(self._workers, _shares(params, self.workers), strict=True):
-            self._ask(connection, work, names, *arguments)
-        for connection in self._workers:
-            self._received(connection)
-
     def _answers(self, work, options, load, n, params):
-        """What the workers find for each piece of n images, in order; valid until the next one, the
-        first piece's gradients until the next call."""
+        """(index, what the workers have found) for each piece of n images, as they come: numbers
+        and (place, gradients), until its slot is given back, or answers, until the next one."""
         if not self._workers:
             self._start()
         dtype = next(iter(params.values())).dtype
@@ -179,30 +184,32 @@ class ProcessEngine(Engine):
             check_params(params, self._shapes)
             for name, shared in self._tensors(GIVEN, dtype).items():
                 shared[...] = params[name]
-        pieces = cut(n, self.config.num_patches)
+        pieces = cut(n, self.objective.rows)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
-        slots = list(range(self.workers + SPARE_SLOTS))
-        sent, running, found = 0, {}, {}  # running: connection to [(piece, slot, place)]
+        self._slots, self._put_off = list(range(self._most_slots)), None
+        sent, found, running = 0, 0, {}  # running: connection to [(index, slot, place)]
         try:
-            for number in range(len(pieces)):
-                while number not in found:
-                    while tasks and slots and sent < len(pieces):
-                        connection, slot = tasks.pop(0), slots.pop()
-                        loaded = load(*pieces[sent])
-                        arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
-                        place = GRADS if work == self._train and sent == 0 else SLOTS + slot
-                        running.setdefault(connection, []).append((sent, slot, place))
-                        where = given, slot, arrays, place, dtype.str
-                        self._ask(connection, work, options, pieces[sent], *where)
-                        sent += 1
-                    for connection in wait([c for c in running if running[c]]):
-                        piece, slot, place = running[connection].pop(0)
-                        found[piece] = slot, place, self._received(connection)
-                        tasks.append(connection)
-                slot, place, answer = found.pop(number)
-                self._last_place = place if number == len(pieces) - 1 else None
-                yield self._taken(answer, place, dtype)
-                slots.append(slot)
+            while found < len(pieces):
+                ahead = min(len(pieces), found + self.workers + SPARE_PIECES)
+                while tasks and self._slots and sent < ahead:
+                    connection, slot = tasks.pop(0), self._slots.pop()
+                    loaded = load(*pieces[sent])
+                    arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
+                    place = GRADS if work == self._train and sent == 0 else SLOTS + slot
+                    running.setdefault(connection, []).append((sent, slot, place))
+                    where = given, slot, arrays, place, dtype.str
+                    self._ask(connection, work, options, pieces[sent], *where)
+                    sent += 1
+                for connection in wait([c for c in running if running[c]]):
+                    index, slot, place = running[connection].pop(0)
+                    answer = self._received(connection)
+                    tasks.append(connection)
+                    found += 1
+                    if found == len(pieces):
+                        self._put_off = []
+                    yield index, self._taken(answer, place, dtype)
+                    if work == self._infer or place == GRADS:
+                        self._slots.append(slot)
         except BaseException:
             self._stop()  # what they are at is wanted no more
             raise
@@ -225,17 +232,14 @@ class ProcessEngine(Engine):
         """Copies arrays into a slot's place for what goes in; returns their shapes and dtypes."""
         described = [(x.shape, x.dtype.str) for x in arrays]
         if sum(_aligned(x.nbytes) for x in arrays) > self._in_size:
-            size = self.config.in_chans, *self.config.image
-            raise UserError(
-                f"the model expects images (B, C, H, W) of {size}, not {described[0][0]}"
-            )
+            size, shape = self.objective.inputs[0], described[0][0]
+            raise UserError(f"the model expects images (B, C, H, W) of {size}, not {shape}")
         for shared, x in zip(self._views(self._in_place(slot), described), arrays, strict=True):
             shared[...] = x
         return described
 
     def _in_place(self, slot):
-        places = SLOTS + self.workers + SPARE_SLOTS
-        return places * self._out_size + slot * self._in_size
+        return (SLOTS + self._most_slots) * self._out_size + slot * self._in_size
 
     def _views(self, begin, described):
         """Arrays of these shapes and dtypes, one after the other from a byte of the memory on."""
@@ -257,15 +261,15 @@ class ProcessEngine(Engine):
         """The answer with the arrays that belong to it."""
         if len(answer) == 1:  # the logits' shape
             return next(self._views(place * self._out_size, [(answer[0], dtype)]))
-        *scalars, names = answer
+        numbers, names = answer
         tensors = self._tensors(place, dtype)
-        return *scalars, {name: tensors[name] for name in names}
+        return numbers, (place, {name: tensors[name] for name in names})
 
     # the workers
 
     def _start(self):
         self._require_open()
-        size = self._in_place(self.workers + SPARE_SLOTS)
+        size = self._in_place(self._most_slots)
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NO_RESERVE
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -317,33 +321,27 @@ class ProcessEngine(Engine):
             os._exit(0)
 
     def _train(self, options, piece, given, slot, arrays, place, dtype):
-        """A piece's scalars and its gradients' names; the gradients are left at their place."""
-        n, label_smoothing, seed, step = options
-        params = self._tensors(given, dtype)
-
-        def load(*_):
-            return tuple(self._views(self._in_place(slot), arrays))
-
-        loss, correct, grads = train_piece(
-            self.config, self.blocks, load, *piece, n, params, label_smoothing, seed, step
-        )
-        for name, shared in self._tensors(place, dtype).items():
-            shared[...] = grads[name]
-        start, stop = piece
-        return float(loss) * ((stop - start) / n), int(correct), tuple(grads)
+        """A piece's numbers and its gradients' names; the gradients are left at their place."""
+        batch = tuple(self._views(self._in_place(slot), arrays))
+        n, *drawn = options
+        numbers, grads = self._step(batch, *piece, n, self._tensors(given, dtype), *drawn)
+        tensors = self._tensors(place, dtype)
+        for name, grad in grads.items():
+            tensors[name][...] = grad
+        return numbers, tuple(grads)
 
     def _infer(self, options, piece, given, slot, arrays, place, dtype):
         """The shape of a piece's logits, which are left at their place."""
-        images = next(self._views(self._in_place(slot), arrays))
-        params = self._tensors(given, dtype)
-        y = answer_piece(self.config, self.blocks, images, params)
+        batch = tuple(self._views(self._in_place(slot), arrays))
+        y = self.objective.answer(batch, self._tensors(given, dtype), self._inference)
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 
-    def _add_share(self, names, place, dtype):
-        """Adds these gradients to those of the pieces before."""
-        total, grads = self._tensors(GRADS, dtype), self._tensors(place, dtype)
-        super()._add(total, {name: grads[name] for name in names})
+    def _add_shares(self, names, pairs, dtype):
+        """Adds these gradients of each pair of places, in turn."""
+        for pair in pairs:
+            left, right = (self._tensors(place, dtype) for place in pair)
+            super()._add(left, {name: right[name] for name in names})
 
     def _update_share(self, names, optimizer, lr, dtype):
         """The optimizer's step for these parameters."""
@@ -388,6 +386,11 @@ def _answered():
             "a worker process was killed, perhaps for want of memory: a smaller --workers or "
             "--model may help"
         ) from None
+
+
+def _space(shapes):
+    """Bytes for arrays of these shapes."""
+    return sum(_aligned(NUMBER * prod(shape)) for shape in shapes)
 
 
 def _aligned(size):
