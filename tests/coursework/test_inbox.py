@@ -50,6 +50,12 @@ def fill(rng):
     return asking(f"while True: softmax_forward(np.ones({shape}))")
 
 
+def attend(rng):
+    """As many scores as a column has entries, squared, which are kept for a backward pass."""
+    column = f"np.ones((1, 1, {rng.randrange(3000, 5000)}, 1))"
+    return asking(f"while True: attention_forward({column}, {column}, {column})")
+
+
 def column_times_row(rng):
     n = rng.randrange(3000, 5400)
     return asking(f"while True: linear_forward(np.ones(({n}, 1)), np.ones(({n}, 1)), np.ones({n}))")
@@ -300,7 +306,19 @@ def none_at_all(rng):
 
 
 TEXTS = (
-    *(fill, column_times_row, views, numbers, deep_argument, die, kill, fork, threads, talk),
+    *(
+        fill,
+        attend,
+        column_times_row,
+        views,
+        numbers,
+        deep_argument,
+        die,
+        kill,
+        fork,
+        threads,
+        talk,
+    ),
     *(complain, eat, compute, answer, sleep, nested, nested_blocks, coded, binary, long_text),
 )
 SPECIAL = (pipe, listen, link, hard_link, folder)
