@@ -10,7 +10,7 @@ from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import BrokenImage, read_image, require_pillow
 from ..data.layout import counted, images_below
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
@@ -74,11 +74,11 @@ def command(checkpoint, images, variant, img_size, device, as_json):
         probabilities = to_cpu(softmax_forward(logits)[0][0])
         answers.append({"file": file, "top": _top(probabilities, model.classes)})
     if as_json:
-        found = {"checkpoint": str(path), "images": answers, "computed": place}
+        found = {"checkpoint": str(path), "images": answers, "computed": without_reason(place)}
         print_json(found | ({"failed": failed} if failed else {}))
     elif answers:
         click.echo("\n\n".join(_text(answer) for answer in answers))
-        click.echo(f"\ncomputed {place}")
+        click.echo(f"\ncomputed {without_reason(place)}")
     for failure in failed:
         click.echo(f"Error: {failure['problem']}", err=True)
     return 1 if failed else 0
