@@ -92,9 +92,8 @@ def new_plan(asked, say, **where):
         kinds.setdefault(speed_key(row.settings), row.settings)
     say(f"timing a few seconds of {len(kinds)} models")
     speeds = {key: measure(settings, images[1.0], **where) for key, settings in kinds.items()}
-    return make_plan(
-        asked, rows, images, speeds, without_reason(resolve_device(where["device"])[1])
-    )
+    _, place = resolve_device(where["device"])
+    return make_plan(asked, rows, images, speeds, without_reason(place))
 
 
 class _Part:

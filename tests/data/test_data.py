@@ -372,7 +372,7 @@ def test_cifar_download(small_cifar, server, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cifar, "URL", f"{address}/archive.tar.gz")
     monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="there is no folder .*/new/one, .* check the name"):
+    with pytest.raises(UserError, match=r"there is no folder .*/new/one, .* check the name"):
         load_dataset("cifar10", tmp_path / "new" / "one")
     assert not (tmp_path / "new").exists()
     (tmp_path / "new" / "one").mkdir(parents=True)
