@@ -4,6 +4,7 @@
 submissions, `pack` makes a submission; `EXERCISES` is the table of what there is to write.
 """
 
+from ..errors import printable
 from .create import create
 from .exercises import EXERCISES, exercises
 from .grading import (
@@ -16,4 +17,4 @@ from .grading import (
 )
 from .sandbox import walls
 from .submission import pack, read_submission, read_work
-from .work import packed, printable, row
+from .work import packed, row

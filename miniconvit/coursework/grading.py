@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from ..system import read_json
 from .cases import HIDDEN, VISIBLE, cases
 from .exercises import allowed_functions, exercises
 from .files import OTHER_ARCHIVES
@@ -22,16 +23,18 @@ from .judge import Result, judge
 from .sandbox import LIMITS, Keeper, Limits, Sandbox, require_open_folder
 from .submission import read_submission
 from .task import Exercise, Size
-from .work import printable, row
+from .work import row
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
+VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
 ARCHIVES = (".zip", *OTHER_ARCHIVES)  # the others cannot be read, but some student's work is in it
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is graded, and on which inputs. The secret is text; visibility is Gradescope's word."""
+    """What is graded, and on which inputs. The secret is text; visibility is Gradescope's word for
+    who sees what hidden tests say: one of VISIBILITIES."""
 
     exercises: tuple[Exercise, ...]
     secret: str
@@ -39,6 +42,12 @@ class Assignment:
     skeleton: str = ""
     visibility: str = "visible"
     limits: Limits = LIMITS
+
+    def __post_init__(self):
+        if self.visibility not in VISIBILITIES:
+            raise UserError(
+                f"visibility is one of {', '.join(VISIBILITIES)}, not {self.visibility!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,16 @@ def load_assignment(folder):
             f"{folder} holds neither {STUDENT_FILE} nor {INSTRUCTOR_FILE}: name a folder that "
             "`miniconvit coursework create` made"
         )
+    advice = "create the coursework again"
+    config = read_json(path, advice)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         chosen = exercises(config["exercises"])
         if name == STUDENT_FILE:
             return Assignment(chosen, "visible", VISIBLE, config["skeleton"])
         secret, visibility = config["secret"], config["visibility"]
         return Assignment(chosen, secret, HIDDEN, config["skeleton"], visibility)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
+        raise UserError(f"{path} is damaged ({error}): {advice}") from error
 
 
 def grade_exercise(text, exercise, assignment, keeper=None):

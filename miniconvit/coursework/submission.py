@@ -1,13 +1,13 @@
 """A student's submission: found, read with care, chosen among copies, packed."""
 
 import ast
-import json
 import re
 from functools import cache
 from pathlib import Path
 
 from .. import __version__
 from ..errors import UserError
+from ..system import parse_json
 from . import work
 from .files import OTHER_ARCHIVES, files_of
 from .sandbox import look_through
@@ -175,8 +175,8 @@ def _advice(exercise, found):
 
 def _edition(data):
     try:
-        return json.loads(data)["skeleton"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return parse_json(data)["skeleton"]
+    except (ValueError, KeyError):
         return ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 MANIFEST = "manifest.json"
 LARGEST = 200_000  # bytes of one file
@@ -114,11 +114,6 @@ def row(name, score, points, text):
 def _below(lines):
     """The lines indented, and broken at 80 columns."""
     return [f"    {part}" for line in lines for part in wrap(printable(line), COLUMNS - 4)]
-
-
-def printable(text):
-    """The text without characters that a terminal would obey, or that are none."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def shown(parts):
