@@ -13,6 +13,7 @@ import pytest
 from test_coursework import environment, homework, invoke, submission
 
 import miniconvit
+from miniconvit import UserError
 from miniconvit.coursework import EXERCISES, create, exercises, grade
 from miniconvit.coursework.cases import VISIBLE, cases
 from miniconvit.coursework.skeleton import skeleton, skeleton_hash, solution, source_module
@@ -335,23 +336,31 @@ def test_hidden_tests_are_hidden_from_students_by_default(tmp_path, visibility):
     submission(tmp_path / "all" / "anna", {"linear.py": wrong, "gelu.py": LEAK})
     grade(tmp_path / "all", tmp_path / "kit" / "instructor", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "anna" / "results.json").read_text())
-    shown = [test for test in results["tests"] if test["visibility"] == "visible"]
-    by_name = {test["name"]: test["output"] for test in results["tests"]}
-    seen = " ".join(test["output"] for test in shown)
-    read = (tmp_path / "out" / "anna" / "feedback.txt").read_text()
-    for text in (seen, read):
-        assert ("head" in text, "raised" in text, "printed" in text) == (
-            visibility == "visible",
-        ) * 3
-    assert {t["name"]: t["score"] for t in shown if "score" in t} == {
-        "linear": 4.8,
-        "softmax": 0,
-        "gelu": 0,
-    }
-    everything = " ".join(by_name.values())
-    assert "3 is the batch size" in everything or "images times tokens" in everything
-    assert "raised (3, 15, 14)" in everything
-    if visibility != "visible":
-        assert by_name["linear"] == "linear: wrong in dbias"
-        assert by_name["softmax"] == "softmax.py is missing"
+    at_once = [test for test in results["tests"] if test["visibility"] == "visible"]
+    later = [test for test in results["tests"] if test not in at_once]
+    read, details = (
+        (tmp_path / "out" / "anna" / name).read_text() for name in ("feedback.txt", "details.txt")
+    )
+    for text in (" ".join(test["output"] for test in at_once), read):
+        found = ["head" in text, "raised" in text, "printed" in text]
+        assert found == [visibility == "visible"] * 3
+    scores = {test["name"]: test["score"] for test in at_once}
+    assert scores == {"linear": 4.8, "softmax": 0, "gelu": 0}
     assert results["score"] == 4.8
+    assert {test["visibility"] for test in later} <= {visibility}
+    assert bool(later) == (visibility == "after_due_date")  # a hidden test would hide the total
+    assert "raised (3, 15, 14)" in details
+    assert "45 is images times tokens" in " ".join(details.split())
+    if visibility != "visible":
+        outputs = {test["name"]: test["output"] for test in at_once}
+        assert outputs["linear"] == "linear: wrong in dbias"
+        assert outputs["softmax"] == "softmax.py is missing"
+        assert outputs["gelu"] == "gelu: wrong in y, dx, arguments"
+
+
+def test_a_wrong_visibility_is_refused(tmp_path):
+    create(tmp_path / "kit", tmp_path / "secret", ["gelu"])
+    config = tmp_path / "kit" / "instructor" / "hidden.json"
+    config.write_text(config.read_text().replace('"hidden"', '"hiden"'))
+    with pytest.raises(UserError, match=r"visibility is one of visible, .* not .hiden."):
+        grade(tmp_path, tmp_path / "kit" / "instructor", tmp_path / "out")
