@@ -38,6 +38,7 @@ from miniconvit.arrays import to_cpu, to_device
 from miniconvit.config import VARIANTS
 from miniconvit.engine.cuda import examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.gradcheck.cases import CASES, FUNCTIONS
 
@@ -128,10 +129,11 @@ def _train(dtype, xp, steps):
     params = mc.init_params(config, dtype=dtype)
     images, labels, params = to_device((images, labels, params), xp)
     optimizer, losses = mc.AdamW(params, lr=1e-3), []
-    with Engine(config) if xp is np else DeviceEngine(config, xp) as engine:
+    objective = Classification(config, 0.1)
+    with Engine(objective) if xp is np else DeviceEngine(objective, xp) as engine:
         for step in range(steps):
             loss, _, grads = engine.loss_and_grads(
-                lambda a, b: (images[a:b], labels[a:b]), 16, params, 0.1, 0, step
+                lambda a, b: (images[a:b], labels[a:b]), 16, params, 0, step
             )
             optimizer.step(params, grads)
             losses.append(float(loss))
@@ -167,7 +169,7 @@ def measure_ours(name, batch, xp):
     labels = rng.integers(config.num_classes, size=batch)
     images, labels, params = to_device((images, labels, mc.init_params(config)), xp)
     optimizer = mc.AdamW(params, lr=1e-3)
-    with DeviceEngine(config, xp) as engine:
+    with DeviceEngine(Classification(config), xp) as engine:
 
         def step(number):
             _, _, grads = engine.loss_and_grads(

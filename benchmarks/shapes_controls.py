@@ -19,6 +19,7 @@ import miniconvit as mc
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import ImageArray, Split, load_dataset
 from miniconvit.data.shapes import flatten_textures, shuffle_patches
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.training.evaluate import evaluate
 from miniconvit.training.loop import train
@@ -80,7 +81,7 @@ def trained_accuracy(model, seed):
 def accuracy_on(images, labels, path):
     """Top-1 accuracy of a checkpoint."""
     found = load_checkpoint(path)
-    with Engine(found.config) as engine:
+    with Engine(Classification(found.config)) as engine:
         return evaluate(
             engine, Split(ImageArray(images), labels), found.mean, found.std, found.params
         )[1]

@@ -7,7 +7,7 @@ from functools import partial
 
 import miniconvit as mc
 from miniconvit.data import augment, epoch_order, load_dataset, normalize
-from miniconvit.engine.threads import Engine
+from miniconvit.engine import Classification, Engine
 
 EPOCHS, BATCH, PEAK = 6, 64, 2e-3
 
@@ -32,7 +32,7 @@ def main(steps=None):
     optimizer = mc.AdamW(params, weight_decay=0.05)
     per_epoch = len(data.train.labels) // BATCH
     steps = steps or EPOCHS * per_epoch
-    with Engine(config) as engine:
+    with Engine(Classification(config)) as engine:
         for step in range(steps):
             epoch, place = divmod(step, per_epoch)
             order = epoch_order(len(data.train.labels), seed=0, epoch=epoch)

@@ -10,7 +10,7 @@ from ..arrays import to_device
 from ..checkpoints.weights import open_weights
 from ..data import Split, load_dataset
 from ..data.classes import IMAGENET, places_of
-from ..engine import make_engine
+from ..engine import Classification, make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..training.evaluate import evaluate
@@ -95,7 +95,7 @@ def command(
         )
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
-    with make_engine(model.config, xp, workers) as engine, overflow_is_answered():
+    with make_engine(Classification(model.config), xp, workers) as engine, overflow_is_answered():
         loss, top1, top5 = evaluate(
             engine, images, model.mean or dataset.mean, model.std or dataset.std, params
         )

@@ -5,22 +5,21 @@ from contextlib import suppress
 from .. import layers
 from ..arrays import to_cpu
 from ..errors import UserError
-from .pieces import answer_piece, train_piece
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 
 
 class DeviceEngine:
-    """Runs training steps and inference of one model on one device: threads.Engine's interface.
+    """Runs training steps and inference of one Objective on one device: Engine's interface.
 
-    The loss and the number of right answers stay on the device; read() fetches many at once.
+    The numbers of a step stay on the device; read() fetches many at once.
     """
 
     workers = None
     steps_between_reads = 50
 
-    def __init__(self, config, xp):
-        self.config, self.xp = config, xp
+    def __init__(self, objective, xp):
+        self.objective, self.xp = objective, xp
 
     def close(self):
         """Gives the memory that is not in use back to the device."""
@@ -32,17 +31,16 @@ class DeviceEngine:
     def __exit__(self, *exception):
         self.close()
 
-    def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
-        """As Engine's, but loss and correct are scalar arrays on the device.
+    def loss_and_grads(self, load, n, params, seed=0, step=0):
+        """As Engine's, but the numbers are scalar arrays on the device.
 
         load is called once, with (0, n). Raises UserError where the device's memory is too small,
         with the largest of n / 2, n / 4, ... images for which it has just been large enough.
         """
 
         def run(n):
-            return train_piece(
-                self.config, layers, load, 0, n, n, params, label_smoothing, seed, step
-            )
+            numbers, grads = self.objective.step(load(0, n), params, 1.0, 0, seed, step, layers)
+            return *numbers, grads
 
         with suppress(MemoryError):
             return run(n)
@@ -78,10 +76,10 @@ class DeviceEngine:
 
         def run(start, stop):
             loaded = load(start, stop)
-            images = loaded[0] if isinstance(loaded, tuple) else loaded
-            return answer_piece(self.config, layers, images, params)
+            batch = loaded if isinstance(loaded, tuple) else (loaded,)
+            return self.objective.answer(batch, params, layers)
 
-        size = max(1, min(n, INFERENCE_ROWS // self.config.num_patches))
+        size = max(1, min(n, INFERENCE_ROWS // self.objective.rows))
         while True:
             try:
                 pieces = [run(start, min(start + size, n)) for start in range(0, n, size)]

@@ -7,8 +7,7 @@ number of workers, so any number of workers gives the same bits.
 from math import ceil
 
 from .. import layers
-from ..layers import cross_entropy_backward, cross_entropy_forward
-from ..model import convit_backward, convit_forward
+from ..errors import UserError
 
 try:
     from . import kernels
@@ -23,8 +22,10 @@ def cut(n, rows_per_image):
     """n images as pieces [(start, stop)] of nearly equal size, of at most PIECE_ROWS tokens.
 
     A multiple of four pieces, or of two, so that threads have equal shares, as long as the pieces
-    do not fall below half of PIECE_ROWS for it.
+    do not fall below half of PIECE_ROWS for it. Raises UserError where there is no image.
     """
+    if n < 1:
+        raise UserError("a batch needs at least one image")
     most = max(1, PIECE_ROWS // rows_per_image)
     count = ceil(n / most)
     for multiple in (4, 2):
@@ -33,26 +34,3 @@ def cut(n, rows_per_image):
             count = rounded
             break
     return [(n * i // count, n * (i + 1) // count) for i in range(count)]
-
-
-def answer_piece(config, blocks, images, params):
-    """The logits of this piece in evaluation mode; nothing is kept for a backward pass."""
-    if blocks is kernels:
-        blocks = inference
-    return convit_forward(images, params, config, blocks=blocks, keep_caches=False)[0]
-
-
-def train_piece(config, blocks, load, start, stop, n, params, label_smoothing, seed, step):
-    """Mean loss, number of right answers, and gradients of this piece's share in a batch of n; of
-    targets that are mixed, the class with the largest share is the right one.
-
-    load(start, stop) -> that piece's images and targets; its place in the batch decides the drop
-    path. The two numbers are scalar arrays.
-    """
-    images, targets = load(start, stop)
-    logits, cache = convit_forward(images, params, config, True, seed, step, start, blocks)
-    loss, cache_loss = cross_entropy_forward(logits, targets, label_smoothing)
-    dlogits = cross_entropy_backward((stop - start) / n, cache_loss)
-    labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
-    correct = (logits.argmax(axis=1) == labels).sum()
-    return loss, correct, convit_backward(dlogits, cache)

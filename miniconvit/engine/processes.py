@@ -23,8 +23,7 @@ import numpy as np
 
 from ..arguments import check_params
 from ..errors import UserError
-from ..model import param_shapes
-from .pieces import PIECE_ROWS, answer_piece, cut, kernels, train_piece
+from .pieces import PIECE_ROWS, cut, kernels
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
@@ -53,7 +52,7 @@ def can_fork():
 
 
 class ProcessEngine(Engine):
-    """Runs training steps and inference of one model, as Engine, on `workers` processes.
+    """Runs training steps and inference of one Objective, as Engine, on `workers` processes.
 
     The workers are forked at once, before this process has much to share with them, and live until
     close() or its end. Images, parameters and gradients lie in memory that all of them share;
@@ -61,15 +60,13 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, config, workers, blocks=kernels):
-        super().__init__(config, 1, blocks)
+    def __init__(self, objective, workers, blocks=kernels):
+        super().__init__(objective, 1, blocks)
         self.workers = workers
-        self._shapes = param_shapes(config)
-        images = max(1, PIECE_ROWS // config.num_patches)
-        numbers = config.in_chans * prod(config.image) + config.num_classes
-        self._in_size = _aligned(NUMBER * images * numbers) + 2 * ALIGNMENT
-        self._out_size = sum(_aligned(NUMBER * prod(shape)) for shape in self._shapes.values())
-        self._out_size = max(self._out_size, self._in_size)
+        self._shapes = objective.shapes
+        images = max(1, PIECE_ROWS // objective.rows)
+        self._in_size = _space([(images, *shape) for shape in objective.inputs])
+        self._out_size = max(_space(self._shapes.values()), _space([(images, *objective.output)]))
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
         weakref.finalize(self, _end, self._workers, os.getpid())  # also when it is dropped
@@ -94,15 +91,15 @@ class ProcessEngine(Engine):
                 found += sum(int(line.split()[1]) for line in file if line.startswith("Private"))
         return found / 2**10
 
-    def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
+    def loss_and_grads(self, load, n, params, seed=0, step=0):
         """As Engine's."""
-        if len(cut(n, self.config.num_patches)) <= 1:
-            return super().loss_and_grads(load, n, params, label_smoothing, seed, step)
-        options = n, label_smoothing, seed, step
+        if len(cut(n, self.objective.rows)) <= 1:
+            return super().loss_and_grads(load, n, params, seed, step)
+        options = n, seed, step
         with closing(self._answers(self._train, options, load, n, params)) as answers:
-            loss, correct, grads = self._summed(answers)
+            *numbers, grads = self._summed(answers)
         self._shared[GRADS] = grads
-        return loss, correct, grads
+        return *numbers, grads
 
     def hold(self, params, optimizer):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
@@ -147,7 +144,7 @@ class ProcessEngine(Engine):
 
     def logits(self, load, n, params):
         """As Engine's."""
-        if len(cut(n, self.config.num_patches)) <= 1:
+        if len(cut(n, self.objective.rows)) <= 1:
             return super().logits(load, n, params)
         with closing(self._answers(self._infer, (), load, n, params)) as answers:
             return np.concatenate([y.copy() for y in answers])
@@ -179,7 +176,7 @@ class ProcessEngine(Engine):
             check_params(params, self._shapes)
             for name, shared in self._tensors(GIVEN, dtype).items():
                 shared[...] = params[name]
-        pieces = cut(n, self.config.num_patches)
+        pieces = cut(n, self.objective.rows)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
         slots = list(range(self.workers + SPARE_SLOTS))
         sent, running, found = 0, {}, {}  # running: connection to [(piece, slot, place)]
@@ -225,10 +222,8 @@ class ProcessEngine(Engine):
         """Copies arrays into a slot's place for what goes in; returns their shapes and dtypes."""
         described = [(x.shape, x.dtype.str) for x in arrays]
         if sum(_aligned(x.nbytes) for x in arrays) > self._in_size:
-            size = self.config.in_chans, *self.config.image
-            raise UserError(
-                f"the model expects images (B, C, H, W) of {size}, not {described[0][0]}"
-            )
+            size, shape = self.objective.inputs[0], described[0][0]
+            raise UserError(f"the model expects images (B, C, H, W) of {size}, not {shape}")
         for shared, x in zip(self._views(self._in_place(slot), described), arrays, strict=True):
             shared[...] = x
         return described
@@ -257,9 +252,9 @@ class ProcessEngine(Engine):
         """The answer with the arrays that belong to it."""
         if len(answer) == 1:  # the logits' shape
             return next(self._views(place * self._out_size, [(answer[0], dtype)]))
-        *scalars, names = answer
+        numbers, names = answer
         tensors = self._tensors(place, dtype)
-        return *scalars, {name: tensors[name] for name in names}
+        return numbers, {name: tensors[name] for name in names}
 
     # the workers
 
@@ -317,26 +312,19 @@ class ProcessEngine(Engine):
             os._exit(0)
 
     def _train(self, options, piece, given, slot, arrays, place, dtype):
-        """A piece's scalars and its gradients' names; the gradients are left at their place."""
-        n, label_smoothing, seed, step = options
-        params = self._tensors(given, dtype)
-
-        def load(*_):
-            return tuple(self._views(self._in_place(slot), arrays))
-
-        loss, correct, grads = train_piece(
-            self.config, self.blocks, load, *piece, n, params, label_smoothing, seed, step
-        )
-        for name, shared in self._tensors(place, dtype).items():
-            shared[...] = grads[name]
-        start, stop = piece
-        return float(loss) * ((stop - start) / n), int(correct), tuple(grads)
+        """A piece's numbers and its gradients' names; the gradients are left at their place."""
+        batch = tuple(self._views(self._in_place(slot), arrays))
+        n, *drawn = options
+        numbers, grads = self._step(batch, *piece, n, self._tensors(given, dtype), *drawn)
+        tensors = self._tensors(place, dtype)
+        for name, grad in grads.items():
+            tensors[name][...] = grad
+        return numbers, tuple(grads)
 
     def _infer(self, options, piece, given, slot, arrays, place, dtype):
         """The shape of a piece's logits, which are left at their place."""
-        images = next(self._views(self._in_place(slot), arrays))
-        params = self._tensors(given, dtype)
-        y = answer_piece(self.config, self.blocks, images, params)
+        batch = tuple(self._views(self._in_place(slot), arrays))
+        y = self.objective.answer(batch, self._tensors(given, dtype), self._inference)
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 
@@ -388,6 +376,11 @@ def _answered():
             "a worker process was killed, perhaps for want of memory: a smaller --workers or "
             "--model may help"
         ) from None
+
+
+def _space(shapes):
+    """Bytes for arrays of these shapes."""
+    return sum(_aligned(NUMBER * prod(shape)) for shape in shapes)
 
 
 def _aligned(size):

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import to_device
 from ..model import init_params
 from ..optim import AdamW
-from . import make_engine
+from . import Classification, make_engine
 from .cuda import resolve_device
 
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
@@ -27,7 +27,7 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu"):
     xp, place = resolve_device(device)
     images, labels, params = to_device((images, labels, init_params(config)), xp)
     optimizer = None if inference else AdamW(params, lr=1e-3)
-    with make_engine(config, xp, workers) as engine:
+    with make_engine(Classification(config), xp, workers) as engine:
         if optimizer:
             engine.hold(params, optimizer)
         numbers = count()

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import UserError
 from ..system import available_threads
-from .pieces import answer_piece, cut, kernels, train_piece
+from .pieces import cut, inference, kernels
 
 
 def keep_freed_memory():
@@ -52,7 +52,7 @@ ONE_BLAS_THREAD = _OneBlasThread()
 
 
 class Engine:
-    """Runs training steps and inference of one model over pieces of a batch.
+    """Runs training steps and inference of one Objective over pieces of a batch.
 
     workers: threads, by default on all available cores; BLAS runs at one thread inside each.
     blocks: what the model's blocks run on, by default the kernels for the CPU.
@@ -62,8 +62,9 @@ class Engine:
     xp = np
     steps_between_reads = 1
 
-    def __init__(self, config, workers=None, blocks=kernels):
-        self.config, self.blocks = config, blocks
+    def __init__(self, objective, workers=None, blocks=kernels):
+        self.objective, self.blocks = objective, blocks
+        self._inference = inference if blocks is kernels else blocks
         self.workers = workers or available_threads()
         keep_freed_memory()
         ONE_BLAS_THREAD.want()
@@ -92,7 +93,7 @@ class Engine:
         Only `workers` + 1 results wait at a time, so that memory does not grow with the batch.
         """
         self._require_open()
-        pieces = cut(n, self.config.num_patches)
+        pieces = cut(n, self.objective.rows)
         if self._pool is None:
             for piece in pieces:
                 yield function(*piece)
@@ -109,35 +110,37 @@ class Engine:
             for future in waiting:
                 future.cancel()
 
-    def loss_and_grads(self, load, n, params, label_smoothing=0.0, seed=0, step=0):
-        """One training step's mean loss, number of right answers, and gradients.
+    def loss_and_grads(self, load, n, params, seed=0, step=0):
+        """One training step's numbers and gradients: (loss, correct, grads) of a Classification.
 
-        load(start, stop) -> (images (b, in_chans, height, width) float, targets (b,) or (b, C)):
-        that part of the batch of n images, called in the workers. Drop path is active, drawn from
-        (seed, step). Returns (loss, correct, grads) with loss a float and correct an int; the next
-        call may write into these gradients.
+        load(start, stop) -> that part of the batch of n images, a tuple of arrays: images
+        (b, in_chans, height, width) float, and targets (b,) or (b, C). It is called in the workers.
+        Chance, as of drop path, is drawn from (seed, step). Numbers are floats or ints; the next
+        call may write into the gradients.
         """
 
         def run(start, stop):
-            loss, correct, grads = train_piece(
-                self.config, self.blocks, load, start, stop, n, params, label_smoothing, seed, step
-            )
-            return float(loss) * ((stop - start) / n), int(correct), grads
+            return self._step(load(start, stop), start, stop, n, params, seed, step)
 
         return self._summed(self._map(run, n))
 
+    def _step(self, batch, start, stop, n, params, seed, step):
+        """A piece's numbers and gradients."""
+        share = (stop - start) / n
+        numbers, grads = self.objective.step(batch, params, share, start, seed, step, self.blocks)
+        return [number.item() for number in numbers], grads
+
     def _summed(self, answers):
-        """The pieces' losses, right answers and gradients, added in their order."""
-        loss, correct, total = 0.0, 0, None
-        for piece_loss, piece_correct, grads in answers:
-            loss += piece_loss
-            correct += piece_correct
+        """The pieces' numbers and gradients, added in their order."""
+        sums, total = None, None
+        for numbers, grads in answers:
             if total is None:
-                total = grads
+                sums, total = numbers, grads
             else:
+                sums = [a + b for a, b in zip(sums, numbers, strict=True)]
                 self._add(total, grads)
             del grads  # before the next piece is waited for
-        return loss, correct, total
+        return *sums, total
 
     def _add(self, total, grads):
         for name, grad in grads.items():
@@ -154,15 +157,15 @@ class Engine:
         optimizer.step(params, grads, lr)
 
     def logits(self, load, n, params):
-        """The model's answers in evaluation mode: (n, num_classes).
+        """The model's answers in evaluation mode: (n, num_classes) of a Classification.
 
-        load(start, stop) -> images, or (images, targets) of which only the images are used.
+        load(start, stop) -> images, or as for a step, of which the targets are not used.
         """
 
         def run(start, stop):
             loaded = load(start, stop)
-            images = loaded[0] if isinstance(loaded, tuple) else loaded
-            return answer_piece(self.config, self.blocks, images, params)
+            batch = loaded if isinstance(loaded, tuple) else (loaded,)
+            return self.objective.answer(batch, params, self._inference)
 
         return np.concatenate(list(self._map(run, n)))
 

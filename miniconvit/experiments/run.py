@@ -14,7 +14,7 @@ from ..analysis.masks import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
-from ..engine import make_engine
+from ..engine import Classification, make_engine
 from ..engine.cuda import resolve_device
 from ..system import read_text, write_file
 from ..training.evaluate import evaluate
@@ -184,7 +184,7 @@ def _masked(folder, row, where):
     dataset = _dataset(row.settings, where)
     xp, _ = resolve_device(where["device"])
     found = {}
-    with make_engine(model.config, xp, where["workers"]) as engine:
+    with make_engine(Classification(model.config), xp, where["workers"]) as engine:
         for mask in row.masks:
             masked = (
                 without_pos_embed(model.params)

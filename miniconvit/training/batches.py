@@ -55,7 +55,7 @@ def _batch(run, step, draws, pixels):
         if mix is None:
             return images, labels
         others, other_labels = (x[::-1] for x in part(n - stop, n - start))
-        classes = run.engine.config.num_classes
+        classes = run.config.num_classes
         targets = mix_targets(labels, other_labels, mix, classes, s.label_smoothing)
         return mix_images(images, others, mix), targets
 

@@ -111,9 +111,7 @@ def train_epoch(run: Run, state: TrainingState) -> None:
 def train_step(run: Run, state: TrainingState, load: Callable[[int, int], tuple]) -> None:
     """One update from a batch, of which load(start, stop) gives a part."""
     s, engine, n = run.settings, run.engine, run.schedule.batch_size
-    loss, correct, grads = engine.loss_and_grads(
-        load, n, state.params, s.label_smoothing, s.seed, state.step
-    )
+    loss, correct, grads = engine.loss_and_grads(load, n, state.params, s.seed, state.step)
     grads = {name: grad for name, grad in grads.items() if name not in run.frozen}
     norm = clip_grad_norm(grads, s.clip_grad or inf)
     state.unread.append((state.step, loss, correct, norm))
@@ -169,13 +167,13 @@ def finish_epoch(run: Run, state: TrainingState, images_per_second: float, began
         "val_loss": val_loss,
         "val_top1": val_top1,
         "lr": run.schedule.lr(state.step - 1),
-        **readings(reading_images(run.dataset), to_cpu(state.shown), run.engine.config),
+        **readings(reading_images(run.dataset), to_cpu(state.shown), run.config),
         "images_per_second": images_per_second,
         "seconds": time.perf_counter() - began,
     }
     if state.best is None or val_top1 > state.best["val_top1"]:
         state.best = {"epoch": state.epoch, "val_top1": val_top1}
-        state.save_best(run.folder.best, run.engine.config, run.about)
+        state.save_best(run.folder.best, run.config, run.about)
     run.folder.append_metrics(row)
     state.sums = no_sums()
     save(run, state)
@@ -192,7 +190,7 @@ def save(run: Run, state: TrainingState) -> None:
     count(run, state)
     if problem := not_finite(to_cpu(state.params)):
         raise diverged(problem, state.step, state.epoch, run.folder.last)
-    state.save(run.folder.last, run.settings, run.engine.config, run.about)
+    state.save(run.folder.last, run.settings, run.config, run.about)
 
 
 @contextmanager

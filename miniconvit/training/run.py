@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import make_engine
+from ..engine import Classification, make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
 from ..system import arithmetic
@@ -41,6 +41,11 @@ class Run:
     frozen: set
     report: Report
     requests: list = field(default_factory=list)
+
+    @property
+    def config(self):
+        """What the model is."""
+        return self.engine.objective.config
 
     @property
     def about(self):
@@ -81,7 +86,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(config, xp, workers) as engine:
+        with make_engine(Classification(config, s.label_smoothing), xp, workers) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)

@@ -25,6 +25,7 @@ from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.engine import cuda as device
 from miniconvit.engine.cuda import examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.gradcheck import mutants
 from miniconvit.optim import clip_grad_norm
@@ -37,6 +38,7 @@ SETTINGS = {"img_size": 8, "epochs": 3, "batch_size": 16, "lr": 3e-3, "seed": 3,
 CONFIG = mc.ConViTConfig(
     (4, 6), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4, qkv_bias=True
 )
+OBJECTIVE = Classification(CONFIG)
 
 
 @pytest.fixture(autouse=True)
@@ -239,8 +241,11 @@ def test_a_step_is_the_reference_and_nobody_waits(cupy):
     here = to_device((images, labels, params), cupy)
     fakecupy.reset()
     optimizer = mc.AdamW(here[2], lr=1e-2)
-    with DeviceEngine(CONFIG, cupy) as engine, fakecupy.forbid("wait", "upload", "float64"):
-        loss, correct, grads = engine.loss_and_grads(lambda *_: here[:2], 13, here[2], 0.1, 3, 8)
+    with (
+        DeviceEngine(Classification(CONFIG, 0.1), cupy) as engine,
+        fakecupy.forbid("wait", "upload", "float64"),
+    ):
+        loss, correct, grads = engine.loss_and_grads(lambda *_: here[:2], 13, here[2], 3, 8)
         norm = clip_grad_norm(grads, 0.25)
         optimizer.step(here[2], grads)
 
@@ -293,7 +298,7 @@ def test_inference_fits_itself_to_the_memory(cupy):
         pieces.append(stop - start)
         return images_here[start:stop]
 
-    with DeviceEngine(CONFIG, cupy) as engine:
+    with DeviceEngine(OBJECTIVE, cupy) as engine:
         np.testing.assert_allclose(engine.logits(load, 37, here), true, rtol=1e-4, atol=1e-5)
         assert pieces == [37]
         with fakecupy.memory_limit(100_000):
@@ -311,7 +316,7 @@ def test_a_batch_that_does_not_fit_is_answered_by_one_that_does(cupy):
     def load(start, stop):
         return images[start:stop], labels[start:stop]
 
-    with DeviceEngine(CONFIG, cupy) as engine:
+    with DeviceEngine(OBJECTIVE, cupy) as engine:
         with fakecupy.memory_limit(1_000_000):
             with pytest.raises(
                 mc.UserError, match=r"of 64 images does not fit .* 8.0 GB"
@@ -349,7 +354,7 @@ def test_planted_bugs_are_refused(cupy, bug):
     function = getattr(layers, name)
     wrong = {name: lambda *args: planted(function, *args)}
     images, labels, params = to_device((*batch(), random_params()), cupy)
-    engine = DeviceEngine(CONFIG, cupy)
+    engine = DeviceEngine(OBJECTIVE, cupy)
     with (
         mutants.planted(**wrong),
         fakecupy.forbid("wait", "upload", "float64"),
@@ -434,8 +439,8 @@ def test_divergence_names_the_step_that_began_it(cupy, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             loss_and_grads = {"cpu": Engine, "cuda": DeviceEngine}[place].loss_and_grads
 
-            def spoiled(self, load, n, params, s, seed, step, whole=loss_and_grads):
-                loss, correct, grads = whole(self, load, n, params, s, seed, step)
+            def spoiled(self, load, n, params, seed, step, whole=loss_and_grads):
+                loss, correct, grads = whole(self, load, n, params, seed, step)
                 grads["head.bias"] *= float("nan") if step == 8 else 1.0
                 return loss, correct, grads
 

@@ -19,6 +19,7 @@ import miniconvit.training.loop as training
 from miniconvit import UserError, init_params, load_checkpoint
 from miniconvit.config import VARIANTS, ConViTConfig
 from miniconvit.engine import make_engine
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.engine.threads import ONE_BLAS_THREAD, Engine
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on
 ROOT = Path(__file__).parents[2]
 CONFIG = ConViTConfig((24, 32), (4, 8), 2, 5, 12, 4, 4, 2.0, True, 3, drop_path_rate=0.3)
 """24 patches: 42 images a piece."""
+OBJECTIVE = Classification(CONFIG)
 N = 300  # eight pieces, and more than there are slots
 
 
@@ -67,7 +69,7 @@ def is_gone(pid):
 
 @pytest.fixture
 def engine():
-    with ProcessEngine(CONFIG, 2) as engine:
+    with ProcessEngine(OBJECTIVE, 2) as engine:
         yield engine
 
 
@@ -86,16 +88,17 @@ def test_the_bits_of_one_thread(config, dtype):
     params, images, labels = drawn(config, dtype)
     mixed = np.random.default_rng(1).dirichlet(np.ones(config.num_classes), N).astype(dtype)
     assert len(cut(N, config.num_patches)) >= 4
-    with Engine(config, 1) as one:
-        engines = [ProcessEngine(config, count) for count in (2, 3)]
+    objective = Classification(config, 0.1)
+    with Engine(objective, 1) as one:
+        engines = [ProcessEngine(objective, count) for count in (2, 3)]
         for step, (n, targets) in enumerate([(N, labels), (N, mixed), (N - 7, labels)]):
 
             def load(start, stop, targets=targets):
                 return images[start:stop], targets[start:stop]  # fmt: skip
 
-            true = one.loss_and_grads(load, n, params, 0.1, 5, step)
+            true = one.loss_and_grads(load, n, params, 5, step)
             for several in engines:
-                assert_same(several.loss_and_grads(load, n, params, 0.1, 5, step), true)
+                assert_same(several.loss_and_grads(load, n, params, 5, step), true)
             true = one.logits(load, n, params)
             for several in engines:
                 found = several.logits(lambda start, stop: images[start:stop], n, params)
@@ -126,14 +129,17 @@ def test_an_update_by_the_workers_has_the_bits_of_one_process(threads, dtype, mo
     def in_this_process(*arguments):
         raise AssertionError("the workers were to do it")
 
-    with Engine(CONFIG, 1) as one, ProcessEngine(CONFIG, threads) as several:
+    with (
+        Engine(OBJECTIVE, 1) as one,
+        ProcessEngine(OBJECTIVE, threads) as several,
+    ):
         logits = one.logits(load, N, others)
         several.hold(params, optimizers[1])
         for step, n in enumerate([N, N - 7, 30, N, 200]):  # 30: a single piece, no worker's
             for engine, p, optimizer in zip(
                 (one, several), (true, params), optimizers, strict=True
             ):
-                grads = engine.loss_and_grads(load, n, p, 0.1, 5, step)[2]
+                grads = engine.loss_and_grads(load, n, p, 5, step)[2]
                 np.testing.assert_array_equal(engine.logits(load, N, others), logits)
                 grads = {name: grad for name, grad in grads.items() if name not in frozen}
                 clip_grad_norm(grads, 1e-3)
@@ -188,7 +194,7 @@ def test_a_worker_killed_in_an_update_is_reported_and_replaced(engine):
     before = params["head.weight"].copy()
     engine.update(optimizer, params, grads)
     assert (params["head.weight"] != before).any()
-    with Engine(CONFIG, 1) as one:
+    with Engine(OBJECTIVE, 1) as one:
         held = engine.loss_and_grads(load, N, params)
         assert_same(held, one.loss_and_grads(load, N, params))
 
@@ -208,7 +214,10 @@ def test_the_workers_add_up_the_last_piece(threads, monkeypatch):
         return images[start:stop], labels[start:stop]
 
     monkeypatch.setattr(ProcessEngine, "_add_share", _add_share)
-    with Engine(CONFIG, 1) as one, ProcessEngine(CONFIG, threads) as several:
+    with (
+        Engine(OBJECTIVE, 1) as one,
+        ProcessEngine(OBJECTIVE, threads) as several,
+    ):
         optimizer = AdamW(params)
         several.hold(params, optimizer)
         before = {name: value.copy() for name, value in params.items()}
@@ -295,17 +304,15 @@ def test_what_was_given_out_is_not_changed_by_the_next_call(engine):
 
 def test_workers_begin_and_end_with_the_engine():
     params, images, labels = drawn(CONFIG)
-    with ProcessEngine(CONFIG, 2) as engine:
+    with ProcessEngine(OBJECTIVE, 2) as engine:
         pids = list(engine._workers.values())
         assert len(pids) == 2
-        for n in (0, 41):  # no piece and a single one, which need no worker
-            with Engine(CONFIG, 1) as one:
-                given = lambda a, b: (images[a:b], labels[a:b]), n, params
-                found, true = engine.loss_and_grads(*given), one.loss_and_grads(*given)
-            if n:
-                assert_same(found, true)
-            else:
-                assert found == true == (0.0, 0, None)
+        with Engine(OBJECTIVE, 1) as one:
+            given = lambda a, b: (images[a:b], labels[a:b]), 41, params  # one piece needs no worker
+            assert_same(engine.loss_and_grads(*given), one.loss_and_grads(*given))
+            for each in (one, engine):
+                with pytest.raises(UserError, match="a batch needs at least one image"):
+                    each.loss_and_grads(given[0], 0, params)
         idle = engine.memory_mb()
         engine.logits(lambda a, b: images[a:b], N, params)
         assert list(engine._workers.values()) == pids
@@ -320,7 +327,7 @@ def test_workers_begin_and_end_with_the_engine():
 def test_a_closed_engine_refuses_all_work_and_starts_no_worker(kind, monkeypatch):
     params, images, labels = drawn(CONFIG)
     optimizer = AdamW(params)
-    engine = kind(CONFIG, 2)
+    engine = kind(OBJECTIVE, 2)
     engine.close()
     monkeypatch.setattr(processes.os, "fork", None)  # a call would fail
     before = {name: value.copy() for name, value in params.items()}
@@ -349,7 +356,7 @@ def test_the_memory_of_a_dead_worker_is_none(engine):
 
 def test_a_dropped_engine_leaves_no_process_and_gives_blas_its_threads_back():
     wanted = ONE_BLAS_THREAD._wanted
-    engine = ProcessEngine(CONFIG, 2)
+    engine = ProcessEngine(OBJECTIVE, 2)
     pids = list(engine._workers.values())
     assert ONE_BLAS_THREAD._wanted == wanted + 1
     del engine
@@ -362,7 +369,7 @@ def test_a_worker_keeps_no_file_of_its_parent_open(tmp_path):
     """Such as the locked log of a run, whose lock shall end with the process that trains."""
     with open(tmp_path / "log", "ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with ProcessEngine(CONFIG, 3) as engine:
+        with ProcessEngine(OBJECTIVE, 3) as engine:
             params, images, _ = drawn(CONFIG)
             engine.logits(lambda a, b: images[a:b], N, params)  # all of them have begun
             for pid in engine._workers.values():
@@ -377,11 +384,14 @@ def test_a_worker_keeps_no_file_of_its_parent_open(tmp_path):
 
 
 def test_make_engine_takes_processes_for_more_than_one_worker(monkeypatch):
-    with make_engine(CONFIG, np, 1) as one, make_engine(CONFIG, np, 3) as three:
+    with (
+        make_engine(OBJECTIVE, np, 1) as one,
+        make_engine(OBJECTIVE, np, 3) as three,
+    ):
         assert (type(one), one.workers) == (Engine, 1)
         assert (type(three), three.workers) == (ProcessEngine, 3)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with make_engine(CONFIG, np, 3) as three:
+    with make_engine(OBJECTIVE, np, 3) as three:
         assert (type(three), three.workers) == (Engine, 3)
 
 
@@ -454,7 +464,7 @@ def test_an_interruption_while_sums_are_made_leaves_no_answer_behind(engine, mon
     params = {name: 0.5 * value for name, value in params.items()}
     found = engine.loss_and_grads(load, N, params)
     assert kept.tb is not None and found[0] != true[0]
-    with Engine(CONFIG, 1) as one:
+    with Engine(OBJECTIVE, 1) as one:
         assert_same(found, one.loss_and_grads(load, N, params))
 
 
@@ -467,7 +477,7 @@ def test_an_interruption_while_workers_are_started_leaves_none(monkeypatch):
         forked.append(fork())
         return forked[0]
 
-    with ProcessEngine(CONFIG, 2) as engine:
+    with ProcessEngine(OBJECTIVE, 2) as engine:
         engine._stop()
         monkeypatch.setattr(processes.os, "fork", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -487,7 +497,7 @@ def test_where_no_process_can_be_forked_one_thread_is_advised(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(processes.os, "fork", fail)
         with pytest.raises(UserError, match=r"\(Resource temporarily .*\): add --workers 1"):
-            ProcessEngine(CONFIG, 2)
+            ProcessEngine(OBJECTIVE, 2)
     assert is_gone(forked[0])
     assert ONE_BLAS_THREAD._wanted == wanted
 
@@ -560,10 +570,11 @@ import sys
 import numpy as np
 from miniconvit.config import VARIANTS
 from miniconvit.model import init_params
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.processes import ProcessEngine
 config = VARIANTS["convit_micro32"]
 params, images = init_params(config), np.zeros((64, 3, 32, 32), "float32")
-with ProcessEngine(config, 2) as engine:
+with ProcessEngine(Classification(config), 2) as engine:
     while True:
         engine.logits(lambda a, b: images[a:b], 64, params)
         print(*engine._workers.values(), flush=True)

@@ -19,11 +19,13 @@ import miniconvit as mc
 from miniconvit import layers
 from miniconvit.engine import kernels
 from miniconvit.engine import pieces as engine_pieces
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.threads import Engine
 from miniconvit.system import available_threads
 
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
+OBJECTIVE = Classification(CONFIG)
 N_IMAGES = 83  # 60 patches each: pieces of unequal size
 
 
@@ -57,10 +59,10 @@ def truth():
 
 
 def step(threads, dtype="float32", **kwargs):
-    with Engine(CONFIG, threads, **kwargs) as engine:
+    with Engine(Classification(CONFIG, 0.1), threads, **kwargs) as engine:
         load, params = make_batch(CONFIG, N_IMAGES, dtype), random_params(CONFIG, dtype)
         return (
-            engine.loss_and_grads(load, N_IMAGES, params, label_smoothing=0.1, seed=3, step=8),
+            engine.loss_and_grads(load, N_IMAGES, params, seed=3, step=8),
             engine.logits(load, N_IMAGES, params),
         )
 
@@ -125,8 +127,8 @@ def test_a_float32_step_makes_no_float64_array(local_up_to_layer, blocks):
     params = {name: p.view(Watched) for name, p in random_params(config).items()}
     images, targets = make_batch(config, 3)(0, 3)
     seen_dtypes.clear()
-    with Engine(config, 1, blocks) as engine:
-        engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params, 0.1)
+    with Engine(Classification(config, 0.1), 1, blocks) as engine:
+        engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params)
     assert np.dtype("float32") in seen_dtypes
     assert {dtype for dtype in seen_dtypes if dtype.kind == "f"} == {np.dtype("float32")}
 
@@ -139,7 +141,7 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch, threads):
     config = mc.ConViTConfig(16, 4, 3, 10, 192, 1, 4, local_up_to_layer=1)
     params = random_params(config)
     peaks = []
-    with Engine(config, threads) as engine:
+    with Engine(Classification(config), threads) as engine:
         for n in (8, 64):
             batch = make_batch(config, n)
 
@@ -163,7 +165,7 @@ def test_inference_holds_one_block_at_a_time(blocks):
     for depth in (1, 6):
         config = mc.ConViTConfig(32, 4, 3, 10, 48, depth, 4, local_up_to_layer=depth)
         params, batch = random_params(config), make_batch(config, 16)
-        with Engine(config, 1, blocks) as engine:
+        with Engine(Classification(config), 1, blocks) as engine:
             tracemalloc.start()
             engine.logits(batch, 16, params)
             peaks.append(tracemalloc.get_traced_memory()[1])
@@ -179,6 +181,7 @@ import numpy as np
 import miniconvit as mc
 from miniconvit.engine.threads import Engine
 from miniconvit.engine.processes import ProcessEngine
+from miniconvit.engine.objective import Classification
 
 def minor_faults(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
@@ -188,7 +191,8 @@ images = np.random.default_rng(0).standard_normal((64, 3, 32, 32)).astype("float
 params, targets = mc.init_params(config), np.arange(64) % 10
 optimizer = mc.AdamW(params)
 counted = [0]
-with {"threads": Engine, "processes": ProcessEngine}[sys.argv[1]](config, 2) as engine:
+kind = {"threads": Engine, "processes": ProcessEngine}[sys.argv[1]]
+with kind(Classification(config), 2) as engine:
     for step in range(9):
         load = lambda start, stop: (images[start:stop], targets[start:stop])
         grads = engine.loss_and_grads(load, 64, params)[2]
@@ -224,7 +228,7 @@ def test_an_error_in_a_worker_reaches_the_caller_and_the_engine_lives_on():
             raise OSError("unreadable")
         return good(start, stop)
 
-    with Engine(CONFIG, 2) as engine:
+    with Engine(OBJECTIVE, 2) as engine:
         with pytest.raises(OSError, match="unreadable"):
             engine.loss_and_grads(bad, N_IMAGES, params)
         assert engine.logits(good, N_IMAGES, params).shape == (N_IMAGES, CONFIG.num_classes)
@@ -254,7 +258,7 @@ def test_blas_stays_at_one_thread_until_the_last_engine_closes():
     config = mc.ConViTConfig(img_size=8, embed_dim=12, depth=1, local_up_to_layer=0)
     with threadpool_limits(limits=2, user_api="blas"):
         before = blas_threads()
-        first, second = Engine(config, 1), Engine(config, 2)
+        first, second = Engine(Classification(config), 1), Engine(Classification(config), 2)
         assert blas_threads() == {1}
         first.close()
         first.close()

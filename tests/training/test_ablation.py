@@ -22,6 +22,7 @@ from miniconvit import (
 )
 from miniconvit.analysis.masks import without_branch, without_pos_embed
 from miniconvit.checkpoints.checkpoint import load_checkpoint
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.gradcheck.mutants import planted
 from miniconvit.layers.names import part
@@ -125,7 +126,7 @@ def test_the_engine_trains_psa(local_up_to_layer):
     config = replace(PSA, local_up_to_layer=local_up_to_layer)
     params, images = random_params(config, dtype="float32"), random_images(config, 6)
     labels = np.array([0, 1, 2, 3, 4, 0])
-    with Engine(config, 2) as engine:
+    with Engine(Classification(config), 2) as engine:
         loss, _, grads = engine.loss_and_grads(
             lambda start, stop: (images[start:stop].astype("float32"), labels[start:stop]),
             6,

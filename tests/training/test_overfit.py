@@ -6,6 +6,7 @@ import pytest
 
 import miniconvit as mc
 from miniconvit.data import load_dataset, normalize
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 
 
@@ -18,7 +19,7 @@ def test_64_images_of_cifar10_are_learned_by_heart():
     config = mc.VARIANTS["convit_micro32"]
     params = mc.init_params(config)
     optimizer = mc.AdamW(params, weight_decay=0.0)
-    with Engine(config) as engine:
+    with Engine(Classification(config)) as engine:
         for step in range(400):
             loss, correct, grads = engine.loss_and_grads(
                 lambda start, stop: (images[start:stop], labels[start:stop]), 64, params

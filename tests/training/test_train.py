@@ -25,6 +25,7 @@ from miniconvit import (
 )
 from miniconvit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from miniconvit.data import ImageArray, augment, epoch_order, normalize
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.training.evaluate import evaluate
 from miniconvit.training.interrupt import Diverged, Interrupted, note_signals
@@ -212,7 +213,7 @@ def test_evaluate_counts_over_chunks(monkeypatch):
     }
     data.val.labels[:] = rng.integers(0, 9, 30)
     pauses = []
-    with Engine(config, 2) as engine:
+    with Engine(Classification(config), 2) as engine:
         found = evaluate(engine, data.val, data.mean, data.std, params, lambda: pauses.append(None))
     assert len(pauses) == 5
     losses, firsts, fives = [], [], []
@@ -234,7 +235,7 @@ def test_evaluate_says_that_an_answer_is_not_finite():
     config = settings().model_config(data)
     params = init_params(config, 1)
     data.val.labels[:] = 0
-    with Engine(config, 1) as engine:
+    with Engine(Classification(config), 1) as engine:
         params["head.bias"][2] = -np.inf
         assert np.isnan(evaluate(engine, data.val, data.mean, data.std, params)).all()
 

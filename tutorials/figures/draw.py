@@ -22,6 +22,7 @@ from miniconvit.analysis import maps as analysis
 from miniconvit.analysis import readings, style
 from miniconvit.analysis.style import BLUE, GREEN, GREY, ORANGE, VERMILION, new_figure
 from miniconvit.data import epoch_order, load_dataset, normalize
+from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.gradcheck.mutants import planted
 
@@ -215,7 +216,7 @@ def _trained():
     adamw = mc.AdamW(params, weight_decay=0.05)
     losses, gates, accuracies, batch, epochs, peak = [], [], [], 64, 6, 2e-3
     per_epoch = len(data.train.labels) // batch
-    with Engine(config) as engine:
+    with Engine(Classification(config)) as engine:
         for step in range(epochs * per_epoch):
             epoch, position = divmod(step, per_epoch)
             order = epoch_order(len(data.train.labels), 0, epoch)[position * batch :]
