@@ -69,6 +69,9 @@ WRONG = {
     "17.1": ("dy.sum(axis=0, keepdims=True)", "dy[:1]"),
     "17.2": ("(dy + 1 - ((dy + 1) * y)", "(dy - (dy * y)"),
     "17.3": ("1e-7 * np", "1e-1 * np"),
+    "18.1": ("np.sqrt(2.0)", "1.0"),
+    "18.2": ("return 1 + phi, phi", "return phi, phi"),
+    "18.3": ("1 / np.sqrt(x.var() + eps)", "1 / np.sqrt(x.var(ddof=1) + eps)"),
 }  # fmt: skip
 """Exercise to a piece of its solution, and what a mistaken reader has there."""
 

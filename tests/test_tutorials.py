@@ -21,7 +21,7 @@ from miniconvit.coursework.notebooks import (
     write_all_notebooks,
 )
 from miniconvit.errors import UserError
-from miniconvit.gradcheck.mutants import MUTANTS
+from miniconvit.gradcheck.mutants import MUTANTS, NEIGHBOUR_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tutorials"
@@ -250,7 +250,7 @@ def test_index_tells_the_minutes_of_each_page_and_the_short_path_fits_three_hour
 
 
 def test_bugs_that_pages_name_are_in_the_catalogue():
-    names = {mutant.name for mutant in MUTANTS}
+    names = {mutant.name for mutant in (*MUTANTS, *NEIGHBOUR_MUTANTS)}
     for page in PAGES:
         for name in re.findall(r"mutant\s+`([\w-]+)`", page.read_text(encoding="utf-8")):
             assert name in names, f"{page.name} names {name}"

@@ -20,6 +20,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "trace",
     "experiment",
     "export",
     "bench",

@@ -4,23 +4,32 @@ from math import isfinite
 
 import click
 
-from ..gradcheck.cases import CASES, catch, check_layer
-from ..gradcheck.mutants import MUTANTS
+from ..gradcheck.cases import ALL_CASES, CASES, PARTS, catch, check_layer
+from ..gradcheck.mutants import MUTANTS, NEIGHBOUR_MUTANTS
+from ..gradcheck.neighbours import NEIGHBOURS
 from .options import RUN, Command, Name, json_option, option, print_json, setting_option
 
 
 @click.command("gradcheck", cls=Command)
 @option(
     "--layer",
-    type=Name(CASES),
-    help=f"Check this layer alone. The names are {', '.join(CASES)}.",
-    shown="all",
+    type=Name(ALL_CASES),
+    help=f"Check this layer alone. The names are {', '.join(CASES)}. Those of the papers beside "
+    f"ConViT are {', '.join(NEIGHBOURS)}.",
+    shown="all of the part",
+)
+@option(
+    "--part",
+    type=Name(PARTS),
+    default="lesson",
+    help="Check ConViT itself, or the papers beside it.",
+    shown="lesson",
 )
 @option("--mutants", is_flag=True, help="Plant known bugs, and show which of them are caught.")
 @option("--every-entry", is_flag=True, help="Check every entry of every tensor. This is slow.")
 @setting_option("seed", "Random seed of the inputs and the parameters.", default=0, group=RUN)
 @json_option
-def command(layer, mutants, every_entry, seed, as_json):
+def command(layer, part, mutants, every_entry, seed, as_json):
     """Check every backward pass.
 
     It compares each gradient with central differences in float64, and prints a row for each tensor.
@@ -29,7 +38,7 @@ def command(layer, mutants, every_entry, seed, as_json):
 
     The exit code is 1 where a row is not right, or where a bug of --mutants is not caught.
     """
-    layers = CASES if layer is None else (layer,)
+    layers = PARTS[part] if layer is None else (layer,)
     run = _kill_table if mutants else _layer_tables
     return 0 if run(layers, every_entry, seed, as_json) else 1
 
@@ -70,7 +79,8 @@ def _plain(row):
 
 
 def _kill_table(layers, every_entry, seed, as_json):
-    chosen = [m for m in MUTANTS if m.function.removesuffix("_backward") in layers]
+    catalogue = (*MUTANTS, *NEIGHBOUR_MUTANTS)
+    chosen = [m for m in catalogue if m.function.removesuffix("_backward") in layers]
     caught = 0
     results = []
     if not as_json:
