@@ -8,7 +8,8 @@ from io import StringIO
 import pytest
 from test_tutorials import FOLDER, NUMBERED, ROOT, statements
 
-from miniconvit.coursework.exercises import EXERCISES
+from miniconvit.coursework.create import create
+from miniconvit.coursework.exercises import EXERCISES, PAGES
 from miniconvit.coursework.notebooks import split_page
 from miniconvit.data import load_dataset
 
@@ -69,7 +70,7 @@ WRONG = {
     "17.1": ("dy.sum(axis=0, keepdims=True)", "dy[:1]"),
     "17.2": ("(dy + 1 - ((dy + 1) * y)", "(dy - (dy * y)"),
     "17.3": ("1e-7 * np", "1e-1 * np"),
-    "18.1": ("np.sqrt(2.0)", "1.0"),
+    "18.1": ("np.sqrt(2.0)", "np.sqrt(1.0)"),
     "18.2": ("return 1 + phi, phi", "return phi, phi"),
     "18.3": ("1 / np.sqrt(x.var() + eps)", "1 / np.sqrt(x.var(ddof=1) + eps)"),
 }  # fmt: skip
@@ -144,14 +145,22 @@ def test_checks_accept_the_solution_and_refuse_a_wrong_answer(page, monkeypatch)
             answer(page, "", check)
 
 
-def test_pages_and_homework_lead_to_each_other():
+def test_pages_and_homework_lead_to_each_other(tmp_path):
     homework = re.compile(r"^Homework with a grader: (.+) of the \[coursework\]", re.M)
     linked = {
-        (name, page.name)
+        name: page.name
         for page in NUMBERED
         for names in homework.findall(page.read_text(encoding="utf-8"))
         for name in re.findall(r"`(\w+)`", names)
     }
-    assert linked == {(exercise.name, exercise.page) for exercise in EXERCISES}
+    assert linked == PAGES and set(PAGES) == {exercise.name for exercise in EXERCISES}
     table = (ROOT / "docs" / "coursework.md").read_text(encoding="utf-8")
-    assert all(f"](../tutorials/{exercise.page})" in table for exercise in EXERCISES)
+    create(tmp_path / "made", tmp_path / "secret")
+    readme, notes = (
+        (tmp_path / "made" / file).read_text(encoding="utf-8")
+        for file in ("student/README.md", "instructor/notes.md")
+    )
+    for name, page in PAGES.items():
+        assert re.search(rf"^\| {name} \| \[\d+\]\(\.\./tutorials/{page}\)", table, re.M)
+        assert re.search(rf"^- `{name}\.py` .* Page: `{page}`$", readme, re.M)
+        assert re.search(rf"^## {name}:[^#]*`tutorials/{page}`$", notes, re.M)
