@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import UserError
 from ..gradcheck.mutants import MUTANTS
 from .cases import VISIBLE, cases
-from .exercises import allowed_functions, exercises
+from .exercises import PAGES, allowed_functions, exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution
 from .student import TESTS, Visible, write_tests
@@ -237,8 +237,10 @@ def _table(chosen):
 
 
 def _hints(chosen):
-    lines = [f"- `{e.file}` ({', '.join(e.functions)}): {e.hint}" for e in chosen]
-    return "\n".join(["", "Hints:", "", *lines])
+    lines = [
+        f"- `{e.file}` ({', '.join(e.functions)}): {e.hint} Page: `{PAGES[e.name]}`" for e in chosen
+    ]
+    return "\n".join(["", "Hints, and pages of miniconvit's `tutorials/`:", "", *lines])
 
 
 def _notes(chosen):
@@ -256,6 +258,7 @@ def _notes(chosen):
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
             f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            f"The page of the tutorials: `tutorials/{PAGES[exercise.name]}`",
             "Common mistakes:",
             "\n".join(f"- {story}" for story in stories),
         ]
