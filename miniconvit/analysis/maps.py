@@ -71,9 +71,7 @@ def _maps_of_block(cache, block, grid):
         position, _ = position_attention_dense_forward(weight, bias, grid)
         mixture, _ = gate_forward(content, position, block["attn.gating_param"])
         gate = g[:, 0, 0]
-    return SimpleNamespace(
-        mixture=mixture, q=q, k=k, content=content, position=position, gate=gate
-    )
+    return SimpleNamespace(mixture=mixture, q=q, k=k, content=content, position=position, gate=gate)
 
 
 def attention_maps(images, params, config):

@@ -111,7 +111,8 @@ def _room_for(config, room, picture):
     evenly as can be, the last among them."""
     tokens = config.num_patches + config.has_cls_token
     layer = _base64_bytes(4 * 2 * tokens * config.embed_dim)
-    if count := room // (picture + config.depth * layer):
+    count = room // (picture + config.depth * layer)
+    if count >= 1:
         return list(range(config.depth)), count
     held = (room - picture) // layer
     if held < 1:
@@ -167,9 +168,7 @@ def _history(history):
 def _palette():
     """style.MAPS as custom properties of CSS: --content-0 is nothing, --content-2 is most."""
     return "".join(
-        f"--{kind}-{i}: {color};"
-        for kind, colors in MAPS.items()
-        for i, color in enumerate(colors)
+        f"--{kind}-{i}: {color};" for kind, colors in MAPS.items() for i, color in enumerate(colors)
     ).replace("white", "#ffffff")
 
 

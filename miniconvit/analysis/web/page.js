@@ -124,7 +124,7 @@ function el(name, attributes = {}, ...children) {
     : document.createElement(name);
   for (const [key, value] of Object.entries(attributes))
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== false && value !== null) node.setAttribute(key, value === true ? "" : value);
+    else if (value !== false && value != null) node.setAttribute(key, value === true ? "" : value);
   node.append(...children);
   return node;
 }
@@ -711,8 +711,7 @@ function begin() {
   write("tour-text", steps[0].at(-1));
   show($("no-history"), !data.history);
   show($("history"), data.history);
-  write("no-history", data.history ? "" : "This checkpoint comes without the readings of its training, so there is no time line: " +
-    "a run folder of miniconvit train has them.");
+  write("no-history", data.history ? "" : "There is no time line here: a run folder of miniconvit train gives one, on its own data.");
   const begun = { gpsa: "Every gate begins at the same value, and each head finds its own. ", psa: "Every strength begins at " +
     "the same value, and each head finds its own. ", mhsa: "" }[data.layers[0].kind];
   write("history-help", ["Drag the epoch and read the values below the curves. ", begun, "A layer that rises in the picture of " +
