@@ -9,6 +9,8 @@ import pytest
 def browser():
     """Chromium without a window, driven over WebDriver; browser.open(path) shows a file."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    from selenium.webdriver.support.wait import WebDriverWait
+
     chrome = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not (chrome and driver):
@@ -23,8 +25,7 @@ def browser():
     def open_file(path):
         browser.get(path.as_uri())
         is_there = "return location.href === arguments[0] && document.readyState === 'complete'"
-        wait = webdriver.support.wait.WebDriverWait(browser, 30)
-        wait.until(lambda browser: browser.execute_script(is_there, path.as_uri()))
+        WebDriverWait(browser, 60).until(lambda _: browser.execute_script(is_there, path.as_uri()))
 
     browser.open = open_file
     yield browser

@@ -292,10 +292,14 @@ def test_controls_without_sense_are_absent_and_said(kind, opened):
     }
     gated = local and config.attention == "gpsa"
     assert shown == {"#gate-knob": gated, "#strength-knob": local}
-    assert ("No layer of this model has a gate" in text(browser, "#no-gate")) == (not gated)
-    assert ("has no position attention" in text(browser, "#no-strength")) == (not local)
+    assert ("No layer of this model has a gate" in text(browser, "#no-gate")) == (
+        local and not gated
+    )
+    assert ("This model has no knobs" in text(browser, "#no-gate")) == (not local)
+    assert find(browser, "#head-curves")[0].is_displayed() == local
     assert find(browser, "#ask-token")[0].is_displayed() == token
     words = text(browser, "#reader-help")
+    assert find(browser, "#reset")[0].is_displayed() == local
     assert ("class token, a vector that stands for no patch" in words) == token
     assert ("read from the first patch" in words) == (not token)
     assert ("one logit" in text(browser, "#verdict")) == (config.num_classes == 1)
@@ -335,7 +339,7 @@ def test_of_a_published_size_the_page_holds_the_layers_that_fit(opened):
     pictures = pictures_of(config, 2)
     browser = opened(model, pictures)  # looks at the size
     held = [i for i, radio in enumerate(find(browser, "#layers input")) if radio.is_enabled()]
-    assert 5 < len(held) < 12 and held[-1] == 11
+    assert 7 < len(held) < 12 and held[-1] == 11
     assert f"holds {', '.join(str(i + 1) for i in held)}" in text(browser, "#left-out")
     assert "1 of 2 images" in text(browser, "#left-out")
     image = normalize(pictures[0].pixels[None], model.mean, model.std)
@@ -347,15 +351,15 @@ def test_of_a_published_size_the_page_holds_the_layers_that_fit(opened):
 @pytest.mark.parametrize(
     "room, layers, images",
     [
-        (3 * (500 + 4 * 2048), [0, 1, 2, 3], 3),
-        (2 * (500 + 4 * 2048) - 1, [0, 1, 2, 3], 1),
-        (500 + 4 * 2048 - 1, [1, 2, 3], 1),
-        (500 + 2 * 2048, [1, 3], 1),
-        (500 + 2048, [3], 1),
+        (3 * (500 + 4 * 1536), [0, 1, 2, 3], 3),
+        (2 * (500 + 4 * 1536) - 1, [0, 1, 2, 3], 1),
+        (500 + 4 * 1536 - 1, [1, 2, 3], 1),
+        (500 + 2 * 1536, [1, 3], 1),
+        (500 + 1536, [3], 1),
     ],
 )
 def test_images_go_before_layers(room, layers, images):
-    """q and k of a layer: 2 times 16 tokens of 12 numbers, 1,536 bytes, in base64 2,048."""
+    """q and k of a layer: 2 times 16 tokens of 12 numbers, 1,152 bytes, in base64 1,536."""
     assert pages._room_for(CONFIG, room, 500) == (layers, images)
 
 
