@@ -5,11 +5,13 @@ import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from .. import __version__
 from ..errors import UserError
+from .checkout import check_copy
 from .options import Group
 
 COMMANDS = (
@@ -18,6 +20,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "trace",
     "experiment",
     "export",
     "bench",
@@ -63,7 +66,9 @@ def _run(argv, name):
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
     warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # the limits are our own
     try:
-        status = program.main(argv, prog_name=name, standalone_mode=False)
+        check_copy(Path.cwd())
+        color = False if os.environ.get("NO_COLOR") else None  # None: on terminals alone
+        status = program.main(argv, prog_name=name, standalone_mode=False, color=color)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,7 +1,7 @@
-"""Data parallelism: split the batch, same function on each piece, add in order.
+"""Data parallelism: split the batch, same function on each piece, add up a tree.
 
-The pieces' size and the order of the sum depend on the model and the batch alone, never on the
-number of workers, so any number of workers gives the same bits.
+The pieces' size and the order of the sum depend on the model and the batch alone, never on who
+computes which piece, so any number of workers and machines gives the same bits.
 """
 
 from math import ceil
@@ -34,3 +34,31 @@ def cut(n, rows_per_image):
             count = rounded
             break
     return [(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+class Tree:
+    """The sum of a batch's pieces: the same bits in whatever order and place they are added.
+
+    A piece is a leaf, of height 0. Two neighbours that are there are added, left + right, and
+    stand one higher at half their index. add(left, right) adds into left.
+    """
+
+    def __init__(self, add):
+        self.nodes, self._add = {}, add  # {(height, index): sum}
+
+    def put(self, height, index, x):
+        """Takes a sum, and adds what has become complete."""
+        while (other := self.nodes.pop((height, index ^ 1), None)) is not None:
+            left, right = (other, x) if index & 1 else (x, other)
+            self._add(left, right)
+            height, index, x = height + 1, index >> 1, left
+        self.nodes[height, index] = x
+
+    def root(self):
+        """The whole sum, once all pieces are there: what has no neighbour is added from the left.
+        It stands where the first piece stood."""
+        ordered = sorted(self.nodes, key=lambda node: node[1] << node[0])
+        total, *rest = (self.nodes.pop(node) for node in ordered)
+        for x in rest:
+            self._add(total, x)
+        return total

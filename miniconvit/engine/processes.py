@@ -27,7 +27,8 @@ from .pieces import PIECE_ROWS, cut, kernels
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
-SPARE_SLOTS = 2  # beside one for each worker: pieces that are loaded, or wait for their turn
+SPARE_PIECES = 2  # beside one for each worker: pieces that are loaded, or have been computed
+DEPTH = 16  # places for sums that wait for their neighbours: up to 2**16 pieces
 NO_RESERVE = 0x4000  # from Linux's mman.h: pages that nobody touches are not set aside
 ALIGNMENT = 64  # bytes, a cache line
 MOST_FILES = 2**31 - 1  # no descriptor is greater
@@ -35,7 +36,8 @@ NUMBER = 8  # bytes, at most
 
 GIVEN, PARAMS, EXP_AVG, EXP_AVG_SQ, GRADS, SLOTS = range(6)
 """Places in the shared memory, each for one array of every parameter's shape: what came with a
-call, what `hold` was given, a call's gradients, and from SLOTS on those of single pieces."""
+call, what `hold` was given, a call's gradients, and from SLOTS on those of single pieces and of
+several."""
 
 
 class LostWorker(UserError):
@@ -67,10 +69,12 @@ class ProcessEngine(Engine):
         images = max(1, PIECE_ROWS // objective.rows)
         self._in_size = _space([(images, *shape) for shape in objective.inputs])
         self._out_size = max(_space(self._shapes.values()), _space([(images, *objective.output)]))
+        self._most_slots = workers + SPARE_PIECES + DEPTH
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
         weakref.finalize(self, _end, self._workers, os.getpid())  # also when it is dropped
-        self._last_place = None  # where the last piece's gradients are, once it is the last's turn
+        self._slots = []  # where nothing lies that is still needed
+        self._put_off = None  # additions that wait for the last piece, once it is the last's turn
         try:
             self._start()
         except UserError:
@@ -97,7 +101,9 @@ class ProcessEngine(Engine):
             return super().loss_and_grads(load, n, params, seed, step)
         options = n, seed, step
         with closing(self._answers(self._train, options, load, n, params)) as answers:
-            *numbers, grads = self._summed(answers)
+            *numbers, (_, grads) = self._summed(answers)
+        dtype = next(iter(grads.values())).dtype.str
+        self._share_out(self._add_shares, grads, self._put_off, dtype)
         self._shared[GRADS] = grads
         return *numbers, grads
 
@@ -133,40 +139,42 @@ class ProcessEngine(Engine):
         try:
             self._share_out(self._update_share, params, bare, lr, dtype)
         except LostWorker:
-            self._stop()
             raise LostUpdate(
                 "a worker process was killed in the middle of an update, and the parameters are "
                 "lost with it: a run goes on from its last save by --resume"
             ) from None
-        except BaseException:
-            self._stop()
-            raise
 
     def logits(self, load, n, params):
         """As Engine's."""
         if len(cut(n, self.objective.rows)) <= 1:
             return super().logits(load, n, params)
         with closing(self._answers(self._infer, (), load, n, params)) as answers:
-            return np.concatenate([y.copy() for y in answers])
+            found = {index: y.copy() for index, y in answers}
+        return np.concatenate([found[index] for index in sorted(found)])
 
-    def _add(self, total, grads):
-        """As Engine's; the last piece's by the workers, each its share: they have nothing else."""
-        if self._last_place is None:
-            super()._add(total, grads)
+    def _add(self, left, right):
+        """As Engine's, of pairs (place, gradients). What the last piece completes is put off for
+        the workers, each its share: they have nothing else."""
+        if self._put_off is not None:
+            self._put_off.append((left[0], right[0]))
         else:
-            dtype = next(iter(total.values())).dtype.str
-            self._share_out(self._add_share, total, self._last_place, dtype)
+            super()._add(left[1], right[1])
+            self._slots.append(right[0] - SLOTS)
 
     def _share_out(self, work, params, *arguments):
         """Has each worker do this work for its share of the parameters."""
-        for connection, names in zip(self._workers, _shares(params, self.workers), strict=True):
-            self._ask(connection, work, names, *arguments)
-        for connection in self._workers:
-            self._received(connection)
+        try:
+            for connection, names in zip(self._workers, _shares(params, self.workers), strict=True):
+                self._ask(connection, work, names, *arguments)
+            for connection in self._workers:
+                self._received(connection)
+        except BaseException:
+            self._stop()
+            raise
 
     def _answers(self, work, options, load, n, params):
-        """What the workers find for each piece of n images, in order; valid until the next one, the
-        first piece's gradients until the next call."""
+        """(index, what the workers have found) for each piece of n images, as they come: numbers
+        and (place, gradients), until its slot is given back, or answers, until the next one."""
         if not self._workers:
             self._start()
         dtype = next(iter(params.values())).dtype
@@ -178,28 +186,30 @@ class ProcessEngine(Engine):
                 shared[...] = params[name]
         pieces = cut(n, self.objective.rows)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
-        slots = list(range(self.workers + SPARE_SLOTS))
-        sent, running, found = 0, {}, {}  # running: connection to [(piece, slot, place)]
+        self._slots, self._put_off = list(range(self._most_slots)), None
+        sent, found, running = 0, 0, {}  # running: connection to [(index, slot, place)]
         try:
-            for number in range(len(pieces)):
-                while number not in found:
-                    while tasks and slots and sent < len(pieces):
-                        connection, slot = tasks.pop(0), slots.pop()
-                        loaded = load(*pieces[sent])
-                        arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
-                        place = GRADS if work == self._train and sent == 0 else SLOTS + slot
-                        running.setdefault(connection, []).append((sent, slot, place))
-                        where = given, slot, arrays, place, dtype.str
-                        self._ask(connection, work, options, pieces[sent], *where)
-                        sent += 1
-                    for connection in wait([c for c in running if running[c]]):
-                        piece, slot, place = running[connection].pop(0)
-                        found[piece] = slot, place, self._received(connection)
-                        tasks.append(connection)
-                slot, place, answer = found.pop(number)
-                self._last_place = place if number == len(pieces) - 1 else None
-                yield self._taken(answer, place, dtype)
-                slots.append(slot)
+            while found < len(pieces):
+                ahead = min(len(pieces), found + self.workers + SPARE_PIECES)
+                while tasks and self._slots and sent < ahead:
+                    connection, slot = tasks.pop(0), self._slots.pop()
+                    loaded = load(*pieces[sent])
+                    arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
+                    place = GRADS if work == self._train and sent == 0 else SLOTS + slot
+                    running.setdefault(connection, []).append((sent, slot, place))
+                    where = given, slot, arrays, place, dtype.str
+                    self._ask(connection, work, options, pieces[sent], *where)
+                    sent += 1
+                for connection in wait([c for c in running if running[c]]):
+                    index, slot, place = running[connection].pop(0)
+                    answer = self._received(connection)
+                    tasks.append(connection)
+                    found += 1
+                    if found == len(pieces):
+                        self._put_off = []
+                    yield index, self._taken(answer, place, dtype)
+                    if work == self._infer or place == GRADS:
+                        self._slots.append(slot)
         except BaseException:
             self._stop()  # what they are at is wanted no more
             raise
@@ -229,8 +239,7 @@ class ProcessEngine(Engine):
         return described
 
     def _in_place(self, slot):
-        places = SLOTS + self.workers + SPARE_SLOTS
-        return places * self._out_size + slot * self._in_size
+        return (SLOTS + self._most_slots) * self._out_size + slot * self._in_size
 
     def _views(self, begin, described):
         """Arrays of these shapes and dtypes, one after the other from a byte of the memory on."""
@@ -254,13 +263,13 @@ class ProcessEngine(Engine):
             return next(self._views(place * self._out_size, [(answer[0], dtype)]))
         numbers, names = answer
         tensors = self._tensors(place, dtype)
-        return numbers, {name: tensors[name] for name in names}
+        return numbers, (place, {name: tensors[name] for name in names})
 
     # the workers
 
     def _start(self):
         self._require_open()
-        size = self._in_place(self.workers + SPARE_SLOTS)
+        size = self._in_place(self._most_slots)
         flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NO_RESERVE
         signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -328,10 +337,11 @@ class ProcessEngine(Engine):
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 
-    def _add_share(self, names, place, dtype):
-        """Adds these gradients to those of the pieces before."""
-        total, grads = self._tensors(GRADS, dtype), self._tensors(place, dtype)
-        super()._add(total, {name: grads[name] for name in names})
+    def _add_shares(self, names, pairs, dtype):
+        """Adds these gradients of each pair of places, in turn."""
+        for pair in pairs:
+            left, right = (self._tensors(place, dtype) for place in pair)
+            super()._add(left, {name: right[name] for name in names})
 
     def _update_share(self, names, optimizer, lr, dtype):
         """The optimizer's step for these parameters."""

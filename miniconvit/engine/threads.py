@@ -5,6 +5,8 @@ import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import reduce
+from operator import add
 from threading import Lock
 
 import numpy as np
@@ -13,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import UserError
 from ..optim import clip_grad_norm, update_average
 from ..system import available_threads
-from .pieces import cut, inference, kernels
+from .pieces import Tree, cut, inference, kernels
 
 
 def keep_freed_memory():
@@ -123,7 +125,7 @@ class Engine:
         def run(start, stop):
             return self._step(load(start, stop), start, stop, n, params, seed, step)
 
-        return self._summed(self._map(run, n))
+        return self._summed(enumerate(self._map(run, n)))
 
     def _step(self, batch, start, stop, n, params, seed, step):
         """A piece's numbers and gradients."""
@@ -132,20 +134,22 @@ class Engine:
         return [number.item() for number in numbers], grads
 
     def _summed(self, answers):
-        """The pieces' numbers and gradients, added in their order."""
-        sums, total = None, None
-        for numbers, grads in answers:
-            if total is None:
-                sums, total = numbers, grads
-            else:
-                sums = [a + b for a, b in zip(sums, numbers, strict=True)]
-                self._add(total, grads)
-            del grads  # before the next piece is waited for
-        return *sums, total
+        """The sums of the pieces' numbers, in their order, and of their gradients, up the tree.
 
-    def _add(self, total, grads):
-        for name, grad in grads.items():
-            total[name] += grad
+        answers: (index, (numbers, gradients)) of every piece.
+        """
+        numbers, tree = {}, Tree(self._add)
+        for index, (found, grads) in answers:
+            numbers[index] = found
+            tree.put(0, index, grads)
+            del grads  # before the next piece is waited for
+        columns = zip(*(numbers[index] for index in sorted(numbers)), strict=True)
+        return *(reduce(add, column) for column in columns), tree.root()
+
+    def _add(self, left, right):
+        """Adds gradients to those of the pieces before."""
+        for name, grad in right.items():
+            left[name] += grad
 
     def hold(self, params, optimizer, average=None, trained=None):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of

@@ -91,6 +91,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
                 folder.cut_metrics(state.epoch)
+                if state.best is not None:
+                    folder.require_best()
             else:
                 if resume:
                     note = (f"nothing is saved in {folder.path} yet: the run begins at step 1",)

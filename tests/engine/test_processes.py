@@ -203,17 +203,17 @@ def test_a_worker_killed_in_an_update_is_reported_and_replaced(engine):
 def test_the_workers_add_up_the_last_piece(threads, monkeypatch):
     """One of them is killed at it: the parameters are whole, and the next call works."""
     params, images, labels = drawn(CONFIG)
-    add_share, fatal = ProcessEngine._add_share, mmap.mmap(-1, 1)  # shared with the workers
+    add_shares, fatal = ProcessEngine._add_shares, mmap.mmap(-1, 1)  # shared with the workers
 
-    def _add_share(self, names, place, dtype):
+    def _add_shares(self, names, *arguments):
         if fatal[0] and "head.weight" in names:
             os.kill(os.getpid(), signal.SIGKILL)
-        add_share(self, names, place, dtype)
+        add_shares(self, names, *arguments)
 
     def load(start, stop):
         return images[start:stop], labels[start:stop]
 
-    monkeypatch.setattr(ProcessEngine, "_add_share", _add_share)
+    monkeypatch.setattr(ProcessEngine, "_add_shares", _add_shares)
     with (
         Engine(OBJECTIVE, 1) as one,
         ProcessEngine(OBJECTIVE, threads) as several,
