@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ SHIM = r"""
 #include <cmath>
 #include <cstring>
 #include <cstdlib>
+#include <csetjmp>
 #include <functional>
-#include <memory>
 #include <vector>
 #include <ucontext.h>
 using namespace std;
@@ -32,7 +32,6 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 static double shared[6144];
 #define __device__ static
 #define __global__
-#define extern_shared
 static unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 
@@ -40,10 +39,13 @@ struct Meeting { int here = 0; long round = 0; };
 static Meeting all_threads;
 static vector<Meeting> warps;
 static vector<double> slots[2];
-static vector<ucontext_t> fibers;
-static ucontext_t scheduler;
-static vector<char> done;
+enum State { NEW, STARTED, DONE };
+struct Fiber { ucontext_t start; jmp_buf here; State state = NEW; };
+static vector<Fiber> fibers;
+static vector<char> stacks;
+static jmp_buf scheduler;
 static int running;
+const int STACK = 32768;
 static long progress;
 static const function<void()>* kernel;
 
@@ -51,7 +53,8 @@ static void meet(Meeting& m, int count) {
     long round = m.round;
     progress++;
     if (++m.here == count) { m.here = 0; m.round++; return; }
-    while (m.round == round) swapcontext(&fibers[running], &scheduler);
+    while (m.round == round)
+        if (!_setjmp(fibers[running].here)) _longjmp(scheduler, 1);
 }
 static void __syncthreads() { if (fibers.size() > 1) meet(all_threads, fibers.size()); }
 template <class V> static V __shfl_xor_sync(unsigned, V x, int offset, int) {
@@ -61,14 +64,25 @@ template <class V> static V __shfl_xor_sync(unsigned, V x, int offset, int) {
     meet(warps[warp], LANES);
     return (V)slot[warp * LANES + (lane ^ offset)];
 }
-static void fiber() { (*kernel)(); done[running] = 1; progress++; swapcontext(&fibers[running], &scheduler); }
+static void fiber() {
+    (*kernel)();
+    fibers[running].state = DONE;
+    progress++;
+    _longjmp(scheduler, 1);
+}
+static void proceed(Fiber& f) {
+    if (_setjmp(scheduler)) return;
+    if (f.state == STARTED) _longjmp(f.here, 1);
+    f.state = STARTED;
+    setcontext(&f.start);
+}
 
 static int run(int grid, int lanes, int count, const function<void()>& f) {
     kernel = &f;
     gridDim = {grid, 1};
     blockDim = {lanes, count};
     int threads = lanes * count;
-    vector<vector<char>> stacks(threads > 1 ? threads : 0, vector<char>(32768));
+    if (threads > 1) stacks.resize(max(stacks.size(), (size_t)threads * STACK));
     for (int b = 0; b < grid; b++) {
         blockIdx = {b, 0};
         memset(shared, 0xff, sizeof shared);  // NaN
@@ -76,22 +90,22 @@ static int run(int grid, int lanes, int count, const function<void()>& f) {
         all_threads = Meeting();
         warps.assign(count, Meeting());
         for (auto& slot : slots) slot.assign(threads, NAN);
-        fibers.assign(threads, ucontext_t());
-        done.assign(threads, 0);
+        fibers.assign(threads, Fiber());
         for (int t = 0; t < threads; t++) {
-            getcontext(&fibers[t]);
-            fibers[t].uc_stack.ss_sp = stacks[t].data();
-            fibers[t].uc_stack.ss_size = stacks[t].size();
-            makecontext(&fibers[t], fiber, 0);
+            ucontext_t& start = fibers[t].start;
+            getcontext(&start);
+            start.uc_stack.ss_sp = &stacks[(size_t)t * STACK];
+            start.uc_stack.ss_size = STACK;
+            makecontext(&start, fiber, 0);
         }
         for (int left = threads; left;) {
             long before = progress;
             left = 0;
             for (running = 0; running < threads; running++) {
-                if (done[running]) continue;
+                if (fibers[running].state == DONE) continue;
                 threadIdx = {running % lanes, running / lanes};
-                swapcontext(&scheduler, &fibers[running]);
-                left += !done[running];
+                proceed(fibers[running]);
+                left += fibers[running].state != DONE;
             }
             if (left && progress == before) return 1;
         }
@@ -110,20 +124,20 @@ def signatures(code):
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(code, lanes):
     """The kernels as a library with a function launch_NAME(grid, lanes, warps, arguments)."""
     code = code.replace("extern __shared__ double shared[];", "")
     launchers = "".join(
-        f'extern "C" int launch_{name}(int grid, int lanes, int warps, void** a) {{ return run(grid, '
-        f"lanes, warps, [=] {{ {name}("
+        f'extern "C" int launch_{name}(int grid, int lanes, int warps, void** a) {{ '
+        f"return run(grid, lanes, warps, [=] {{ {name}("
         + ", ".join(f"*({kind.replace('BOTH', '')}*)a[{i}]" for i, (kind, _) in enumerate(args))
         + "); }); }\n"
         for name, args in signatures(code).items()
     )
     stem = Path(FOLDER.name) / f"{abs(hash((code, lanes)))}"
     stem.with_suffix(".cpp").write_text(f"#define LANES {lanes}\n{SHIM}\n{code}\n{launchers}")
-    command = [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
+    command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off"]
     command += ["-o", stem.with_suffix(".so"), stem.with_suffix(".cpp")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]

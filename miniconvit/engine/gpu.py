@@ -70,7 +70,7 @@ class DeviceEngine:
                 model, buffers = ready
                 buffers.note(step)
                 smoothing = self.objective.label_smoothing
-                numbers = model.step(batch, params, buffers.grads, smoothing, seed, buffers.now)
+                numbers = model.step(batch, params, buffers.grads, smoothing, seed, buffers.number)
                 return *numbers, dict(buffers.grads)
             blocks = self._blocks(params)
             numbers, grads = self.objective.step(batch, params, 1.0, 0, seed, step, blocks)

@@ -28,6 +28,7 @@ class Blocks:
 
     def block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
         """As layers.block_forward."""
+        x = self.kernels.xp.ascontiguousarray(x)
         factors = [self._factor(mask, keep_prob) for mask in keep]
         weights = self.operands(params)
         return self.forward(x, params, weights, num_heads, grid, factors, x.shape[1])
@@ -35,6 +36,7 @@ class Blocks:
     def last_block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
         """As layers.last_block_forward: beyond keys and values for token 0 alone, in a block that
         has a class token."""
+        x = self.kernels.xp.ascontiguousarray(x)
         factors = [self._factor(mask, keep_prob) for mask in keep]
         weights = self.operands(params)
         queries = x.shape[1] if "attn.pos_proj.weight" in params else 1
@@ -44,8 +46,9 @@ class Blocks:
     def block_backward(self, dy, cache):
         """As layers.block_backward."""
         params = cache[0]
-        grads = {name: self.kernels.xp.empty(p.shape, p.dtype) for name, p in params.items()}
-        return self.backward(dy, cache, grads), grads
+        xp = self.kernels.xp
+        grads = {name: xp.empty(p.shape, p.dtype) for name, p in params.items()}
+        return self.backward(xp.ascontiguousarray(dy), cache, grads), grads
 
     def last_block_backward(self, dy, cache):
         """As layers.last_block_backward."""
@@ -231,7 +234,7 @@ class Blocks:
         weights: params as operands; factors: what the branches are multiplied by, (B,) each, or
         None.
         """
-        k, (B, N, D) = self.kernels, x.shape
+        k, (_, N, D) = self.kernels, x.shape
         attn, mlp = part(params, "attn."), part(params, "mlp.")
         if is_psa(params):
             y, cache = layers.block_forward(x, params, num_heads, grid, factors)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ....arguments import check_max_norm
 from ....optim import NEVER_DECAYED
-from .launch import BLOCKS, WARPS
+from .launch import WARPS
 
 CHUNK = 1024  # as in kernels.cu
 TRAINED, DECAYED = 1, 2
@@ -27,7 +27,8 @@ class Buffers:
             self._starts[name] = self._size
             self._size += -(-prod(shape) // CHUNK) * CHUNK
         self._grads, self.grads = self._zeros()
-        self.now = kernels.xp.zeros((4,), kernels.xp.float64)
+        self.number = kernels.xp.zeros((1,), kernels.xp.int64)
+        self._rates = kernels.empty(3)
         self._held = {}
 
     def _zeros(self):
@@ -73,18 +74,18 @@ class Buffers:
             self._kinds[key] = self.kernels.xp.asarray(kinds)
         return self._kinds[key]
 
-    def note(self, step, lr=0.0, step_size=0.0, root=0.0):
-        """Tells the device the number of a step, and AdamW's rates."""
-        self.kernels.launch("note", 1, self.now, lr, step_size, root, float(step), warps=1)
+    def note(self, step):
+        """Tells the device the number of a step, from which chance is drawn."""
+        self.kernels.launch("note_number", 1, self.number, step, warps=1)
 
     def clip(self, names, max_norm):
         """As clip_grad_norm of the gradients of these names; the norm stays on the device."""
         check_max_norm(max_norm)
         k, kinds, norm = self.kernels, self._kinds_of(names), self.kernels.empty()
-        sums = k.empty(BLOCKS)
+        sums = k.empty(k.blocks(self._size))
         shared = WARPS * sums.dtype.itemsize
-        k.launch("squares", BLOCKS, self._grads, kinds, sums, self._size, shared=shared)
-        k.launch("clip", BLOCKS, self._grads, kinds, sums, norm, self._size, BLOCKS, max_norm)
+        k.flat("squares", self._size, self._grads, kinds, sums, self._size, shared=shared)
+        k.flat("clip", self._size, self._grads, kinds, sums, norm, self._size, len(sums), max_norm)
         return norm
 
     def update(self, optimizer, names, lr):
@@ -92,10 +93,11 @@ class Buffers:
         optimizer.step_count += 1
         beta1, beta2 = optimizer.betas
         correction1, correction2 = (1.0 - beta**optimizer.step_count for beta in (beta1, beta2))
-        self.note(0, lr, lr / correction1, 1.0 / sqrt(correction2))
+        rates = lr, lr / correction1, 1.0 / sqrt(correction2)
+        self.kernels.launch("note_rates", 1, self._rates, *rates, warps=1)
         held = [self._held[kind][0] for kind in ("params", "exp_avg", "exp_avg_sq")]
         self.kernels.flat("adamw", self._size, held[0], self._grads, *held[1:],
-                          self._kinds_of(names), self.now, self._size, optimizer.weight_decay,
+                          self._kinds_of(names), self._rates, self._size, optimizer.weight_decay,
                           beta1, beta2, optimizer.eps)  # fmt: skip
 
     def average(self, decay):

@@ -125,7 +125,7 @@ KERNEL norm_backward(const T* dy, const T* x, const T* mean, const T* rstd, cons
                      i64 tokens, i64 every, i64 D) {
     extern __shared__ double shared[];
     T *all = (T*)shared, *mine = all + threadIdx.y * 2 * D;
-    EACH_LANE(i, 2 * D) mine[i] = 0;
+    EACH_LANE(i, D) mine[i] = mine[D + i] = 0;
     EACH_ROW(r, rows) {
         const T *dys = dy + r * D, *xs = x + r * D;
         T m = mean[r], s = rstd[r], a = 0, b = 0, f = factor ? factor[r / tokens] : 1;
@@ -372,8 +372,8 @@ __device__ inline u64 drawn(u64 bits, u64 counter) {
 }
 
 // out (depth, 2, B): what each block's two branches of an image are multiplied by, 0 or 1 / keep
-KERNEL drop_path(T* out, const double* now, i64 seed, i64 use, i64 depth, i64 B, double rate) {
-    u64 bits = drawn(drawn((u64)seed, (u64)use), (u64)now[3]);
+KERNEL drop_path(T* out, const i64* number, i64 seed, i64 use, i64 depth, i64 B, double rate) {
+    u64 bits = drawn(drawn((u64)seed, (u64)use), (u64)*number);
     EACH_THREAD(e, depth * 2 * B) {
         i64 block = e / (2 * B), branch = e / B % 2;
         double drop = rate * block / (depth > 1 ? depth - 1 : 1);
@@ -385,12 +385,14 @@ KERNEL drop_path(T* out, const double* now, i64 seed, i64 use, i64 depth, i64 B,
 
 // ---------------------------------------------------------------- optimizer
 
-// now: the learning rate, that divided by Adam's first correction, the inverse root of the second,
-// and the number of the step
-KERNEL note(double* now, double lr, double step_size, double root, double step) {
-    if (THREAD == 0 && blockIdx.x == 0) {
-        now[0] = lr; now[1] = step_size; now[2] = root; now[3] = step;
-    }
+// What changes from step to step. number: the step's; rates: the learning rate, that divided by
+// Adam's first correction, and the inverse root of the second
+KERNEL note_number(i64* number, i64 step) { *number = step; }
+
+KERNEL note_rates(T* rates, double lr, double step_size, double root) {
+    rates[0] = lr;
+    rates[1] = step_size;
+    rates[2] = root;
 }
 
 // kind: of each CHUNK of elements, 0 is left as it is, 1 is trained, 2 is also decayed
@@ -417,8 +419,8 @@ KERNEL clip(BOTH T* grads, const u8* kind, const T* sums, T* norm, i64 n, i64 co
 }
 
 KERNEL adamw(BOTH T* params, const T* grads, BOTH T* exp_avg, BOTH T* exp_avg_sq, const u8* kind,
-             const double* now, i64 n, double decay, double beta1, double beta2, double eps) {
-    T keep = 1 - now[0] * decay, step_size = now[1], root = now[2];
+             const T* rates, i64 n, double decay, double beta1, double beta2, double eps) {
+    T keep = 1 - rates[0] * decay, step_size = rates[1], root = rates[2];
     T b1 = beta1, b2 = beta2, rest1 = 1 - beta1, rest2 = 1 - beta2;
     EACH_THREAD(i, n) {
         u8 k = kind[i / CHUNK];

@@ -68,7 +68,11 @@ class Kernels:
 
     def flat(self, name, n, *args, shared=0):
         """A kernel that gives each of n elements to a thread."""
-        self.launch(name, min(-(-n // (LANES * WARPS)), BLOCKS), *args, shared=shared)
+        self.launch(name, self.blocks(n), *args, shared=shared)
+
+    def blocks(self, n):
+        """Blocks that share n elements of a flat buffer."""
+        return min(-(-n // (LANES * WARPS)), BLOCKS)
 
     def warps(self, numbers):
         """(warps, bytes) of a block whose warps share memory of so many numbers each."""

@@ -6,7 +6,10 @@ that a graph can hold all of it.
 
 from math import prod
 
+from ....arguments import check_params, checked_targets
 from ....arrays import DROP_PATH
+from ....errors import UserError
+from ....model import param_shapes
 from .block import Blocks
 
 LOSS_WARPS = 32
@@ -17,14 +20,16 @@ class Model:
 
     def __init__(self, config, kernels):
         self.config, self.kernels, self.blocks = config, kernels, Blocks(kernels)
+        self._shapes = param_shapes(config)
 
-    def step(self, batch, params, grads, label_smoothing, seed, now):
+    def step(self, batch, params, grads, label_smoothing, seed, number):
         """(loss, correct), scalar arrays, of a batch (images, targets); all of grads are written.
 
-        now: what drop path is drawn from, see Optimizer.note.
+        number: the step's, on the device, see Buffers.note.
         """
-        k, (images, targets) = self.kernels, batch
-        weights, factors = self.blocks.operands(params), self._factors(len(images), seed, now)
+        images, targets = batch
+        images = self._check(images, params)
+        weights, factors = self.blocks.operands(params), self._factors(len(images), seed, number)
         logits, cache = self._forward(images, params, weights, factors)
         loss, correct, dlogits = self._loss(logits, targets, label_smoothing)
         self._backward(dlogits, cache, weights, grads)
@@ -32,18 +37,35 @@ class Model:
 
     def answer(self, images, params):
         """The logits (B, num_classes), without drop path."""
-        return self._forward(images, params, self.blocks.operands(params), None, False)[0]
+        images, weights = self._check(images, params), self.blocks.operands(params)
+        return self._forward(images, params, weights, None, False)[0]
 
-    def _factors(self, B, seed, now):
+    def _factors(self, B, seed, number):
         """What each branch of each block is multiplied by, (depth, 2, B): all drop path in one
         draw, the bits of model.drop_path_masks. None where nothing is dropped."""
         config, k = self.config, self.kernels
         if not config.drop_path_rate:
             return None
         factors = k.empty(config.depth, 2, B)
-        k.flat("drop_path", factors.size, factors, now, seed, DROP_PATH, config.depth, B,
+        k.flat("drop_path", factors.size, factors, number, seed, DROP_PATH, config.depth, B,
                config.drop_path_rate)  # fmt: skip
         return factors
+
+    def _check(self, images, params):
+        """As convit_forward: a kernel that is given less would read what lies behind it."""
+        config = self.config
+        expected = (config.in_chans, *config.image)
+        if images.shape[1:] != expected or not len(images):
+            raise UserError(
+                f"the model expects images of shape (B, *{expected}), not {images.shape}"
+            )
+        check_params(params, self._shapes)
+        if images.dtype != self.kernels.dtype:
+            raise UserError(
+                f"images are {images.dtype} but the parameters {self.kernels.dtype.__name__}: "
+                "normalise the images and cast them to the parameters' dtype"
+            )
+        return self.kernels.xp.ascontiguousarray(images)
 
     def _forward(self, images, params, weights, factors, keep_caches=True):
         config, k, B = self.config, self.kernels, len(images)
@@ -81,9 +103,11 @@ class Model:
         """The mean loss, the count of right answers, and dlogits as an operand."""
         k, (B, C) = self.kernels, logits.shape
         dlogits = k.empty_operand(B, C)
+        targets = checked_targets(k.xp, logits, targets, label_smoothing)
         loss, correct = k.empty(), k.xp.empty((), k.xp.int64)
         is_labels = targets.ndim == 1
-        targets = targets.astype(k.xp.int64 if is_labels else k.dtype, copy=False)
+        kind = k.xp.int64 if is_labels else k.dtype
+        targets = k.xp.ascontiguousarray(targets.astype(kind, copy=False))
         labels, shares = (targets, None) if is_labels else (None, targets)
         shared = LOSS_WARPS * 2 * loss.dtype.itemsize
         k.launch("cross_entropy", 1, logits, labels, shares, dlogits, loss, correct, B, C,
