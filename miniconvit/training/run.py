@@ -107,7 +107,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 about = describe(s, config, data_dir, engine.workers, without_reason(place))
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
-            engine.hold(state.params, state.optimizer)
+            trained = [name for name in state.params if name not in frozen]
+            engine.hold(state.params, state.optimizer, state.ema, trained)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)
