@@ -217,7 +217,12 @@ class Settings:
         None,
         shown="no average",
     )
-    passes: int = setting(TRAINING, COUNT, "Number of passes over the images in an epoch.", 1)
+    passes: int = setting(
+        TRAINING,
+        COUNT,
+        "How many times an epoch goes through the images. More makes short epochs longer.",
+        1,
+    )
     init_from: str | None = setting(
         MODEL,
         TEXT,
