@@ -12,7 +12,7 @@ import click
 
 from ..analysis.style import require_matplotlib
 from ..errors import UserError
-from ..experiments import lipschitz
+from ..experiments import biases, lipschitz
 from ..experiments.figures import draw
 from ..experiments.plan import (
     EXPERIMENTS,
@@ -56,7 +56,7 @@ class _Fractions(click.ParamType):
 
 
 @click.command("experiment", cls=Command)
-@click.argument("name", type=Name((*EXPERIMENTS, "lipschitz")), metavar="NAME")
+@click.argument("name", type=Name((*EXPERIMENTS, "biases", "lipschitz")), metavar="NAME")
 @setting_option("data", "Images to train on.", shown="cifar10")
 @data_dir_option
 @setting_option(
@@ -113,9 +113,11 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
     diversity          losses that keep patches apart (Patch Diversification)
+    biases             mixers of tokens reconstruct hidden patches (Cazenavette)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
-    lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.
+    lipschitz trains nothing: it takes seconds, --seeds and --out. biases has one plan, of --steps.
+    The others do as follows.
 
     It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
     them one by one. Every run sees the same number of images.
@@ -126,6 +128,9 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     given = {key: value for key, value in flags.items() if value is not None}
     if name == "lipschitz":
         return _lipschitz(out or Path("runs", name), plan_file, **given)
+    if name == "biases":
+        where = {"workers": workers, "device": device}
+        return _biases(ctx, out, plan_file, where, data_dir=data_dir, **given)
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)
@@ -170,6 +175,24 @@ def _show(text, out, names):
     if sys.stdout.isatty():
         text = on_screen(text, get_terminal_size().columns)
     click.echo(folded(f"\n{text}\nin {out}: {', '.join(names)}"))
+
+
+def _biases(ctx, out, plan_file, where, data_dir=None, **given):
+    for name in given.keys() - {"data", "steps", "seeds"} | ({"plan"} if plan_file else set()):
+        raise UserError(f"biases has one plan: leave out {flag(name)}")
+    if given.get("seeds", 1) < 1 or given.get("seeds", 1) > MOST_SEEDS:
+        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {given['seeds']}")
+    out = out or Path("runs", f"biases-{given.get('data', 'cifar10')}")
+    given |= {"data_dir": str(data_dir.expanduser().absolute())} if data_dir else {}
+    asked = biases.open_plan(out, given)
+    try:
+        with _sigterm_too():
+            text, names = biases.run(out, asked, click.echo, pictures=_can_draw(), **where)
+    except KeyboardInterrupt as stop:
+        _say_stopped(f"{ctx.command_path} biases", out, where["device"])
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+    click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
+    return 0
 
 
 def _refuse_flags(plan, name, given):
