@@ -10,6 +10,7 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_info
 
 from .errors import UserError
@@ -30,10 +31,16 @@ def available_threads(cgroup="/sys/fs/cgroup"):
     return count
 
 
+def numpy_blas():
+    """What threadpoolctl knows of the BLAS under NumPy, or {}. SciPy may have another one."""
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    own = str(Path(np.__file__).parent)  # numpy/.dylibs, or numpy.libs beside it
+    return min(libraries, key=lambda one: not one["filepath"].startswith(own), default={})
+
+
 def arithmetic():
     """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}."""
-    libraries = (library for library in threadpool_info() if library["user_api"] == "blas")
-    blas = next(libraries, {})
+    blas = numpy_blas()
     names = (blas.get(key) for key in ("internal_api", "version", "architecture"))
     cpu = ""
     with suppress(OSError), open("/proc/cpuinfo") as file:

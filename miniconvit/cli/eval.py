@@ -14,11 +14,11 @@ from ..checkpoints.weights import open_weights
 from ..data import Split, load_dataset
 from ..data.classes import IMAGENET, places_of
 from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError, shortened
 from ..layers import softmax_forward
 from ..training.evaluate import evaluate
-from ..training.report import table
+from ..training.report import folded, table
 from ..training.settings import DATA, MODEL, stored_data_dir, stored_settings
 from .options import (
     PATH,
@@ -121,7 +121,7 @@ def command(
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
     values |= {"classes": classes} if classes else {}
-    values |= {"loss": loss, "top1": top1, "top5": top5, "computed": place}
+    values |= {"loss": loss, "top1": top1, "top5": top5, "computed": without_reason(place)}
     masked = ["pos_embed"] * mask_pos_embed
     masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
     values |= {"masked": ", ".join(masked)} if masked else {}
@@ -137,7 +137,7 @@ def command(
     if out is not None:
         written, notes = write_answers(answers, images.images, out)
         if not as_json:
-            click.echo(f"\nin {out}: {', '.join(written)}")
+            click.echo(folded(f"\nin {out}: {', '.join(written)}"))
         for line in notes:
             click.echo(line, err=True)
 

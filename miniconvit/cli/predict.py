@@ -13,7 +13,7 @@ from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import BrokenImage, read_image, require_pillow
 from ..data.layout import counted, images_below
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
@@ -101,11 +101,11 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
     if drawn:
         draw_saliency(drawn, saliency)
     if as_json:
-        found = {"checkpoint": str(path), "images": answers, "computed": place}
+        found = {"checkpoint": str(path), "images": answers, "computed": without_reason(place)}
         print_json(found | ({"failed": failed} if failed else {}))
     elif answers:
         click.echo("\n\n".join(_text(answer) for answer in answers))
-        click.echo(f"\ncomputed {place}")
+        click.echo(f"\ncomputed {without_reason(place)}")
         if drawn:
             first = f" of the first {MOST} images" if len(answers) > MOST else ""
             click.echo(f"saliency{first} in {saliency}")

@@ -15,7 +15,7 @@ from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
 from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..system import read_text, write_file
 from ..training.evaluate import evaluate
 from ..training.history import run_history
@@ -92,7 +92,8 @@ def new_plan(asked, say, **where):
         kinds.setdefault(speed_key(row.settings), row.settings)
     say(f"timing a few seconds of {len(kinds)} models")
     speeds = {key: measure(settings, images[1.0], **where) for key, settings in kinds.items()}
-    return make_plan(asked, rows, images, speeds, resolve_device(where["device"])[1])
+    _, place = resolve_device(where["device"])
+    return make_plan(asked, rows, images, speeds, without_reason(place))
 
 
 class _Part:

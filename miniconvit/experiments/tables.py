@@ -2,6 +2,7 @@
 
 import csv
 import io
+from itertools import groupby
 from math import hypot
 from statistics import mean, stdev
 
@@ -295,3 +296,26 @@ def _about_spread(plan):
         "subset nor that of the validation images. Chance alone goes beyond the spread in "
         f"{between:.0f} % of comparisons of two rows, {within:.0f} % within a row."
     )
+
+
+def on_screen(text, width):
+    """A Markdown text with its tables aligned, in lines of at most `width` characters."""
+    lines = []
+    for is_table, part in groupby(text.split("\n"), lambda line: line.startswith("|")):
+        block = list(part)
+        lines += _aligned(block, width) if is_table else block
+    return "\n".join(lines)
+
+
+def _aligned(lines, width):
+    """Of the columns that are not empty, the first two, the paper's and as many more as fit."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = [column for column in zip(*(rows[:1] + rows[2:]), strict=True) if any(column[1:])]
+    wide = [max(map(len, column)) + 2 for column in columns]
+    chosen, left = [], width + 2
+    for i in sorted(range(len(columns)), key=lambda i: (i > 1, columns[i][0] != "paper")):
+        if i < 2 or wide[i] <= left:
+            chosen.append(i)
+            left -= wide[i]
+    cells = ([cell.ljust(wide[i]) for cell in columns[i]] for i in sorted(chosen))
+    return ["".join(row).rstrip() for row in zip(*cells, strict=True)]
