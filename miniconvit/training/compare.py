@@ -8,9 +8,8 @@ from statistics import median
 from typing import Any
 
 from ..analysis import style
-from ..config import ConViTConfig
 from ..errors import UserError, shortened
-from ..model import param_shapes
+from ..neighbours.models import config_from_dict, shapes_of
 from .run_folder import RunFolder
 from .settings import FIELDS, Settings, stored_settings
 
@@ -40,7 +39,7 @@ class Outcome:
 
     @property
     def model(self):
-        return ConViTConfig.from_dict(self.config["model"])
+        return config_from_dict(self.config["model"])
 
     @property
     def data(self):
@@ -58,7 +57,7 @@ class Outcome:
         found = {
             "run": str(self.path),
             "settings": asdict(self.settings),
-            "parameters": sum(map(prod, param_shapes(self.model).values())),
+            "parameters": sum(map(prod, shapes_of(self.model).values())),
             "epochs": len(self.rows),
             "finished": self.is_finished,
             "training": self.is_training,
