@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import layers
 from ..arrays import array_module
 from ..config import ConViTConfig
 from ..layers import (
@@ -18,7 +19,7 @@ from ..layers import (
     linear_forward,
 )
 from ..layers.names import prefixed
-from ..model import init_params, param_shapes
+from ..model import convit_forward, init_params, param_shapes
 
 
 def cosine_forward(h):
@@ -75,6 +76,14 @@ def patch_mixing_backward(dloss, cache):
     dlogits = cross_entropy_backward(dloss, cache_loss)
     dh, dweight, dbias = linear_backward(dlogits, cache_head)
     return dh.reshape(shape), dweight, dbias
+
+
+def similarities(images, params, config):
+    """How alike the patch tokens of an image are after each block, cosine_forward's mean: a list of
+    floats. images (B, C, H, W), normalised."""
+    taps = Taps(layers, config.num_patches)
+    convit_forward(images, params, config, blocks=taps, keep_caches=False)
+    return [float(cosine_forward(h)[0]) for h in taps.tokens]
 
 
 @dataclass(frozen=True)
