@@ -18,6 +18,7 @@ COMMANDS = (
     "train",
     "eval",
     "predict",
+    "compare",
     "gradcheck",
     "inspect",
     "trace",
