@@ -62,7 +62,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "subset",
     "Train on this share of the images of each class. sample-efficiency takes --fractions instead.",
-    shown="0.1, for masking and escape 1",
+    shown="0.1 for ablation and locality, else 1",
 )
 @option(
     "--fractions",
@@ -75,7 +75,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "model",
     "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
-    shown="that of the data's recipe",
+    shown="that of the data's recipe, for diversity convit_deep32",
 )
 @option(
     "--budget",
@@ -112,6 +112,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     locality           locality strength and number of GPSA layers (figure 8a)
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
+    diversity          losses that keep patches apart (Patch Diversification)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
     lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.

@@ -104,7 +104,7 @@ def command(
     left_out = []
     if page is not None:
         pictures = _pictures(files, pixels, dataset, count)
-        title = f"{path.parent.name}/{path.name}" if checkpoint.is_dir() else path.name
+        title = f"{path.absolute().parent.name}/{path.name}" if checkpoint.is_dir() else path.name
         classes = dataset.classes if dataset else model.classes
         left_out = write_page(page, model, pictures, history, title, classes)
     if as_json:

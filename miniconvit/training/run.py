@@ -6,11 +6,12 @@ from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import Classification, make_engine
+from ..engine import make_engine
 from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
+from .objectives import objective_of
 from .report import Report
 from .run_folder import RunFolder, describe
 from .schedule import Schedule, make_schedule
@@ -86,7 +87,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(Classification(config, s.label_smoothing), xp, workers) as engine:
+        with make_engine(objective_of(s, config), xp, workers) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
@@ -106,7 +107,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 about = describe(s, config, data_dir, engine.workers, without_reason(place))
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
-            engine.hold(state.params, state.optimizer)
+            trained = [name for name in state.params if name not in frozen]
+            engine.hold(state.params, state.optimizer, state.ema, trained)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)

@@ -163,7 +163,7 @@ def test_resume_and_eval_look_where_the_data_lay(tmp_path, program, monkeypatch)
     monkeypatch.chdir(tmp_path)
     run, data, elsewhere = tmp_path / "a run", tmp_path / "the data", tmp_path / "elsewhere"
     _, out, _ = program("train", *SHORT, "--out", "a run", "--data-dir", "the data")
-    hint = shlex.split(re.search(r"test it +miniconvit (.*)", out)[1])
+    hint = shlex.split(re.search(r"test it: miniconvit (.*)", out)[1])
     assert hint == ["eval", "a run", "--split", "test", "--data-dir", "the data"]
     assert program(*hint)[0] == 0
     elsewhere.mkdir()
