@@ -116,8 +116,12 @@ root=$(cd "$(dirname "$0")" && pwd)
 chmod 700 "$root/source" "$root/venv"
 "$root/venv/bin/python" -c '
 import sys
+from miniconvit import UserError
 from miniconvit.coursework import autograde
-autograde(sys.argv[1])' "$root"
+try:
+    autograde(sys.argv[1])
+except UserError as error:
+    sys.exit(f"Error: {error}")' "$root"
 """
 
 

@@ -16,6 +16,8 @@ import miniconvit
 from miniconvit import UserError
 from miniconvit.coursework import EXERCISES, create, exercises, grade
 from miniconvit.coursework.cases import VISIBLE, cases
+from miniconvit.coursework.grading import SMALL
+from miniconvit.coursework.sandbox import MOST_DEATHS, SOURCE_LIMITS
 from miniconvit.coursework.skeleton import skeleton, skeleton_hash, solution, source_module
 from miniconvit.coursework.student import read_tests
 
@@ -364,3 +366,11 @@ def test_a_wrong_visibility_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"hidden"', '"hiden"'))
     with pytest.raises(UserError, match=r"visibility is one of visible, .* not .hiden."):
         grade(tmp_path, tmp_path / "kit" / "instructor", tmp_path / "out")
+
+
+def test_limits_on_gradescope_fit_its_usual_ones():
+    """10 minutes and 768 MB (its page on troubleshooting, January 2025), whatever is handed in."""
+    units = sum(len(exercise.units) for exercise in EXERCISES)
+    reading = (MOST_DEATHS + 1) * SOURCE_LIMITS.seconds
+    assert units * SMALL.seconds + reading < 0.8 * 600
+    assert SMALL.memory < 0.8 * 768e6
