@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -210,6 +211,23 @@ def test_what_builds_on_wrong_work_says_so(kits, tmp_path, bare):
     assert "    time in line 1 is imported but not used, and left out\n" in outcome.stdout
     assert outcome.stdout.splitlines()[-1].split()[-1] == "11"
     assert max(map(len, outcome.stdout.splitlines())) <= 80
+
+
+def test_what_a_smaller_coursework_builds_on_can_be_given(tmp_path, bare):
+    made = invoke("create", tmp_path / "kit", "--secret", tmp_path / "secret", "--exercise", "mlp")
+    assert "These build on linear, gelu." in made.output
+    folder = homework(tmp_path / "kit", tmp_path / "mine", mlp=solution(exercises(["mlp"])[0]))
+    alone = bare(folder, "-m", "checker")
+    assert alone.returncode == 1
+    sentence = "ImportError: gelu.py is missing in this folder: put your own there, or a given one"
+    assert sentence in " ".join(alone.stdout.split())
+    assert "build on linear.py, gelu.py." in (folder / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "kit/instructor/given").iterdir()} == {
+        "linear.py",
+        "gelu.py",
+    }
+    shutil.copytree(tmp_path / "kit" / "instructor" / "given", folder, dirs_exist_ok=True)
+    assert bare(folder, "-m", "checker").returncode == 0
 
 
 def test_the_checker_checks_gradients_of_ones_own(kits, tmp_path, bare):
