@@ -73,6 +73,15 @@ GIVEN = (
 INIT = """\
 \"\"\"The visible tests and the gradient checker of miniconvit, without its layers.\"\"\"
 
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("Error: the checker needs Python 3.11 or newer")
+try:
+    import numpy
+except ImportError:
+    sys.exit("Error: the checker needs NumPy: python -m pip install numpy")
+
 from .checker import check_gradients
 from .student import read_tests, result_of
 """

@@ -245,6 +245,9 @@ def test_the_checker_checks_gradients_of_ones_own(kits, tmp_path, bare):
 
 def test_the_checker_answers_mistakes_by_a_sentence(kits, tmp_path, bare):
     folder = homework(kits[True], tmp_path / "mine")
+    command = [sys.executable, "-S", "-m", "checker"]
+    poor = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    assert poor.stderr == "Error: the checker needs NumPy: python -m pip install numpy\n"
     outcome = bare(folder, "-m", "checker", "sofmax")
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("Error: unknown exercise 'sofmax' (did you mean softmax?)")
