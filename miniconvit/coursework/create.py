@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import UserError
 from ..gradcheck.mutants import MUTANTS
 from .cases import VISIBLE, cases
-from .exercises import EXERCISES, allowed_functions, exercises
+from .exercises import EXERCISES, PAGES, allowed_functions, exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution
 from .student import TESTS, Visible, write_tests
@@ -38,7 +38,7 @@ Write the functions that say `raise NotImplementedError`, forward and backward, 
 {formulas} What `x_forward` keeps for `x_backward` is yours to choose:
 it returns `(output, cache)`, and `x_backward(dy, cache)` returns the gradients in the order named.
 
-You need Python 3.11 or newer and NumPy. In this folder:
+You need Python 3.11 and NumPy 2, or newer. In this folder:
 
 ```
 python -m checker                  # what is right, what is wrong, and how
@@ -80,7 +80,9 @@ if sys.version_info < (3, 11):
 try:
     import numpy
 except ImportError:
-    sys.exit("Error: the checker needs NumPy: python -m pip install numpy")
+    numpy = None
+if numpy is None or numpy.__version__ < "2":
+    sys.exit("Error: the checker needs NumPy 2 or newer: python -m pip install -U numpy")
 
 from .checker import check_gradients
 from .student import read_tests, result_of
@@ -264,8 +266,10 @@ def _table(chosen):
 
 
 def _hints(chosen):
-    lines = [f"- `{e.file}` ({', '.join(e.functions)}): {e.hint}" for e in chosen]
-    return "\n".join(["", "Hints:", "", *lines])
+    lines = [
+        f"- `{e.file}` ({', '.join(e.functions)}): {e.hint} Page: `{PAGES[e.name]}`" for e in chosen
+    ]
+    return "\n".join(["", "Hints, and pages of miniconvit's `tutorials/`:", "", *lines])
 
 
 def _notes(chosen):
@@ -283,6 +287,7 @@ def _notes(chosen):
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
             f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            f"The page of the tutorials: `tutorials/{PAGES[exercise.name]}`",
             "Common mistakes:",
             "\n".join(f"- {story}" for story in stories),
         ]
