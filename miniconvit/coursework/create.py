@@ -81,7 +81,7 @@ try:
     import numpy
 except ImportError:
     numpy = None
-if numpy is None or numpy.__version__ < "2":
+if numpy is None or int(numpy.__version__.partition(".")[0]) < 2:
     sys.exit("Error: the checker needs NumPy 2 or newer: python -m pip install -U numpy")
 
 from .checker import check_gradients
