@@ -10,11 +10,14 @@ It also counts what CuPy 14.2 gives the device to do: kernels launched, the byte
 write, and products, which are cuBLAS's and have bytes of their own.
 """
 
+import ctypes
+import re
 import sys
 from contextlib import contextmanager
 from math import prod
 from types import ModuleType, SimpleNamespace
 
+import fakecuda
 import numpy as np
 from scipy.special import erf as host_erf
 
@@ -243,6 +246,9 @@ class DArray:
     ndim = property(lambda self: self._host.ndim)
     size = property(lambda self: self._host.size)
     dtype = property(lambda self: self._host.dtype)
+    strides = property(lambda self: self._host.strides)
+    flags = property(lambda self: self._host.flags)
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     T = property(lambda self: new(self._host.T, self))
 
     reshape, transpose, swapaxes = viewing("reshape"), viewing("transpose"), viewing("swapaxes")
@@ -257,7 +263,9 @@ class DArray:
     def argmax(self, axis=None):
         return computed(self._host, result=self._host.argmax(axis=axis))
 
-    def astype(self, dtype):
+    def astype(self, dtype, copy=True):
+        if not copy and self.dtype == dtype:
+            return self
         with np.errstate(all="ignore"):
             return computed(self._host, result=self._host.astype(dtype, order="C"))
 
@@ -370,6 +378,17 @@ def full(shape, value, dtype):
     return computed(result=np.full(shape, host(value), dtype))
 
 
+def empty(shape, dtype):
+    """Memory as it happens to be: what is not a number."""
+    host = np.empty(shape, dtype)
+    host.reshape(-1)[: 2**18].view(np.uint8)[...] = 0xFF
+    return new(host)
+
+
+def ascontiguousarray(x):
+    return x if x.flags.c_contiguous else x.copy()
+
+
 def broadcast_to(array, shape):
     return new(np.broadcast_to(host(array), shape), array)
 
@@ -402,6 +421,8 @@ FUNCTIONS = {
     "where": where,
     "pad": pad,
     "full": full,
+    "empty": empty,
+    "ascontiguousarray": ascontiguousarray,
     "asarray": asarray,
     "atleast_1d": atleast_1d,
     "broadcast_to": broadcast_to,
@@ -414,12 +435,66 @@ FUNCTIONS = {
     "float32": np.float32,
     "float64": np.float64,
     "uint8": np.uint8,
+    "uint16": np.uint16,
     "int64": np.int64,
     "uint64": np.uint64,
     "get_default_memory_pool": lambda: SimpleNamespace(
         free_all_blocks=free_all_blocks, total_bytes=lambda: STATE.reserved
     ),
 }
+
+
+class RawModule:
+    """As cupy.RawModule; kernels run on lanes that are `LANES`, and every argument is held to the
+    type that the kernel declares."""
+
+    LANES = 1
+
+    def __init__(self, code, options=()):
+        self._code, self._lanes = code, RawModule.LANES
+        self._signatures = fakecuda.signatures(code)
+        typed = {b: a for a, b in re.findall(r"^typedef (\w+) (T|S);$", code, re.M)}
+        T = {"float": np.float32, "double": np.float64}[typed["T"]]
+        S = np.uint16 if typed["S"] == "bf16" else T
+        self._types = {"T": T, "S": S, "i64": np.int64, "u8": np.uint8, "double": np.float64}
+
+    def get_function(self, name):
+        declared, kernel = self._signatures[name], None
+
+        def call(grid, block, args, shared_mem=0):
+            nonlocal kernel
+            kernel = kernel or getattr(fakecuda.compiled(self._code, self._lanes), f"launch_{name}")
+            if len(args) != len(declared) or shared_mem > 48 * 1024 or grid[0] < 1:
+                raise Refused(f"{name}{grid} of {len(args)} arguments, {shared_mem} bytes")
+            sent = [self._sent(name, *pair) for pair in zip(declared, args, strict=True)]
+            pointers = (ctypes.c_void_p * len(sent))(*map(ctypes.addressof, sent))
+            block = (1, 1) if self._lanes == 1 else block
+            if kernel(grid[0], *block, pointers):
+                raise Refused(f"{name}: threads wait for others that never come")
+            STATE.launches += 1
+
+        return call
+
+    def _sent(self, name, declaration, arg):
+        """An argument as C takes it, where it is what is declared; its bytes are counted."""
+        kind, called = declaration
+        if not kind.endswith("*"):
+            if type(arg) is not {"i64": int, "double": float}[kind]:
+                raise Refused(f"{name}: {called} is {kind}, not {arg!r}")
+            return {"i64": ctypes.c_longlong, "double": ctypes.c_double}[kind](arg)
+        if type(arg) is int and arg == 0:
+            return ctypes.c_void_p(0)
+        dtype = self._types[kind.strip("* ").split()[-1]]
+        if not isinstance(arg, DArray) or arg.dtype != dtype or not arg.flags.c_contiguous:
+            raise Refused(f"{name}: {called} is {kind}, not {getattr(arg, 'dtype', arg)}")
+        STATE.bytes += arg._host.nbytes * (2 if "BOTH" in kind else 1)
+        return ctypes.c_void_p(arg.data.ptr)
+
+
+def count_product():
+    STATE.products += 1
+
+
 RUNTIME = {
     "getDeviceCount": lambda: 1,
     "getDeviceProperties": lambda device: {"name": b"Stand-in"},
@@ -431,8 +506,8 @@ RUNTIME = {
 def modules():
     """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
     cupy = ModuleType("cupy")
-    vars(cupy).update(FUNCTIONS, __version__="14.2.0")
-    stream = SimpleNamespace(synchronize=lambda: wait("synchronize"))
+    vars(cupy).update(FUNCTIONS, __version__="14.2.0", RawModule=RawModule)
+    stream = SimpleNamespace(synchronize=lambda: wait("synchronize"), ptr=0)
     cupy.cuda = SimpleNamespace(
         runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
     )
@@ -450,6 +525,10 @@ def install(monkeypatch):
     monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
     monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 90)
     monkeypatch.setattr("miniconvit.engine.cuda._find_cache", lambda: None)
+    cublas = fakecuda.Cublas(count_product)
+    monkeypatch.setattr("miniconvit.engine.kernels.cuda.product.load_cublas", lambda: cublas)
+    if not fakecuda.COMPILER:  # whole trainings run on the layers then
+        monkeypatch.setattr("miniconvit.engine.gpu.kernels", None)
     monkeypatch.setattr("miniconvit.engine.cuda._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     return sys.modules["cupy"]
 

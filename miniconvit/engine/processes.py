@@ -107,7 +107,7 @@ class ProcessEngine(Engine):
         self._shared[GRADS] = grads
         return *numbers, grads
 
-    def hold(self, params, optimizer):
+    def hold(self, params, optimizer, average=None, trained=None):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
         self._require_open()
         state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}

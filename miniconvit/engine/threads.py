@@ -13,6 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..errors import UserError
+from ..optim import clip_grad_norm, update_average
 from ..system import available_threads
 from .pieces import Tree, cut, inference, kernels
 
@@ -150,10 +151,19 @@ class Engine:
         for name, grad in right.items():
             left[name] += grad
 
-    def hold(self, params, optimizer):
+    def hold(self, params, optimizer, average=None, trained=None):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of
-        the same numbers, or keep theirs."""
+        the same numbers, or keep theirs. average: update_average's, or None; trained: the names of
+        the parameters that will be, by default all."""
         self._require_open()
+
+    def clip(self, grads, max_norm):
+        """clip_grad_norm."""
+        return clip_grad_norm(grads, max_norm)
+
+    def average(self, average, params, decay):
+        """update_average."""
+        update_average(average, params, decay)
 
     def update(self, optimizer, params, grads, lr=None):
         """optimizer.step."""
