@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
 from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine.cuda import check_precision, resolve_device
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
@@ -75,6 +75,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = resolve_device(device)
+    check_precision(s.precision, xp)
     dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
     hashes = {"data_sha256": fingerprint(dataset)}
     if stored_sha256(out, "data_sha256") not in (None, hashes["data_sha256"]):
@@ -86,7 +87,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(Classification(config, s.label_smoothing), xp, workers) as engine:
+        objective = Classification(config, s.label_smoothing)
+        with make_engine(objective, xp, workers, s.precision) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
