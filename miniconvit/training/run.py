@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from ..checkpoints.weights import read_start
@@ -109,7 +110,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
             trained = [name for name in state.params if name not in frozen]
-            engine.hold(state.params, state.optimizer, state.ema, trained)
+            limits = s.clip_grad or inf, s.ema
+            engine.hold(state.params, state.optimizer, state.ema, trained, *limits)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)
