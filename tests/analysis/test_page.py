@@ -245,11 +245,11 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
         "position": block.position[1, query],
         "mixture": block.mixture[0, 1, query],
     }
-    outputs = find(browser, "#heads article:nth-of-type(2) .maps output")
-    for (kind, shares), painted, output in zip(
-        maps.items(), browser.execute_script(pixels), outputs, strict=True
+    values = find(browser, "#heads article:nth-of-type(2) .maps .value")
+    for (kind, shares), painted, value in zip(
+        maps.items(), browser.execute_script(pixels), values, strict=True
     ):
-        assert output.text == f"{shares[key]:.3f}"
+        assert value.text == f"{shares[key]:.3f}"
         colours = matplotlib.colors.LinearSegmentedColormap.from_list(kind, MAPS[kind])
         expected = 255 * colours(matplotlib.colors.PowerNorm(0.5, 0, 0.5, clip=True)(shares))[:, :3]
         found = np.reshape(painted, (rows * cols, 4))[:, :3]
@@ -259,8 +259,15 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
     assert f"gate {block.gate[1]:.2f}" in card
     w = model.params["blocks.1.attn.pos_proj.weight"][1]
     assert f"strength {-w[2]:.2f}" in card
+    browser.execute_script("update({over: '1'})")
+    settle(browser)
+    veil = """return [...document.querySelectorAll("#picture .veil")].map(
+        (rect) => Number(rect.getAttribute("opacity")))"""
+    shares = maps["mixture"] / maps["mixture"].max()
+    found = browser.execute_script(veil)
+    np.testing.assert_allclose(found, 0.86 * (1 - np.sqrt(shares)), rtol=0, atol=1e-5)
     last = attention_maps(image, model.params, CONFIG)[3].mixture[0, :, 0]
-    itself = [output.text for output in find(browser, "#reader output")][:4]
+    itself = [value.text for value in find(browser, "#reader .value")][:4]
     assert itself == [f"itself {share:.3f}" for share in last[:, 0]]
 
 
@@ -332,7 +339,7 @@ def test_names_stay_names(opened):
 
 
 def test_of_a_published_size_the_page_holds_the_layers_that_fit(opened):
-    config = VARIANTS["convit_tiny"]  # 224 pixels, 1,000 classes
+    config = replace(VARIANTS["convit_tiny"], mlp_ratio=0.1)  # 224 pixels, 1,000 classes
     model = SimpleNamespace(
         config=config, params=init_params(config), mean=[0.5] * 3, std=[0.2] * 3
     )
@@ -427,9 +434,17 @@ def test_the_mouse_asks_keeps_and_reads(opened):
     point(browser, 2, 1, css="#heads article .map")
     assert "row 2, column 1" in asking(browser)
     share = maps_on(browser, 2, 0, 14)["content"][5]
-    assert find(browser, "#heads article .maps output")[0].text == f"{share:.3f}"
+    assert find(browser, "#heads article .maps .value")[0].text == f"{share:.3f}"
     leave(browser)
-    assert find(browser, "#heads article .maps output")[0].text.startswith("most")
+    assert find(browser, "#heads article .maps .value")[0].text.startswith("most")
+    from selenium.webdriver import ActionChains
+
+    slider = find(browser, "#all-gates")[0]
+    drag = ActionChains(browser).move_to_element(slider).click_and_hold()
+    drag.move_by_offset(slider.size["width"] // 2, 0).release().perform()
+    settle(browser)
+    assert text(browser, "#all-gates-value") == "1.00"
+    assert maps_on(browser, 2, 3, 5)["mixture"] == maps_on(browser, 2, 3, 5)["position"]
 
 
 def test_a_finger_asks_and_reads(opened):
@@ -521,6 +536,8 @@ def test_every_control_has_a_name(opened):
     browser = opened(CONFIG, history=history_of(CONFIG))
     controls = find(browser, "button, input, select, a[href], #picture, .heads-map")
     assert len(controls) > 30
+    live = find(browser, "output, [role=status], [aria-live]")  # what a screen reader reads aloud
+    assert [node.get_attribute("id") for node in live] == ["tour-text", "query", "verdict"]
     assert [
         control.get_attribute("outerHTML") for control in controls if not control.accessible_name
     ] == []

@@ -13,8 +13,10 @@ import pytest
 import miniconvit as mc
 from miniconvit import layers
 from miniconvit.arrays import to_cpu, to_device
+from miniconvit.engine import make_engine
+from miniconvit.engine.cuda import check_precision
 from miniconvit.engine.gpu import DeviceEngine
-from miniconvit.engine.kernels.cuda import Blocks, Buffers, Kernels, check_precision
+from miniconvit.engine.kernels.cuda import Blocks, Buffers, Kernels
 from miniconvit.engine.kernels.cuda.launch import source
 from miniconvit.engine.objective import Classification
 from miniconvit.layers.names import part
@@ -362,12 +364,21 @@ def test_bfloat16_is_rounded_to_the_nearest_even(warps):
     assert nan & 0x7F80 == 0x7F80 and nan & 0x7F
 
 
-def test_a_gpu_without_such_products_is_refused():
-    check_precision("float32", 7.5)
-    check_precision("bf16", 8.0)
+def test_a_gpu_without_such_products_is_refused(cupy, monkeypatch):
+    for capability in (80, 120, None):
+        monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda c=capability: c)
+        check_precision("bf16", cupy)
+    monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 75)
+    check_precision("float32", cupy)
     for precision in ("tf32", "bf16"):
-        with pytest.raises(mc.UserError, match=f"--precision {precision} needs a GPU of compute"):
-            check_precision(precision, 7.5)
+        with pytest.raises(mc.UserError, match=rf"--precision {precision} needs .* 8.0 .* has 7.5"):
+            check_precision(precision, cupy)
+        with pytest.raises(mc.UserError, match=f"--precision {precision} is for --device cuda"):
+            make_engine(Classification(CONFIG), np, 1, precision)
+    with pytest.raises(
+        mc.UserError, match=r"unknown precision 'fp16' .*: choose one of float32, tf32"
+    ):
+        check_precision("fp16", np)
 
 
 # ---------------------------------------------------------------- the stand-in, CUDA's compiler
