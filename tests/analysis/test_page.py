@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -383,6 +384,38 @@ def test_an_answer_that_is_not_finite_is_refused(tmp_path):
         write_page(tmp_path / "page.html", model, pictures_of(CONFIG))
 
 
+def test_the_ready_page_is_as_one_written_today(tmp_path):
+    """Else, write it again: miniconvit train, and then miniconvit inspect
+    runs/shapes-convit_micro32-seed0 --page docs/heads.html."""
+    ready = Path(__file__).parents[2] / "docs" / "heads.html"
+    write_page(tmp_path / "page.html", model_of(CONFIG), pictures_of(CONFIG))
+    around = [
+        re.sub(r'id="data">.*?</script>', "", path.read_text(), flags=re.DOTALL)
+        for path in (ready, tmp_path / "page.html")
+    ]
+    assert around[0] == around[1]
+    assert ready.stat().st_size <= 1_000_000
+
+
+def test_without_positions_the_ready_page_names_the_texture_and_loses_the_place(browser):
+    """As README and tutorial 16 say."""
+    browser.open(Path(__file__).parents[2] / "docs" / "heads.html")
+    data = browser.execute_script("return data")
+    truths = [data["classes"][image["truth"]] for image in data["images"]]
+    answers = browser.execute_script(
+        """takeStep(steps.find(({name}) => name === "Content alone"));
+        return data.images.map((_, image) => {
+            state.image = image;
+            const shares = probabilities();
+            return className(shares.indexOf(Math.max(...shares)));
+        });"""
+    )
+    assert answers == [f"{truth.partition(',')[0]}, top right" for truth in truths]
+    trained = [data["classes"][np.argmax(image["probabilities"])] for image in data["images"]]
+    assert trained == truths
+    assert len(truths) == 10
+
+
 # Mouse, touch, keyboard.
 
 
@@ -473,7 +506,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(opened):
     leave(browser)
     visited = []
     for _ in range(60):
-        press(browser, "TAB")
+        browser.switch_to.active_element.send_keys("\ue004")  # Tab
         visited.append(
             browser.execute_script(
                 """const at = document.activeElement;
