@@ -2,15 +2,17 @@
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine import make_engine
+from ..engine.cuda import check_precision, resolve_device, without_reason
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
+from .objectives import objective_of
 from .report import Report
 from .run_folder import RunFolder, describe
 from .schedule import Schedule, make_schedule
@@ -75,6 +77,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = resolve_device(device)
+    check_precision(s.precision, xp)
     dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
     hashes = {"data_sha256": fingerprint(dataset)}
     if stored_sha256(out, "data_sha256") not in (None, hashes["data_sha256"]):
@@ -86,7 +89,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(Classification(config, s.label_smoothing), xp, workers) as engine:
+        with make_engine(objective_of(s, config), xp, workers, s.precision) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
@@ -103,10 +106,12 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 state = begin_state(s, config, xp, start)
                 folder.cut_metrics(0)
                 hashes = {name: value for name, value in hashes.items() if value}
-                about = describe(s, config, data_dir, engine.workers, place)
+                about = describe(s, config, data_dir, engine.workers, without_reason(place))
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
-            engine.hold(state.params, state.optimizer)
+            trained = [name for name in state.params if name not in frozen]
+            limits = s.clip_grad or inf, s.ema
+            engine.hold(state.params, state.optimizer, state.ema, trained, *limits)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)
@@ -137,6 +142,8 @@ def _introduction(run, state):
     """What is trained, on what, for how long and where it is kept."""
     dataset, schedule, workers = run.dataset, run.schedule, run.engine.workers
     parameters = sum(p.size for p in state.params.values())
+    asked, most = run.settings.batch_size, schedule.batch_size
+    smaller = f"there are fewer images than --batch-size {asked}: a step takes all {most}"
     on_workers = f" on {workers} worker{'s' * (workers > 1)}" if workers else ""  # none: a GPU
     return (
         f"{run.settings.model}, {parameters:,} parameters, on {dataset.name}: "
@@ -144,4 +151,5 @@ def _introduction(run, state):
         f"to validate, {len(dataset.classes)} classes",
         f"{schedule.total_steps:,} steps of {schedule.batch_size} images in {schedule.epochs} "
         f"epoch{'s' * (schedule.epochs > 1)}{on_workers}, kept in {run.folder.path}",
+        *([smaller] if asked > most else []),
     )
