@@ -272,6 +272,19 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
     assert itself == [f"itself {share:.3f}" for share in last[:, 0]]
 
 
+def test_centres_are_said_and_a_head_without_one_too(opened):
+    model = model_of(CONFIG)
+    weights = [[2.0, -1.0, -1.0], [-0.5, 3.0, -0.5], [1.0, 1.0, 0.0], [1.0, 1.0, 0.5]]
+    model.params["blocks.2.attn.pos_proj.weight"] = np.array(weights)
+    browser = opened(model)
+    assert [line.text for line in find(browser, ".centre")] == [
+        "centre 1.00 right, 0.50 up (in patches)",
+        "centre 0.50 left, 3.00 down (in patches)",
+        "no centre: this head is pushed away on all sides",
+        "no centre: this head is pushed away on all sides",
+    ]
+
+
 def test_the_time_line_says_what_the_run_recorded(opened):
     history = history_of(CONFIG)
     browser = opened(CONFIG, history=history)
@@ -315,6 +328,13 @@ def test_controls_without_sense_are_absent_and_said(kind, opened):
     for button in find(browser, "#tour-buttons button"):
         button.click()
     settle(browser)
+
+
+def test_one_patch_one_head_one_epoch(opened):
+    config = replace(CONFIG, img_size=4, patch_size=4, num_heads=1, embed_dim=3)
+    browser = opened(config, history=history_of(config, 1))
+    assert "looks 0.00 patches far" in text(browser, "#heads")
+    assert "NaN" not in browser.execute_script("return document.body.innerHTML")
 
 
 def test_a_bare_checkpoint_has_no_time_line(opened):
