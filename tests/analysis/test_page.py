@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,6 +272,19 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
     assert itself == [f"itself {share:.3f}" for share in last[:, 0]]
 
 
+def test_centres_are_said_and_a_head_without_one_too(opened):
+    model = model_of(CONFIG)
+    weights = [[2.0, -1.0, -1.0], [-0.5, 3.0, -0.5], [1.0, 1.0, 0.0], [1.0, 1.0, 0.5]]
+    model.params["blocks.2.attn.pos_proj.weight"] = np.array(weights)
+    browser = opened(model)
+    assert [line.text for line in find(browser, ".centre")] == [
+        "centre 1.00 right, 0.50 up (in patches)",
+        "centre 0.50 left, 3.00 down (in patches)",
+        "no centre: this head is pushed away on all sides",
+        "no centre: this head is pushed away on all sides",
+    ]
+
+
 def test_the_time_line_says_what_the_run_recorded(opened):
     history = history_of(CONFIG)
     browser = opened(CONFIG, history=history)
@@ -314,6 +328,13 @@ def test_controls_without_sense_are_absent_and_said(kind, opened):
     for button in find(browser, "#tour-buttons button"):
         button.click()
     settle(browser)
+
+
+def test_one_patch_one_head_one_epoch(opened):
+    config = replace(CONFIG, img_size=4, patch_size=4, num_heads=1, embed_dim=3)
+    browser = opened(config, history=history_of(config, 1))
+    assert "looks 0.00 patches far" in text(browser, "#heads")
+    assert "NaN" not in browser.execute_script("return document.body.innerHTML")
 
 
 def test_a_bare_checkpoint_has_no_time_line(opened):
@@ -381,6 +402,38 @@ def test_an_answer_that_is_not_finite_is_refused(tmp_path):
     model.params["head.bias"][:] = np.nan
     with pytest.raises(UserError, match="no finite answer for image 1"):
         write_page(tmp_path / "page.html", model, pictures_of(CONFIG))
+
+
+def test_the_ready_page_is_as_one_written_today(tmp_path):
+    """Else, write it again: miniconvit train, and then miniconvit inspect
+    runs/shapes-convit_micro32-seed0 --page docs/heads.html."""
+    ready = Path(__file__).parents[2] / "docs" / "heads.html"
+    write_page(tmp_path / "page.html", model_of(CONFIG), pictures_of(CONFIG))
+    around = [
+        re.sub(r'id="data">.*?</script>', "", path.read_text(), flags=re.DOTALL)
+        for path in (ready, tmp_path / "page.html")
+    ]
+    assert around[0] == around[1]
+    assert ready.stat().st_size <= 1_000_000
+
+
+def test_without_positions_the_ready_page_names_the_texture_and_loses_the_place(browser):
+    """As README and tutorial 16 say."""
+    browser.open(Path(__file__).parents[2] / "docs" / "heads.html")
+    data = browser.execute_script("return data")
+    truths = [data["classes"][image["truth"]] for image in data["images"]]
+    answers = browser.execute_script(
+        """takeStep(steps.find(({name}) => name === "Content alone"));
+        return data.images.map((_, image) => {
+            state.image = image;
+            const shares = probabilities();
+            return className(shares.indexOf(Math.max(...shares)));
+        });"""
+    )
+    assert answers == [f"{truth.partition(',')[0]}, top right" for truth in truths]
+    trained = [data["classes"][np.argmax(image["probabilities"])] for image in data["images"]]
+    assert trained == truths
+    assert len(truths) == 10
 
 
 # Mouse, touch, keyboard.
@@ -473,7 +526,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(opened):
     leave(browser)
     visited = []
     for _ in range(60):
-        press(browser, "TAB")
+        browser.switch_to.active_element.send_keys("\ue004")  # Tab
         visited.append(
             browser.execute_script(
                 """const at = document.activeElement;
