@@ -24,3 +24,12 @@ def did_you_mean(name, names):
 def printable(text: object) -> str:
     """The text without characters that a terminal would obey, or that are none."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def shortened(text: object, width: int) -> str:
+    """The printable text in at most so many characters, with dots in the middle of a longer one."""
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    kept = width - 3
+    return f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"

@@ -98,8 +98,13 @@ def kill_at(event):
     os.fsync, os.replace = killing_fsync, killing_replace
 
 
-if __name__ == "__main__":
+def command(argv, save_seconds=training.SAVE_SECONDS):
+    """The command line on the small data set; ends the process."""
     run.load_dataset = small_dataset
-    training.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS))
+    training.SAVE_SECONDS = save_seconds
+    main(argv)
+
+
+if __name__ == "__main__":
     kill_at(int(os.environ.get("KILL_AT", "0")))
-    main(sys.argv[1:])
+    command(sys.argv[1:], float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS)))

@@ -131,7 +131,8 @@ def grade(submissions, instructor, out, jobs):
         line = coursework.printable(f"not graded, being no folder or archive: {names}")
         click.echo(f"\n{line}")
     click.echo(f"\n{coursework.walls()}")
-    click.echo(f"{out / 'grades.csv'}, and for each student results.json and feedback.txt")
+    click.echo(f"{out / 'grades.csv'}, and a folder for each student:")
+    click.echo("    feedback.txt for the student, details.txt for you, results.json for Gradescope")
 
 
 @command.command(cls=Command)

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
+from shutil import get_terminal_size
 
 import click
 
@@ -22,9 +24,10 @@ from ..experiments.plan import (
     refuse_other,
 )
 from ..experiments.run import new_plan, run_plan
-from ..experiments.tables import write_tables
+from ..experiments.tables import on_screen, write_tables
 from ..system import read_text, write_file
 from ..training.interrupt import Interrupted
+from ..training.report import folded
 from ..training.settings import DATA, TRAINING, flag
 from .options import (
     PATH,
@@ -59,7 +62,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "subset",
     "Train on this share of the images of each class. sample-efficiency takes --fractions instead.",
-    shown="0.1, for masking and escape 1",
+    shown="0.1 for ablation and locality, else 1",
 )
 @option(
     "--fractions",
@@ -72,7 +75,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "model",
     "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
-    shown="that of the data's recipe",
+    shown="that of the data's recipe, for diversity convit_deep32",
 )
 @option(
     "--budget",
@@ -109,6 +112,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     locality           locality strength and number of GPSA layers (figure 8a)
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
+    diversity          losses that keep patches apart (Patch Diversification)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
     lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.
@@ -134,7 +138,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
             if plan is None:
                 plan = replayed or new_plan(asked, click.echo, **where)
                 _keep(plan, out, where["data_dir"])
-            click.echo(_announcement(plan, out))
+            click.echo(folded(_announcement(plan, out)))
             has_pictures = _can_draw()
 
             def show(outcomes):
@@ -147,7 +151,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
         _say_stopped(f"{ctx.command_path} {name}", out, device)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     text, names = show(outcomes)
-    click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
+    _show(text, out, names)
     return 0
 
 
@@ -157,8 +161,15 @@ def _lipschitz(out, plan_file, seeds=3, **other):
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
     text, names = lipschitz.run(out, seeds, _can_draw())
-    click.echo(f"{text}\nin {out}: {', '.join(names)}")
+    _show(text, out, names)
     return 0
+
+
+def _show(text, out, names):
+    """The text of table.md, which a terminal has in its own way, and where everything is."""
+    if sys.stdout.isatty():
+        text = on_screen(text, get_terminal_size().columns)
+    click.echo(folded(f"\n{text}\nin {out}: {', '.join(names)}"))
 
 
 def _refuse_flags(plan, name, given):

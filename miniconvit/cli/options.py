@@ -191,7 +191,7 @@ data_dir_option = option(
     type=PATH,
     metavar="FOLDER",
     group=DATA,
-    help="Folder of the data. For imagefolder it is the folder that holds train.",
+    help="Folder of the data. For imagefolder it is the folder above train, or above the classes.",
     shown="MINICONVIT_DATA, else a cache folder",
 )
 no_download_option = option(

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import UserError
 from ..gradcheck.mutants import MUTANTS
 from .cases import VISIBLE, cases
-from .exercises import allowed_functions, exercises
+from .exercises import PAGES, allowed_functions, exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution
 from .student import TESTS, Visible, write_tests
@@ -94,11 +94,17 @@ def test_exercise(exercise):
 
 SETUP = """\
 #!/usr/bin/env bash
-# Needs Python 3.11 or newer: choose an image of Ubuntu 24.04 or later.
+# Runs once, when Gradescope builds the image. It needs Python 3.11 or newer.
 set -e
 apt-get update
-apt-get install -y python3 python3-venv
-python3 -m venv /autograder/venv
+apt-get install -y python3 python3-venv libseccomp2
+python=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    # Ubuntu 22.04 has it beside its own 3.10.
+    apt-get install -y python3.11 python3.11-venv
+    python=python3.11
+fi
+"$python" -m venv /autograder/venv
 /autograder/venv/bin/pip install /autograder/source/miniconvit-*.whl
 """
 
@@ -231,8 +237,10 @@ def _table(chosen):
 
 
 def _hints(chosen):
-    lines = [f"- `{e.file}` ({', '.join(e.functions)}): {e.hint}" for e in chosen]
-    return "\n".join(["", "Hints:", "", *lines])
+    lines = [
+        f"- `{e.file}` ({', '.join(e.functions)}): {e.hint} Page: `{PAGES[e.name]}`" for e in chosen
+    ]
+    return "\n".join(["", "Hints, and pages of miniconvit's `tutorials/`:", "", *lines])
 
 
 def _notes(chosen):
@@ -250,6 +258,7 @@ def _notes(chosen):
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
             f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            f"The page of the tutorials: `tutorials/{PAGES[exercise.name]}`",
             "Common mistakes:",
             "\n".join(f"- {story}" for story in stories),
         ]

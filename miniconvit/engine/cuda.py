@@ -75,6 +75,11 @@ def check_precision(precision, xp):
         )
 
 
+def without_reason(place):
+    """What resolve_device says of the place alone: for tables and JSON."""
+    return "on the CPU" if place.startswith("on the CPU") else place.removesuffix(_COMPILING)
+
+
 def examine_cuda():
     """What there is for CUDA: versions, device, memory, the time of a first kernel (with its
     compilation where it was not cached), and a verdict. A dict of JSON types, None for what was not

@@ -12,7 +12,7 @@ from ..arrays import to_device
 from ..model import init_params
 from ..optim import AdamW
 from . import Classification, make_engine
-from .cuda import resolve_device
+from .cuda import resolve_device, without_reason
 
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
 
@@ -25,6 +25,7 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu", pre
     images = rng.standard_normal((batch_size, config.in_chans, *config.image), dtype="float32")
     labels = rng.integers(config.num_classes, size=batch_size)
     xp, place = resolve_device(device)
+    place = without_reason(place)
     images, labels, params = to_device((images, labels, init_params(config)), xp)
     optimizer = None if inference else AdamW(params, lr=1e-3)
     with make_engine(Classification(config), xp, workers, precision) as engine:
@@ -53,7 +54,11 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu", pre
                 peak = peak and peak + engine.memory_mb()
             else:
                 peak = xp.get_default_memory_pool().total_bytes() / 2**20
-            return {"peak_memory_mb": peak, "workers": engine.workers, "computed": place}
+            return {
+                "peak_memory_mb": peak,
+                "workers": engine.workers,
+                "computed": without_reason(place),
+            }
 
         yield step, facts
 

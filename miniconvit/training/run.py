@@ -7,11 +7,12 @@ from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import Classification, make_engine
-from ..engine.cuda import check_precision, resolve_device
+from ..engine import make_engine
+from ..engine.cuda import check_precision, resolve_device, without_reason
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
+from .objectives import objective_of
 from .report import Report
 from .run_folder import RunFolder, describe
 from .schedule import Schedule, make_schedule
@@ -88,8 +89,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        objective = Classification(config, s.label_smoothing)
-        with make_engine(objective, xp, workers, s.precision) as engine:
+        with make_engine(objective_of(s, config), xp, workers, s.precision) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
@@ -106,7 +106,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 state = begin_state(s, config, xp, start)
                 folder.cut_metrics(0)
                 hashes = {name: value for name, value in hashes.items() if value}
-                about = describe(s, config, data_dir, engine.workers, place)
+                about = describe(s, config, data_dir, engine.workers, without_reason(place))
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
             trained = [name for name in state.params if name not in frozen]
@@ -142,6 +142,8 @@ def _introduction(run, state):
     """What is trained, on what, for how long and where it is kept."""
     dataset, schedule, workers = run.dataset, run.schedule, run.engine.workers
     parameters = sum(p.size for p in state.params.values())
+    asked, most = run.settings.batch_size, schedule.batch_size
+    smaller = f"there are fewer images than --batch-size {asked}: a step takes all {most}"
     on_workers = f" on {workers} worker{'s' * (workers > 1)}" if workers else ""  # none: a GPU
     return (
         f"{run.settings.model}, {parameters:,} parameters, on {dataset.name}: "
@@ -149,4 +151,5 @@ def _introduction(run, state):
         f"to validate, {len(dataset.classes)} classes",
         f"{schedule.total_steps:,} steps of {schedule.batch_size} images in {schedule.epochs} "
         f"epoch{'s' * (schedule.epochs > 1)}{on_workers}, kept in {run.folder.path}",
+        *([smaller] if asked > most else []),
     )

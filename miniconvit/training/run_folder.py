@@ -13,6 +13,7 @@ from zlib import crc32
 from ..checkpoints.checkpoint import BEST, LAST, load_checkpoint
 from ..config import is_number
 from ..errors import UserError
+from ..neighbours.models import config_to_dict
 from ..system import arithmetic, cannot_write, parse_json, read_json, write_file
 
 try:
@@ -47,7 +48,7 @@ def describe(settings, config, data_dir, workers, place):
     """For config.json: what decides a run, and where it was made."""
     return {
         "settings": asdict(settings),
-        "model": config.to_dict(),
+        "model": config_to_dict(config),
         "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
         "workers": workers,

@@ -21,6 +21,7 @@ from miniconvit.engine.kernels.cuda.launch import source
 from miniconvit.engine.objective import Classification
 from miniconvit.layers.names import part
 from miniconvit.optim import clip_grad_norm, update_average
+from miniconvit.training.objectives import Diversified
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 CONFIG = mc.ConViTConfig(
@@ -174,6 +175,26 @@ def test_a_whole_step_is_the_lessons(warps, dtype, soft):
 )
 def test_whole_steps_of_all_kinds(cupy, changes):
     compare_step(cupy, replace(CONFIG, **changes), smoothing=0.0)
+
+
+@executed
+def test_an_objective_that_adds_to_it_computes_by_blocks(cupy):
+    batch, params, _, _ = step_of(CONFIG)
+    objective = Diversified(CONFIG, 0.1, cosine=0.5)
+    numbers, grads = objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    batch, params = to_device((batch, params), cupy)
+    with DeviceEngine(objective, cupy) as engine:
+        before = fakecupy.STATE.launches
+        loss, _, found = engine.loss_and_grads(lambda *_: batch, 13, params, 3, 8)
+        assert_close(found, grads, 1e-10)
+        assert loss.item() == pytest.approx(numbers[0].item(), rel=1e-10)
+        by_blocks = fakecupy.STATE.launches - before
+        engine.hold(params, optimizer := mc.AdamW(params))
+        assert not engine.takes_whole_steps
+        engine.clip(found, 1.0)
+        engine.update(optimizer, params, found)
+    objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    assert fakecupy.STATE.launches - before > 2 * by_blocks
 
 
 @executed
