@@ -58,11 +58,6 @@ def resolve_device(name="auto"):
     raise UserError(f"--device cuda cannot be used: {problem.finding}; {problem.remedy}")
 
 
-def without_reason(place):
-    """What resolve_device says of the place alone: for tables and JSON."""
-    return "on the CPU" if place.startswith("on the CPU") else place.removesuffix(_COMPILING)
-
-
 def check_precision(precision, xp):
     """Raises UserError where there are no products of this precision for arrays of the module xp,
     or where it has another name."""
@@ -78,6 +73,11 @@ def check_precision(precision, xp):
             f"--precision {precision} needs a GPU of compute capability {OF_TENSOR_CORES / 10} or "
             f"newer, and this one has {capability / 10}: leave it at float32"
         )
+
+
+def without_reason(place):
+    """What resolve_device says of the place alone: for tables and JSON."""
+    return "on the CPU" if place.startswith("on the CPU") else place.removesuffix(_COMPILING)
 
 
 def examine_cuda():

@@ -54,8 +54,8 @@ class DeviceEngine:
     def _ready(self, params):
         """The Model and the Buffers of a Classification for parameters of this type, or None."""
         found = self._kernels(params)
-        if found is None or not isinstance(self.objective, Classification):
-            return None
+        if found is None or type(self.objective) is not Classification:
+            return None  # one that adds to it computes by Blocks
         if self._model is None or self._model.kernels is not found:
             self._model = kernels.Model(self.objective.config, found)
             self._buffers = kernels.Buffers(found, self.objective.shapes)

@@ -176,6 +176,35 @@ def test_whole_steps_of_all_kinds(cupy, changes):
     compare_step(cupy, replace(CONFIG, **changes), smoothing=0.0)
 
 
+class Tripled(Classification):
+    """An objective that adds to another: it is still computed by what it says itself."""
+
+    def step(self, *args):
+        (loss, correct), grads = super().step(*args)
+        return (3.0 * loss, correct), {name: 3.0 * grad for name, grad in grads.items()}
+
+
+@executed
+def test_an_objective_that_adds_to_it_computes_by_blocks(cupy):
+    batch, params, _, _ = step_of(CONFIG)
+    objective = Tripled(CONFIG, 0.1)
+    numbers, grads = objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    batch, params = to_device((batch, params), cupy)
+    with DeviceEngine(objective, cupy) as engine:
+        before = fakecupy.STATE.launches
+        loss, _, found = engine.loss_and_grads(lambda *_: batch, 13, params, 3, 8)
+        assert_close(found, grads, 1e-10)
+        assert loss.item() == pytest.approx(numbers[0].item(), rel=1e-10)
+        by_blocks = fakecupy.STATE.launches - before
+        engine.hold(params, optimizer := mc.AdamW(params))
+        assert not engine.takes_whole_steps
+        engine.clip(found, 1.0)
+        engine.update(optimizer, params, found)
+    before = fakecupy.STATE.launches
+    objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    assert fakecupy.STATE.launches - before > 2 * (by_blocks - 4 * 114)  # beside drop path
+
+
 @executed
 def test_what_is_dropped_is_what_the_lesson_drops(warps):
     kernels = Kernels(warps, "float32", "float32")

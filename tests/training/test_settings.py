@@ -65,8 +65,8 @@ OUT_OF_LIMITS = {
     "clip_grad": 0, "label_smoothing": 1.0, "drop_path": -0.1, "augment": "blur", "seed": 2**63,
     "attention": "soft", "local_init": 1, "freeze": "head", "broken": "mend", "repeats": 0,
     "mixup": -1.0, "cutmix": float("inf"), "ema": 1.0, "passes": 0, "init_from": "",
-    "cosine": -0.1, "contrastive": float("nan"), "patch_mixing": -1.0,
     "precision": "fp16",
+    "cosine": -0.1, "contrastive": float("nan"), "patch_mixing": -1.0,
 }  # fmt: skip
 
 
