@@ -163,11 +163,15 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
 def _lipschitz(out, plan_file, seeds=3, **other):
     if other or plan_file:
         raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
+    _check_seeds(seeds)
     text, names = lipschitz.run(out, seeds, can_draw())
     _show(text, out, names)
     return 0
+
+
+def _check_seeds(seeds):
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
 
 
 def _show(text, out, names):
@@ -180,18 +184,17 @@ def _show(text, out, names):
 def _biases(ctx, out, plan_file, where, data_dir=None, **given):
     for name in given.keys() - {"data", "steps", "seeds"} | ({"plan"} if plan_file else set()):
         raise UserError(f"biases has one plan: leave out {flag(name)}")
-    if given.get("seeds", 1) < 1 or given.get("seeds", 1) > MOST_SEEDS:
-        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {given['seeds']}")
+    _check_seeds(given.get("seeds", 1))
     out = out or Path("runs", f"biases-{given.get('data', 'cifar10')}")
     given |= {"data_dir": str(data_dir.expanduser().absolute())} if data_dir else {}
     asked = biases.open_plan(out, given)
     try:
         with _sigterm_too():
-            text, names = biases.run(out, asked, click.echo, pictures=_can_draw(), **where)
+            text, names = biases.run(out, asked, click.echo, pictures=can_draw(), **where)
     except KeyboardInterrupt as stop:
         _say_stopped(f"{ctx.command_path} biases", out, where["device"])
         return 128 + getattr(stop, "signal", signal.SIGINT)
-    click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
+    _show(text, out, names)
     return 0
 
 
