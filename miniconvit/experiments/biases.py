@@ -52,8 +52,8 @@ ARMS = {
 FOUR = ("conv", "gpsa-half", "mlp", "attention")
 DATA = ("shapes", "cifar10", "cifar100")
 BATCH, PEAK, WARM_UP = 64, 2e-3, 0.1
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the steps, after which a run is read and saved
-VALIDATED, PROBED = 2000, 3000  # images: of the error and the probe, and to fit the probe
+SHARES = (1 / 4, 1 / 2, 1)  # of the steps, after which a run is read and saved
+VALIDATED, PROBED = 2000, 2000  # images: of the error and the probe, and to fit the probe
 RIDGE = 0.1  # times the number of images to fit
 SHOWN = 6  # images in the strip
 
@@ -86,7 +86,7 @@ def open_plan(out, given):
         raise UserError(f"{out} holds the plan of another experiment: choose another --out")
     if stored is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty and holds no plan: choose a new folder with --out")
-    asked = {"experiment": "biases", "data": "cifar10", "steps": 480, "seeds": 3, "data_dir": None}
+    asked = {"experiment": "biases", "data": "cifar10", "steps": 400, "seeds": 3, "data_dir": None}
     asked |= {name: stored[name] for name in asked if stored and name in stored}
     for name, value in given.items():
         if stored and name != "data_dir" and asked[name] != value:

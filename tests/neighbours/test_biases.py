@@ -121,8 +121,8 @@ def test_a_plan_is_trained_drawn_and_not_trained_again(small, tmp_path, program)
     status, out, err = run(program, *argv)
     assert status == 0, err
     lines = list(csv.DictReader((tmp_path / "x/table.csv").open()))
-    assert [line["step"] for line in lines[:4]] == ["1", "2", "4", "8"]
-    assert len(lines) == 2 * len(biases.ARMS) * 4
+    assert [line["step"] for line in lines[:3]] == ["2", "4", "8"]
+    assert len(lines) == 2 * len(biases.ARMS) * 3
     assert (tmp_path / "x/table.md").read_text() in out
     assert out.count("attention has the largest error in") == 1
     for name in ("biases.png", "biases-images.png"):
