@@ -155,10 +155,10 @@ class Cublas:
     """What `product.py` calls of cuBLAS, on memory of this process, column by column as there."""
 
     TYPES = {0: np.float32, 1: np.float64, 14: np.uint16}  # noqa: RUF012
-    created = 0
 
-    def __init__(self, counted):
-        self._counted = counted
+    def __init__(self, given):
+        """given: is called with the work of a product, and does it, now or later."""
+        self._given = given
 
     def cublasCreate_v2(self, handle):
         return 0
@@ -176,19 +176,21 @@ class Cublas:
         rows_b, columns_b = (n, k) if turn_b else (k, n)
         if lda < rows_a or ldb < rows_b or ldc < m or kind_a != kind_b:
             return 7  # CUBLAS_STATUS_INVALID_VALUE
-        a = self._factor(a, kind_a, rows_a, columns_a, lda, stride_a, count, compute)
-        b = self._factor(b, kind_b, rows_b, columns_b, ldb, stride_b, count, compute)
+        a = self._matrices(a, kind_a, rows_a, columns_a, lda, stride_a, count)
+        b = self._matrices(b, kind_b, rows_b, columns_b, ldb, stride_b, count)
         a, b = (x.swapaxes(1, 2) if turn else x for x, turn in ((a, turn_a), (b, turn_b)))
         c = self._matrices(c, kind_c, m, n, ldc, stride_c, count)
-        with np.errstate(all="ignore"):
-            result = alpha._obj.value * (a @ b)
-            c[...] = result + c if beta._obj.value else result
-        self._counted()
+
+        def work():
+            with np.errstate(all="ignore"):
+                result = alpha._obj.value * (self._rounded(a, compute) @ self._rounded(b, compute))
+                c[...] = result + c if beta._obj.value else result
+
+        self._given(work)
         return 0
 
-    def _factor(self, pointer, kind, rows, columns, lead, stride, count, compute):
-        x = self._matrices(pointer, kind, rows, columns, lead, stride, count)
-        if kind == 14:  # bfloat16
+    def _rounded(self, x, compute):
+        if x.dtype == np.uint16:  # bfloat16
             return (x.astype(np.uint32) << 16).view(np.float32)
         return rounded_to_tf32(x) if compute == 77 else x
 

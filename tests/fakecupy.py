@@ -29,7 +29,7 @@ def reset():
     """Counters to zero; nothing forbidden, no limit."""
     vars(STATE).update(waits=0, uploads=0, allocations=0, copies=0, used=0, reserved=0)
     vars(STATE).update(launches=0, bytes=0, products=0)
-    vars(STATE).update(limit=None, forbidden=set())
+    vars(STATE).update(limit=None, forbidden=set(), recorded=None, graphs=0)
 
 
 reset()
@@ -102,10 +102,28 @@ def host(x):
     raise Refused(f"unsupported type {type(x)} beside a device array")
 
 
+def given(work):
+    """Does what the device is given to do, or notes it where a graph is being recorded."""
+    if STATE.recorded is None:
+        return work()
+    STATE.recorded.append(work)
+    return 0
+
+
 def launch(*arrays, kernels=1):
-    """Counts kernels, each of which reads or writes these NumPy arrays."""
+    """Counts kernels, each of which reads or writes these NumPy arrays. What has no `work` to give
+    is computed at once, and so cannot be recorded."""
+    if STATE.recorded is not None:
+        raise NotImplementedError("the stand-in cannot record this")
     STATE.launches += kernels
     STATE.bytes += kernels * sum(unrepeated(x) for x in arrays if isinstance(x, np.ndarray))
+
+
+def write(target, value):
+    """One kernel that writes a value or an array to a NumPy array."""
+    STATE.launches += 1
+    STATE.bytes += unrepeated(target) + (value.nbytes if isinstance(value, np.ndarray) else 0)
+    given(lambda: target.__setitem__(..., value))
 
 
 def unrepeated(x):
@@ -136,6 +154,8 @@ def new(result, *sources):
     if result.dtype == np.float64 and "float64" in STATE.forbidden:
         raise Refused("a float64 array in a float32 computation")
     array = DArray.__new__(DArray)
+    if STATE.recorded is not None:
+        STATE.kept.append(array)  # the graph goes on using it
     for source in sources:
         if root(result) is root(source._host):
             array._host, array._memory = result, source._memory
@@ -183,6 +203,10 @@ def matmul(x, y):
     x, y = operand(x), operand(y)
     if x.dtype not in (np.float32, np.float64):
         raise Refused(f"no cuBLAS product of {x.dtype}")
+    if STATE.recorded is not None:
+        raise NotImplementedError(
+            "calling cuBLAS API during stream capture is currently unsupported"
+        )
     STATE.products += 1
     if x.shape[:-2] != y.shape[:-2]:
         launch(kernels=3 * (max(x.ndim, y.ndim) - 2))
@@ -270,7 +294,9 @@ class DArray:
             return computed(self._host, result=self._host.astype(dtype, order="C"))
 
     def copy(self):
-        return computed(self._host, result=self._host.copy())
+        copied = new(np.empty(self.shape, self.dtype))
+        write(copied._host, self._host)
+        return copied
 
     def get(self):
         wait("get")
@@ -293,8 +319,11 @@ class DArray:
         return part
 
     def __setitem__(self, key, value):
-        self._host[index(key)] = host(value)
-        launch(host(value), self._host[index(key)])
+        key, value = index(key), host(value)
+        if isinstance(part := self._host[key], np.ndarray) and root(part) is root(self._host):
+            return write(part, value)
+        self._host[key] = value  # to places, or to one element
+        launch(value, self._host[key])
 
     def __neg__(self):
         return computed(self._host, result=-self._host)
@@ -385,6 +414,12 @@ def empty(shape, dtype):
     return new(host)
 
 
+def zeros(shape, dtype):
+    array = new(np.zeros(shape, dtype))
+    given(lambda: array._host.__setitem__(..., 0))
+    return array
+
+
 def ascontiguousarray(x):
     return x if x.flags.c_contiguous else x.copy()
 
@@ -430,7 +465,7 @@ FUNCTIONS = {
     "concatenate": joining(np.concatenate),
     "arange": lambda n, dtype=None: computed(result=np.arange(n, dtype=dtype)),
     "full_like": lambda x, value: computed(result=np.full_like(host(x), host(value))),
-    "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
+    "zeros": zeros,
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
     "float32": np.float32,
     "float64": np.float64,
@@ -469,9 +504,9 @@ class RawModule:
             sent = [self._sent(name, *pair) for pair in zip(declared, args, strict=True)]
             pointers = (ctypes.c_void_p * len(sent))(*map(ctypes.addressof, sent))
             block = (1, 1) if self._lanes == 1 else block
-            if kernel(grid[0], *block, pointers):
-                raise Refused(f"{name}: threads wait for others that never come")
             STATE.launches += 1
+            if given(lambda keep=(sent, args): kernel(grid[0], *block, pointers)):
+                raise Refused(f"{name}: threads wait for others that never come")
 
         return call
 
@@ -491,8 +526,56 @@ class RawModule:
         return ctypes.c_void_p(arg.data.ptr)
 
 
-def count_product():
+def product(work):
     STATE.products += 1
+    given(work)
+
+
+class Stream:
+    """As cupy.cuda.Stream; it records a graph by noting what it is given."""
+
+    current = SimpleNamespace(ptr=0, synchronize=lambda: wait("synchronize"))
+
+    def __init__(self, non_blocking=False):
+        self.ptr, self._forbidden = 1, None
+
+    def __enter__(self):
+        self._before, Stream.current = Stream.current, self
+        return self
+
+    def __exit__(self, *exception):
+        Stream.current = self._before
+
+    def synchronize(self):
+        wait("synchronize")
+
+    def begin_capture(self):
+        self._forbidden = forbid("wait", "upload")
+        self._forbidden.__enter__()
+        STATE.recorded, STATE.kept = [], []
+
+    def end_capture(self):
+        recorded, STATE.recorded = STATE.recorded, None
+        self._forbidden.__exit__(None, None, None)
+        return Graph(recorded, STATE.kept)
+
+
+class Graph:
+    """As cupy.cuda.Graph: one launch, whatever is in it."""
+
+    def __init__(self, recorded, kept):
+        self._recorded, self._kept = recorded, kept
+
+    def launch(self, stream):
+        STATE.graphs += 1
+        STATE.launches += 1
+        for work in self._recorded:
+            work()
+
+
+@contextmanager
+def using_allocator(allocator):
+    yield
 
 
 RUNTIME = {
@@ -507,9 +590,12 @@ def modules():
     """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
     cupy = ModuleType("cupy")
     vars(cupy).update(FUNCTIONS, __version__="14.2.0", RawModule=RawModule)
-    stream = SimpleNamespace(synchronize=lambda: wait("synchronize"), ptr=0)
     cupy.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
+        runtime=SimpleNamespace(**RUNTIME),
+        get_current_stream=lambda: Stream.current,
+        Stream=Stream,
+        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        using_allocator=using_allocator,
     )
     special = ModuleType("cupyx.scipy.special")
     special.erf = elementwise(host_erf)
@@ -525,7 +611,7 @@ def install(monkeypatch):
     monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
     monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 90)
     monkeypatch.setattr("miniconvit.engine.cuda._find_cache", lambda: None)
-    cublas = fakecuda.Cublas(count_product)
+    cublas = fakecuda.Cublas(product)
     monkeypatch.setattr("miniconvit.engine.kernels.cuda.product.load_cublas", lambda: cublas)
     if not fakecuda.COMPILER:  # whole trainings run on the layers then
         monkeypatch.setattr("miniconvit.engine.gpu.kernels", None)

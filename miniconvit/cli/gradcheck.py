@@ -63,8 +63,10 @@ def _layer_tables(layers, every_entry, seed, as_json):
         print_json({"ok": ok, "seed": seed, "worst_error": worst, "cases": cases})
     else:
         verdict = "all right" if ok else "WRONG, see above"
-        counts = f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}"
-        click.secho(f"{counts}: {verdict}", fg=None if ok else "red")
+        click.secho(
+            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}",
+            fg=None if ok else "red",
+        )
         click.echo(f"largest relative error of a right one: {worst:.0e}")
     return ok
 

@@ -3,17 +3,22 @@
 import numpy as np
 
 from ..system import available_threads
+from .cuda import check_precision
 from .gpu import DeviceEngine
 from .objective import Classification
 from .processes import ProcessEngine, can_fork
 from .threads import Engine
 
 
-def make_engine(objective, xp, workers=None):
-    """The engine of an Objective for arrays of the module xp. workers, by default all cores, are
-    for the CPU alone: processes where these can be forked."""
+def make_engine(objective, xp, workers=None, precision="float32"):
+    """The engine of an Objective for arrays of the module xp.
+
+    workers, by default all cores, are for the CPU alone: processes where these can be forked.
+    precision: of a GPU's products, a name of PRECISIONS. Raises UserError where it has none such.
+    """
+    check_precision(precision, xp)
     if xp is not np:
-        return DeviceEngine(objective, xp)
+        return DeviceEngine(objective, xp, precision)
     workers = workers or available_threads()
     kind = ProcessEngine if workers > 1 and can_fork() else Engine
     return kind(objective, workers)

@@ -1,6 +1,7 @@
 """The engine for a GPU: the whole batch at once, and nobody waits for a result within a step."""
 
 from contextlib import suppress
+from math import inf
 
 from .. import layers
 from ..arrays import to_cpu
@@ -26,10 +27,13 @@ class DeviceEngine:
 
     workers = None
     steps_between_reads = 50
+    records = True
+    """Whether whole steps are recorded as graphs."""
 
     def __init__(self, objective, xp, precision="float32"):
         self.objective, self.xp, self.precision = objective, xp, precision
-        self._buffers = self._model = None
+        self._buffers = self._model = self._training = self._graph = self._seen = None
+        self.graph_problem = None
 
     def close(self):
         """Gives the memory that is not in use back to the device."""
@@ -50,8 +54,8 @@ class DeviceEngine:
     def _ready(self, params):
         """The Model and the Buffers of a Classification for parameters of this type, or None."""
         found = self._kernels(params)
-        if found is None or not isinstance(self.objective, Classification):
-            return None
+        if found is None or type(self.objective) is not Classification:
+            return None  # one that adds to it computes by Blocks
         if self._model is None or self._model.kernels is not found:
             self._model = kernels.Model(self.objective.config, found)
             self._buffers = kernels.Buffers(found, self.objective.shapes)
@@ -102,11 +106,82 @@ class DeviceEngine:
         images = f"{n} images" if n > 1 else "one image"
         return f"a step of {images} does not fit into the GPU's {total:.1f} GB: {advice}"
 
-    def hold(self, params, optimizer, average=None, trained=None):
-        """As Engine's: each of these dictionaries gets views of one buffer."""
+    def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
+        """As Engine's: each of these dictionaries gets views of one buffer, and step() is there."""
         is_whole = params.keys() == optimizer.exp_avg.keys() == self.objective.shapes.keys()
         if is_whole and (ready := self._ready(params)):
             ready[1].hold(params, optimizer, average, trained)
+            names = tuple(params if trained is None else trained)
+            self._training = params, optimizer, names, max_norm, decay
+
+    @property
+    def takes_whole_steps(self):
+        """Whether step() can be called: all of a training is held."""
+        return self._training is not None
+
+    def step(self, load, n, lr, seed, step):
+        """loss_and_grads, clip, update and average of what is held, at once. Returns the loss, the
+        count of right answers and the norm, scalar arrays on the device.
+
+        From the second step on it is recorded as a graph, where that gives the same bits.
+        """
+        _, buffers = self._ready(self._training[0])
+        batch = load(0, n)
+        form = [(x.shape, x.dtype) for x in batch], seed
+        buffers.note(step)
+        buffers.note_rates(self._training[1], lr)
+        if self._graph and self._graph[0] == form:
+            _, graph, inputs = self._graph
+            for x, value in zip(inputs, batch, strict=True):
+                x[...] = value
+            graph.launch(self.xp.cuda.get_current_stream())
+            return graph.results.copy()
+        try:
+            before = buffers.state() if self._is_to_record(form) else None
+            with out_of_memory():
+                numbers = self._whole_step(batch, seed)
+        except MemoryError:
+            problem = self._too_large(lambda n: self._whole_step(load(0, n), seed), n)
+            raise UserError(problem) from None
+        if before:
+            self._record(form, batch, seed, before, numbers)
+        self._seen = form
+        return numbers
+
+    def _whole_step(self, batch, seed):
+        """The part of step() that a graph holds."""
+        params, optimizer, names, max_norm, decay = self._training
+        model, buffers = self._ready(params)
+        smoothing = self.objective.label_smoothing
+        numbers = model.step(batch, params, buffers.grads, smoothing, seed, buffers.number)
+        norm = buffers.clip(names, max_norm)
+        buffers.update(optimizer, names)
+        if decay is not None:
+            buffers.average(decay)
+        return buffers.collect(*numbers, norm)
+
+    def _is_to_record(self, form):
+        """At the second step of a form: at the first one kernels are compiled."""
+        return self.records and self.graph_problem is None and self._seen == form
+
+    def _record(self, form, batch, seed, before, numbers):
+        """Records the step that has just been made. The graph must give its numbers and its state
+        again, to the bit; else `graph_problem` says why there is none."""
+        buffers = self._buffers
+        after, inputs = buffers.state(), [x.copy() for x in batch]
+        try:
+            graph = kernels.Graph(self.xp, lambda: self._whole_step(inputs, seed))
+            buffers.restore(before)
+            graph.launch(self.xp.cuda.get_current_stream())
+            found = [*buffers.state(), graph.results]
+            if all(bool((x == y).all()) for x, y in zip(found, [*after, numbers], strict=True)):
+                self._graph = form, graph, inputs
+            else:
+                self.graph_problem = "a graph of the step gives other bits"
+        except (MemoryError, RuntimeError, NotImplementedError) as error:
+            self.graph_problem = " ".join(str(error).split())[:120]
+        buffers.restore(after)
+        self.close()  # what the steps without a graph have used
 
     def _are_ours(self, grads, **held):
         """Whether these gradients are those of the last step, and what else is held."""
@@ -125,7 +200,8 @@ class DeviceEngine:
         """As Engine's."""
         moments = {name: optimizer.exp_avg[name] for name in params}
         if self._are_ours(grads, params=params, exp_avg=moments):
-            self._buffers.update(optimizer, grads, optimizer.lr if lr is None else lr)
+            self._buffers.note_rates(optimizer, optimizer.lr if lr is None else lr)
+            self._buffers.update(optimizer, grads)
         else:
             optimizer.step(params, grads, lr)
 

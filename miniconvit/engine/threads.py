@@ -6,6 +6,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import reduce
+from math import inf
 from operator import add
 from threading import Lock
 
@@ -151,10 +152,13 @@ class Engine:
         for name, grad in right.items():
             left[name] += grad
 
-    def hold(self, params, optimizer, average=None, trained=None):
+    takes_whole_steps = False
+
+    def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of
         the same numbers, or keep theirs. average: update_average's, or None; trained: the names of
-        the parameters that will be, by default all."""
+        the parameters that will be, by default all; max_norm, decay: what clip and average will be
+        told."""
         self._require_open()
 
     def clip(self, grads, max_norm):

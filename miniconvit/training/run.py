@@ -2,12 +2,13 @@
 
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
 from ..engine import make_engine
-from ..engine.cuda import resolve_device, without_reason
+from ..engine.cuda import check_precision, resolve_device, without_reason
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
@@ -76,6 +77,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = resolve_device(device)
+    check_precision(s.precision, xp)
     dataset = load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
     hashes = {"data_sha256": fingerprint(dataset)}
     if stored_sha256(out, "data_sha256") not in (None, hashes["data_sha256"]):
@@ -87,7 +89,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     frozen = frozen_names(config, s.freeze)
     folder.open(resume)
     try:
-        with make_engine(objective_of(s, config), xp, workers) as engine:
+        with make_engine(objective_of(s, config), xp, workers, s.precision) as engine:
             start, note = None, ()
             if resume and folder.last.exists():
                 state = load_state(folder.last, s, config, schedule, xp)
@@ -108,7 +110,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 folder.write_config(about | hashes)
             data = on_device(dataset, xp)
             trained = [name for name in state.params if name not in frozen]
-            engine.hold(state.params, state.optimizer, state.ema, trained)
+            limits = s.clip_grad or inf, s.ema
+            engine.hold(state.params, state.optimizer, state.ema, trained, *limits)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)

@@ -14,6 +14,7 @@ from ..config import VARIANTS, ConViTConfig, is_count, is_number
 from ..data.augment import PRESETS
 from ..data.dataset import SOURCES, Dataset
 from ..data.imagefolder import BROKEN
+from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
 from ..neighbours.diversity import PatchHeadConfig
 from .freeze import FREEZE
@@ -250,6 +251,13 @@ class Settings:
         "Weight of a loss on each patch. Images are pasted into each other along patches, and each "
         "patch must tell its image's class.",
         0.0,
+    )
+    precision: str = setting(
+        TRAINING,
+        _one_of(PRECISIONS),
+        "Precision of a GPU's matrix products. tf32 keeps 10 bits after the point and bf16 keeps "
+        "7. Sums, parameters and all else stay float32.",
+        "float32",
     )
 
     def __post_init__(self):

@@ -13,8 +13,10 @@ import pytest
 import miniconvit as mc
 from miniconvit import layers
 from miniconvit.arrays import to_cpu, to_device
+from miniconvit.engine import make_engine
+from miniconvit.engine.cuda import check_precision
 from miniconvit.engine.gpu import DeviceEngine
-from miniconvit.engine.kernels.cuda import Blocks, Buffers, Kernels, check_precision
+from miniconvit.engine.kernels.cuda import Blocks, Buffers, Kernels
 from miniconvit.engine.kernels.cuda.launch import source
 from miniconvit.engine.objective import Classification
 from miniconvit.layers.names import part
@@ -172,6 +174,35 @@ def test_a_whole_step_is_the_lessons(warps, dtype, soft):
 )
 def test_whole_steps_of_all_kinds(cupy, changes):
     compare_step(cupy, replace(CONFIG, **changes), smoothing=0.0)
+
+
+class Tripled(Classification):
+    """An objective that adds to another: it is still computed by what it says itself."""
+
+    def step(self, *args):
+        (loss, correct), grads = super().step(*args)
+        return (3.0 * loss, correct), {name: 3.0 * grad for name, grad in grads.items()}
+
+
+@executed
+def test_an_objective_that_adds_to_it_computes_by_blocks(cupy):
+    batch, params, _, _ = step_of(CONFIG)
+    objective = Tripled(CONFIG, 0.1)
+    numbers, grads = objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    batch, params = to_device((batch, params), cupy)
+    with DeviceEngine(objective, cupy) as engine:
+        before = fakecupy.STATE.launches
+        loss, _, found = engine.loss_and_grads(lambda *_: batch, 13, params, 3, 8)
+        assert_close(found, grads, 1e-10)
+        assert loss.item() == pytest.approx(numbers[0].item(), rel=1e-10)
+        by_blocks = fakecupy.STATE.launches - before
+        engine.hold(params, optimizer := mc.AdamW(params))
+        assert not engine.takes_whole_steps
+        engine.clip(found, 1.0)
+        engine.update(optimizer, params, found)
+    before = fakecupy.STATE.launches
+    objective.step(batch, params, 1.0, 0, 3, 8, layers)
+    assert fakecupy.STATE.launches - before > 2 * (by_blocks - 4 * 114)  # beside drop path
 
 
 @executed
@@ -362,12 +393,21 @@ def test_bfloat16_is_rounded_to_the_nearest_even(warps):
     assert nan & 0x7F80 == 0x7F80 and nan & 0x7F
 
 
-def test_a_gpu_without_such_products_is_refused():
-    check_precision("float32", 7.5)
-    check_precision("bf16", 8.0)
+def test_a_gpu_without_such_products_is_refused(cupy, monkeypatch):
+    for capability in (80, 120, None):
+        monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda c=capability: c)
+        check_precision("bf16", cupy)
+    monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 75)
+    check_precision("float32", cupy)
     for precision in ("tf32", "bf16"):
-        with pytest.raises(mc.UserError, match=f"--precision {precision} needs a GPU of compute"):
-            check_precision(precision, 7.5)
+        with pytest.raises(mc.UserError, match=rf"--precision {precision} needs .* 8.0 .* has 7.5"):
+            check_precision(precision, cupy)
+        with pytest.raises(mc.UserError, match=f"--precision {precision} is for --device cuda"):
+            make_engine(Classification(CONFIG), np, 1, precision)
+    with pytest.raises(
+        mc.UserError, match=r"unknown precision 'fp16' .*: choose one of float32, tf32"
+    ):
+        check_precision("fp16", np)
 
 
 # ---------------------------------------------------------------- the stand-in, CUDA's compiler

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cupy_names
+import fakecuda
 import fakecupy
 import numpy as np
 import pytest
@@ -420,13 +421,15 @@ def test_a_run_is_the_cpus_and_steps_neither_wait_nor_send(cupy, tmp_path, monke
 
     def strict_step(run, state, load):
         before = fakecupy.STATE.allocations
-        with fakecupy.forbid("wait", "upload", "float64"):
+        strictly = ("wait", "upload", "float64") if state.step != 1 else ()  # a graph is recorded
+        with fakecupy.forbid(*strictly):
             whole_step(run, state, load)
         steps.append(fakecupy.STATE.allocations - before)
 
     monkeypatch.setattr(training, "train_step", strict_step)
     on_device = run(tmp_path / "device")
-    assert len(steps) == 18 and len(set(steps[1:])) == 1 and steps[1] > 100
+    assert len(steps) == 18 and len(set(steps[2:])) == 1 and steps[0] > 2 * steps[2]
+    assert fakecupy.STATE.graphs == 17
     monkeypatch.setattr(training, "train_step", whole_step)
     on_cpu = run(tmp_path / "cpu", "cpu")
     assert largest_error(tensors(tmp_path / "device"), tensors(tmp_path / "cpu")) < 1e-3
@@ -482,7 +485,33 @@ def test_interrupted_and_resumed(cupy, tmp_path, monkeypatch, first, second):
     assert resumed.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-4)
 
 
+def test_the_precision_belongs_to_the_run(cupy, tmp_path, monkeypatch):
+    with pytest.raises(mc.UserError, match="--precision bf16 is for --device cuda"):
+        run(tmp_path / "cpu", "cpu", precision="bf16")
+    assert not (tmp_path / "cpu").exists()
+    if not fakecuda.COMPILER:
+        pytest.skip(fakecuda.REASON)
+    whole = run(tmp_path / "whole", precision="bf16")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", precision="bf16")
+    kept = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert kept["settings"]["precision"] == "bf16"
+    with pytest.raises(mc.UserError, match="began with --precision bf16 and cannot go on"):
+        run(tmp_path / "parts", resume=True)
+    with pytest.raises(mc.UserError, match="--precision bf16 is for --device cuda"):
+        run(tmp_path / "parts", "cpu", resume=True, precision="bf16")
+    run(tmp_path / "parts", resume=True, precision="bf16")
+    found, true = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")
+    assert all(np.array_equal(found[name], true[name]) for name in true)
+    exact = run(tmp_path / "float32")
+    losses = [result.rows[-1]["train_loss"] for result in (whole, exact)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_divergence_names_the_step_that_began_it(cupy, tmp_path, monkeypatch):
+    monkeypatch.setattr(DeviceEngine, "takes_whole_steps", False)
     for place in ("cpu", "cuda"):
         with monkeypatch.context() as patch:
             loss_and_grads = {"cpu": Engine, "cuda": DeviceEngine}[place].loss_and_grads

@@ -3,5 +3,6 @@ one pass over memory. Deleting this folder leaves everything working, only slowe
 
 from .block import Blocks
 from .flat import Buffers
-from .launch import PRECISIONS, Kernels, check_precision, kernels_for
+from .graph import Graph
+from .launch import Kernels, kernels_for
 from .model import Model

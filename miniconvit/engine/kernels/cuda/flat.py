@@ -88,17 +88,35 @@ class Buffers:
         k.flat("clip", self._size, self._grads, kinds, sums, norm, self._size, len(sums), max_norm)
         return norm
 
-    def update(self, optimizer, names, lr):
-        """As optimizer.step for the held parameters of these names."""
+    def collect(self, loss, correct, norm):
+        """(3,): three scalars."""
+        numbers = self.kernels.empty(3)
+        self.kernels.launch("collect", 1, loss, correct, norm, numbers, warps=1)
+        return numbers
+
+    def state(self):
+        """Copies of all that an update changes."""
+        return [buffer.copy() for buffer, _ in self._held.values()]
+
+    def restore(self, state):
+        """Puts such copies back."""
+        for (buffer, _), saved in zip(self._held.values(), state, strict=True):
+            buffer[...] = saved
+
+    def note_rates(self, optimizer, lr):
+        """Counts a step of the optimizer, and tells the device its rates."""
         optimizer.step_count += 1
         beta1, beta2 = optimizer.betas
         correction1, correction2 = (1.0 - beta**optimizer.step_count for beta in (beta1, beta2))
         rates = lr, lr / correction1, 1.0 / sqrt(correction2)
         self.kernels.launch("note_rates", 1, self._rates, *rates, warps=1)
+
+    def update(self, optimizer, names):
+        """As optimizer.step for the held parameters of these names, by the rates on the device."""
         held = [self._held[kind][0] for kind in ("params", "exp_avg", "exp_avg_sq")]
         self.kernels.flat("adamw", self._size, held[0], self._grads, *held[1:],
                           self._kinds_of(names), self._rates, self._size, optimizer.weight_decay,
-                          beta1, beta2, optimizer.eps)  # fmt: skip
+                          *optimizer.betas, optimizer.eps)  # fmt: skip
 
     def average(self, decay):
         """As update_average of the held average."""

@@ -3,23 +3,11 @@
 from functools import lru_cache
 from importlib.resources import files
 
-from ....errors import UserError
 from .product import Products
 
 LANES, WARPS = 32, 8  # threads of a row, rows of a block
 BLOCKS = 1024  # that go over a flat buffer
 SHARED = 48 * 1024  # bytes that a block has on every GPU
-PRECISIONS = ("float32", "tf32", "bf16")
-TENSOR_CORES = 8.0  # the first compute capability whose products are in TF32 or bfloat16
-
-
-def check_precision(precision, capability):
-    """Raises UserError where this GPU has no products of this precision."""
-    if precision != "float32" and capability < TENSOR_CORES:
-        raise UserError(
-            f"--precision {precision} needs a GPU of compute capability {TENSOR_CORES} or newer, "
-            f"and this one has {capability}: leave it at float32"
-        )
 
 
 def source(dtype, precision):
