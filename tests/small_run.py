@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import miniconvit.training.loop as training
-from miniconvit.cli import main
+from miniconvit.cli import data, main
+from miniconvit.cli import eval as evaluation
 from miniconvit.data import ImageArray, Split
 from miniconvit.training import run
 
@@ -98,9 +99,15 @@ def kill_at(event):
     os.fsync, os.replace = killing_fsync, killing_replace
 
 
+def use_small_data():
+    """From here on every command reads the small data set, whatever it is asked for."""
+    for module in (run, data, evaluation):
+        module.load_dataset = small_dataset
+
+
 def command(argv, save_seconds=training.SAVE_SECONDS):
     """The command line on the small data set; ends the process."""
-    run.load_dataset = small_dataset
+    use_small_data()
     training.SAVE_SECONDS = save_seconds
     main(argv)
 

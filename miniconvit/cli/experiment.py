@@ -10,7 +10,6 @@ from shutil import get_terminal_size
 
 import click
 
-from ..analysis.style import require_matplotlib
 from ..errors import UserError
 from ..experiments import lipschitz
 from ..experiments.figures import draw
@@ -33,6 +32,7 @@ from .options import (
     PATH,
     Command,
     Name,
+    can_draw,
     data_dir_option,
     device_option,
     option,
@@ -139,7 +139,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
                 plan = replayed or new_plan(asked, click.echo, **where)
                 _keep(plan, out, where["data_dir"])
             click.echo(folded(_announcement(plan, out)))
-            has_pictures = _can_draw()
+            has_pictures = can_draw()
 
             def show(outcomes):
                 entries, text = write_tables(plan, outcomes, out)
@@ -160,7 +160,7 @@ def _lipschitz(out, plan_file, seeds=3, **other):
         raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
-    text, names = lipschitz.run(out, seeds, _can_draw())
+    text, names = lipschitz.run(out, seeds, can_draw())
     _show(text, out, names)
     return 0
 
@@ -207,16 +207,6 @@ def _keep(plan, out, data_dir):
     if data_dir is not None:
         write_file(out / DATA_DIR, f"{data_dir.expanduser().absolute()}\n".encode())
     plan.save(out / PLAN)
-
-
-def _can_draw():
-    """Whether there will be pictures; says so where there will not."""
-    try:
-        require_matplotlib()
-    except UserError as error:
-        click.echo(f"no picture will be drawn: {error}", err=True)
-        return False
-    return True
 
 
 def _say_stopped(command_line, out, device):

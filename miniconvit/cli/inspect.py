@@ -18,6 +18,7 @@ from .options import (
     COUNT,
     PATH,
     Command,
+    can_draw,
     checkpoint_options,
     json_option,
     option,
@@ -117,7 +118,7 @@ def command(
         elif out is None and checkpoint.is_dir():
             out = checkpoint / "inspect"
     if out is not None:
-        names = write_inspection(inspection, out)
+        names = write_inspection(inspection, out, can_draw())
         if not as_json:
             click.echo(folded(f"\nin {out}: {', '.join(names)}"))
 

@@ -9,9 +9,10 @@ from typing import get_args
 
 import click
 
+from ..analysis.style import require_matplotlib
 from ..data.images import allow_any_size
 from ..engine.cuda import DEVICES
-from ..errors import unknown_name
+from ..errors import UserError, unknown_name
 from ..training.settings import (
     AUGMENTATION,
     DATA,
@@ -246,6 +247,16 @@ checkpoint_options = options(
     ),
 )
 """For the commands that take any checkpoint."""
+
+
+def can_draw():
+    """Whether there will be pictures; says so where there will not."""
+    try:
+        require_matplotlib()
+    except UserError as error:
+        click.echo(f"no picture will be drawn: {error}", err=True)
+        return False
+    return True
 
 
 def print_json(values):

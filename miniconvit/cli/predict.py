@@ -98,19 +98,19 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
             )
             slope = gradient / np.reshape(model.std, (-1, 1, 1))  # of pixels from 0 to 1
             drawn.append((title, pixels[0].transpose(1, 2, 0) / 255.0, slope))
-    if drawn:
-        draw_saliency(drawn, saliency)
     if as_json:
         found = {"checkpoint": str(path), "images": answers, "computed": without_reason(place)}
         print_json(found | ({"failed": failed} if failed else {}))
     elif answers:
         click.echo("\n\n".join(_text(answer) for answer in answers))
         click.echo(f"\ncomputed {without_reason(place)}")
-        if drawn:
-            first = f" of the first {MOST} images" if len(answers) > MOST else ""
-            click.echo(f"saliency{first} in {saliency}")
     for failure in failed:
         click.echo(f"Error: {failure['problem']}", err=True)
+    if drawn:
+        draw_saliency(drawn, saliency)
+        if not as_json:
+            first = f" of the first {MOST} images" if len(answers) > MOST else ""
+            click.echo(f"saliency{first} in {saliency}")
     return 1 if failed else 0
 
 

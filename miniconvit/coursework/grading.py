@@ -28,7 +28,10 @@ from .work import row
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
 VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
-SMALL = replace(LIMITS, memory=512 << 20)  # student code in a container of 768 MB, which is usual
+SMALL = replace(LIMITS, seconds=20.0, memory=512 << 20)
+"""On Gradescope: endless loops everywhere fit into 10 minutes, and this process beside one of
+student code into 768 MB, which are what it usually gives."""
+
 ARCHIVES = (".zip", *OTHER_ARCHIVES)  # the others cannot be read, but some student's work is in it
 
 

@@ -156,6 +156,18 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
+    def is_training(self):
+        """Whether a process trains here now, as far as the file system has locks."""
+        if fcntl is not None:
+            with suppress(FileNotFoundError), open(self.path / LOG, "rb") as log:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                except OSError:
+                    pass  # a file system without locks
+        return False
+
     def write_config(self, values):
         """Writes config.json, which makes the folder a run."""
         write_file(self.path / CONFIG, json.dumps(values, indent=2).encode() + b"\n")

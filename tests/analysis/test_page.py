@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -245,11 +246,11 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
         "position": block.position[1, query],
         "mixture": block.mixture[0, 1, query],
     }
-    outputs = find(browser, "#heads article:nth-of-type(2) .maps output")
-    for (kind, shares), painted, output in zip(
-        maps.items(), browser.execute_script(pixels), outputs, strict=True
+    values = find(browser, "#heads article:nth-of-type(2) .maps .value")
+    for (kind, shares), painted, value in zip(
+        maps.items(), browser.execute_script(pixels), values, strict=True
     ):
-        assert output.text == f"{shares[key]:.3f}"
+        assert value.text == f"{shares[key]:.3f}"
         colours = matplotlib.colors.LinearSegmentedColormap.from_list(kind, MAPS[kind])
         expected = 255 * colours(matplotlib.colors.PowerNorm(0.5, 0, 0.5, clip=True)(shares))[:, :3]
         found = np.reshape(painted, (rows * cols, 4))[:, :3]
@@ -259,9 +260,29 @@ def test_what_is_written_and_painted_are_these_numbers(opened):
     assert f"gate {block.gate[1]:.2f}" in card
     w = model.params["blocks.1.attn.pos_proj.weight"][1]
     assert f"strength {-w[2]:.2f}" in card
+    browser.execute_script("update({over: '1'})")
+    settle(browser)
+    veil = """return [...document.querySelectorAll("#picture .veil")].map(
+        (rect) => Number(rect.getAttribute("opacity")))"""
+    shares = maps["mixture"] / maps["mixture"].max()
+    found = browser.execute_script(veil)
+    np.testing.assert_allclose(found, 0.86 * (1 - np.sqrt(shares)), rtol=0, atol=1e-5)
     last = attention_maps(image, model.params, CONFIG)[3].mixture[0, :, 0]
-    itself = [output.text for output in find(browser, "#reader output")][:4]
+    itself = [value.text for value in find(browser, "#reader .value")][:4]
     assert itself == [f"itself {share:.3f}" for share in last[:, 0]]
+
+
+def test_centres_are_said_and_a_head_without_one_too(opened):
+    model = model_of(CONFIG)
+    weights = [[2.0, -1.0, -1.0], [-0.5, 3.0, -0.5], [1.0, 1.0, 0.0], [1.0, 1.0, 0.5]]
+    model.params["blocks.2.attn.pos_proj.weight"] = np.array(weights)
+    browser = opened(model)
+    assert [line.text for line in find(browser, ".centre")] == [
+        "centre 1.00 right, 0.50 up (in patches)",
+        "centre 0.50 left, 3.00 down (in patches)",
+        "no centre: this head is pushed away on all sides",
+        "no centre: this head is pushed away on all sides",
+    ]
 
 
 def test_the_time_line_says_what_the_run_recorded(opened):
@@ -309,6 +330,13 @@ def test_controls_without_sense_are_absent_and_said(kind, opened):
     settle(browser)
 
 
+def test_one_patch_one_head_one_epoch(opened):
+    config = replace(CONFIG, img_size=4, patch_size=4, num_heads=1, embed_dim=3)
+    browser = opened(config, history=history_of(config, 1))
+    assert "looks 0.00 patches far" in text(browser, "#heads")
+    assert "NaN" not in browser.execute_script("return document.body.innerHTML")
+
+
 def test_a_bare_checkpoint_has_no_time_line(opened):
     browser = opened(CONFIG)
     assert not find(browser, "#history")[0].is_displayed()
@@ -332,7 +360,7 @@ def test_names_stay_names(opened):
 
 
 def test_of_a_published_size_the_page_holds_the_layers_that_fit(opened):
-    config = VARIANTS["convit_tiny"]  # 224 pixels, 1,000 classes
+    config = replace(VARIANTS["convit_tiny"], mlp_ratio=0.1)  # 224 pixels, 1,000 classes
     model = SimpleNamespace(
         config=config, params=init_params(config), mean=[0.5] * 3, std=[0.2] * 3
     )
@@ -374,6 +402,38 @@ def test_an_answer_that_is_not_finite_is_refused(tmp_path):
     model.params["head.bias"][:] = np.nan
     with pytest.raises(UserError, match="no finite answer for image 1"):
         write_page(tmp_path / "page.html", model, pictures_of(CONFIG))
+
+
+def test_the_ready_page_is_as_one_written_today(tmp_path):
+    """Else, write it again: miniconvit train, and then miniconvit inspect
+    runs/shapes-convit_micro32-seed0 --page docs/heads.html."""
+    ready = Path(__file__).parents[2] / "docs" / "heads.html"
+    write_page(tmp_path / "page.html", model_of(CONFIG), pictures_of(CONFIG))
+    around = [
+        re.sub(r'id="data">.*?</script>', "", path.read_text(), flags=re.DOTALL)
+        for path in (ready, tmp_path / "page.html")
+    ]
+    assert around[0] == around[1]
+    assert ready.stat().st_size <= 1_000_000
+
+
+def test_without_positions_the_ready_page_names_the_texture_and_loses_the_place(browser):
+    """As README and tutorial 16 say."""
+    browser.open(Path(__file__).parents[2] / "docs" / "heads.html")
+    data = browser.execute_script("return data")
+    truths = [data["classes"][image["truth"]] for image in data["images"]]
+    answers = browser.execute_script(
+        """takeStep(steps.find(({name}) => name === "Content alone"));
+        return data.images.map((_, image) => {
+            state.image = image;
+            const shares = probabilities();
+            return className(shares.indexOf(Math.max(...shares)));
+        });"""
+    )
+    assert answers == [f"{truth.partition(',')[0]}, top right" for truth in truths]
+    trained = [data["classes"][np.argmax(image["probabilities"])] for image in data["images"]]
+    assert trained == truths
+    assert len(truths) == 10
 
 
 # Mouse, touch, keyboard.
@@ -427,9 +487,17 @@ def test_the_mouse_asks_keeps_and_reads(opened):
     point(browser, 2, 1, css="#heads article .map")
     assert "row 2, column 1" in asking(browser)
     share = maps_on(browser, 2, 0, 14)["content"][5]
-    assert find(browser, "#heads article .maps output")[0].text == f"{share:.3f}"
+    assert find(browser, "#heads article .maps .value")[0].text == f"{share:.3f}"
     leave(browser)
-    assert find(browser, "#heads article .maps output")[0].text.startswith("most")
+    assert find(browser, "#heads article .maps .value")[0].text.startswith("most")
+    from selenium.webdriver import ActionChains
+
+    slider = find(browser, "#all-gates")[0]
+    drag = ActionChains(browser).move_to_element(slider).click_and_hold()
+    drag.move_by_offset(slider.size["width"] // 2, 0).release().perform()
+    settle(browser)
+    assert text(browser, "#all-gates-value") == "1.00"
+    assert maps_on(browser, 2, 3, 5)["mixture"] == maps_on(browser, 2, 3, 5)["position"]
 
 
 def test_a_finger_asks_and_reads(opened):
@@ -458,7 +526,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(opened):
     leave(browser)
     visited = []
     for _ in range(60):
-        press(browser, "TAB")
+        browser.switch_to.active_element.send_keys("\ue004")  # Tab
         visited.append(
             browser.execute_script(
                 """const at = document.activeElement;
@@ -521,6 +589,8 @@ def test_every_control_has_a_name(opened):
     browser = opened(CONFIG, history=history_of(CONFIG))
     controls = find(browser, "button, input, select, a[href], #picture, .heads-map")
     assert len(controls) > 30
+    live = find(browser, "output, [role=status], [aria-live]")  # what a screen reader reads aloud
+    assert [node.get_attribute("id") for node in live] == ["tour-text", "query", "verdict"]
     assert [
         control.get_attribute("outerHTML") for control in controls if not control.accessible_name
     ] == []

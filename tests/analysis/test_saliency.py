@@ -93,6 +93,9 @@ def test_predict_draws_it(program, tmp_path):
     assert (status, out) == (2, "")
     assert err == f"Error: {picture} exists: choose another name, or remove it first\n"
     assert picture.read_bytes() == first
+    lost = program(*call[:-1], tmp_path / "nowhere" / "s.png")
+    assert lost[0] == 2 and "9.png" in lost[1]  # answers are printed before anything is drawn
+    assert "cannot write" in lost[2]
 
 
 def test_predict_needs_matplotlib_for_it(program, tmp_path, monkeypatch):

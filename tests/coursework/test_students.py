@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,8 @@ import miniconvit
 from miniconvit import UserError
 from miniconvit.coursework import EXERCISES, create, exercises, grade
 from miniconvit.coursework.cases import VISIBLE, cases
+from miniconvit.coursework.grading import SMALL
+from miniconvit.coursework.sandbox import MOST_DEATHS, SOURCE_LIMITS
 from miniconvit.coursework.skeleton import skeleton, skeleton_hash, solution, source_module
 from miniconvit.coursework.student import read_tests
 
@@ -210,6 +213,23 @@ def test_what_builds_on_wrong_work_says_so(kits, tmp_path, bare):
     assert max(map(len, outcome.stdout.splitlines())) <= 80
 
 
+def test_what_a_smaller_coursework_builds_on_can_be_given(tmp_path, bare):
+    made = invoke("create", tmp_path / "kit", "--secret", tmp_path / "secret", "--exercise", "mlp")
+    assert "These build on linear, gelu." in made.output
+    folder = homework(tmp_path / "kit", tmp_path / "mine", mlp=solution(exercises(["mlp"])[0]))
+    alone = bare(folder, "-m", "checker")
+    assert alone.returncode == 1
+    sentence = "ImportError: gelu.py is missing in this folder: put your own there, or a given one"
+    assert sentence in " ".join(alone.stdout.split())
+    assert "build on linear.py, gelu.py." in (folder / "README.md").read_text()
+    assert {path.name for path in (tmp_path / "kit/instructor/given").iterdir()} == {
+        "linear.py",
+        "gelu.py",
+    }
+    shutil.copytree(tmp_path / "kit" / "instructor" / "given", folder, dirs_exist_ok=True)
+    assert bare(folder, "-m", "checker").returncode == 0
+
+
 def test_the_checker_checks_gradients_of_ones_own(kits, tmp_path, bare):
     program = (
         "import numpy as np\n"
@@ -225,6 +245,9 @@ def test_the_checker_checks_gradients_of_ones_own(kits, tmp_path, bare):
 
 def test_the_checker_answers_mistakes_by_a_sentence(kits, tmp_path, bare):
     folder = homework(kits[True], tmp_path / "mine")
+    command = [sys.executable, "-S", "-m", "checker"]
+    poor = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    assert poor.stderr.startswith("Error: the checker needs NumPy 2 or newer: python -m pip ")
     outcome = bare(folder, "-m", "checker", "sofmax")
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("Error: unknown exercise 'sofmax' (did you mean softmax?)")
@@ -364,3 +387,11 @@ def test_a_wrong_visibility_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"hidden"', '"hiden"'))
     with pytest.raises(UserError, match=r"visibility is one of visible, .* not .hiden."):
         grade(tmp_path, tmp_path / "kit" / "instructor", tmp_path / "out")
+
+
+def test_limits_on_gradescope_fit_its_usual_ones():
+    """10 minutes and 768 MB (its page on troubleshooting, January 2025), whatever is handed in."""
+    units = sum(len(exercise.units) for exercise in EXERCISES)
+    reading = (MOST_DEATHS + 1) * SOURCE_LIMITS.seconds
+    assert units * SMALL.seconds + reading < 0.8 * 600
+    assert SMALL.memory < 0.8 * 768e6

@@ -48,11 +48,11 @@ function newCard(h, kind) {
   const name = `Head ${h + 1}`;
   const kinds = kind === "mhsa" ? ["content"] : ["content", "position", "mixture"];
   const signs = kind === "gpsa" ? ["+", "="] : ["×", "→"];
-  const card = { maps: {}, values: {}, far: el("output") };
+  const card = { maps: {}, values: {}, far: el("span", { class: "value" }) };
   const lines = [[], [], []];
   kinds.forEach((part, i) => {
     card.maps[part] = readable(`${part} of ${name.toLowerCase()}`);
-    card.values[part] = el("output");
+    card.values[part] = el("span", { class: "value" });
     const parts = [el("small", { class: part }, part), card.maps[part], card.values[part]];
     parts.forEach((node, line) => {
       if (i)
@@ -70,7 +70,7 @@ function newCard(h, kind) {
   );
   if (hasToken(state.layer)) {
     card.swatch = el("span", { class: "swatch" });
-    card.token = el("output");
+    card.token = el("span", { class: "value" });
     card.node.append(el("div", { class: "class-token" }, card.swatch, card.token));
   }
   if (kind === "gpsa")
@@ -208,7 +208,7 @@ function drawKnobs() {
 function buildReader() {
   const figure = (name) => {
     const node = newMap(el("div", { class: "map heads-map", role: "img", "data-name": name }));
-    const itself = el("output");
+    const itself = el("span", { class: "value" });
     return { node, itself, figure: el("figure", {}, node, el("figcaption", {}, name, itself)) };
   };
   buildReader.maps = [...Array(data.heads).keys()].map((h) => figure(`head ${h + 1}`));
@@ -248,7 +248,7 @@ function drawPrediction() {
         "li",
         { class: i ? "" : "first" },
         el("b", {}, className(index)),
-        el("output", {}, percent(shares[index])),
+        el("span", { class: "value" }, percent(shares[index])),
         el(
           "div",
           { class: "bar", "aria-hidden": "true" },
