@@ -594,7 +594,7 @@ def modules():
         runtime=SimpleNamespace(**RUNTIME),
         get_current_stream=lambda: Stream.current,
         Stream=Stream,
-        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
         using_allocator=using_allocator,
     )
     special = ModuleType("cupyx.scipy.special")

@@ -235,6 +235,11 @@ class DeviceEngine:
             size = (size + 1) // 2
             self.close()
 
+    def memory_mb(self):
+        """What this process holds of the device's memory for arrays, in MB."""
+        pools = [self.xp.get_default_memory_pool(), *([self._graph[1].pool] if self._graph else [])]
+        return sum(pool.total_bytes() for pool in pools) / 2**20
+
     def wait(self):
         """Until everything is computed."""
         self.xp.cuda.get_current_stream().synchronize()
