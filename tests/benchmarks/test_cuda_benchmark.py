@@ -220,9 +220,8 @@ def test_nothing_is_measured_where_a_check_fails(small, tmp_path, monkeypatch):
 
 def test_cifar_10_takes_the_rest_of_the_time_and_goes_on(script, tmp_path, monkeypatch):
     monkeypatch.setattr("miniconvit.training.run.load_dataset", small_dataset)
-    settings = dict(
-        img_size=8, epochs=4, batch_size=16, model="convit_micro32", precision="float32"
-    )
+    settings = {"img_size": 8, "epochs": 4, "batch_size": 16, "model": "convit_micro32"}
+    settings["precision"] = "float32"
     monkeypatch.setattr(script, "make_settings", lambda recipe: make_settings(recipe, **settings))
     found = script.train_cifar(tmp_path / "cifar10", None, 0.0)
     assert found["left"] and found["epochs"] < 4
