@@ -328,6 +328,9 @@ class DArray:
     def __neg__(self):
         return computed(self._host, result=-self._host)
 
+    def __abs__(self):
+        return computed(self._host, result=abs(self._host))
+
     def __divmod__(self, other):
         return self // other, self % other
 
@@ -443,6 +446,8 @@ FUNCTIONS = {
     "sqrt": elementwise(np.sqrt),
     "tanh": elementwise(np.tanh),
     "sin": elementwise(np.sin),
+    "sign": elementwise(np.sign),
+    "logaddexp": elementwise(np.logaddexp),
     "cos": elementwise(np.cos),
     "floor": elementwise(np.floor),
     "rint": elementwise(np.rint),
@@ -457,6 +462,7 @@ FUNCTIONS = {
     "pad": pad,
     "full": full,
     "empty": empty,
+    "eye": lambda n, dtype: computed(result=np.eye(n, dtype=dtype)),
     "ascontiguousarray": ascontiguousarray,
     "asarray": asarray,
     "atleast_1d": atleast_1d,
@@ -594,7 +600,7 @@ def modules():
         runtime=SimpleNamespace(**RUNTIME),
         get_current_stream=lambda: Stream.current,
         Stream=Stream,
-        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
         using_allocator=using_allocator,
     )
     special = ModuleType("cupyx.scipy.special")
