@@ -43,9 +43,9 @@ from .plan import PLAN
 
 ARMS = {
     "conv": ("3x3 filters", {"mixer": "conv"}),
-    "gpsa-1": ("GPSA, gate 1 (position)", {"mixer": "gpsa", "gate": 1.0}),
-    "gpsa-half": ("GPSA, gate 1/2", {"mixer": "gpsa", "gate": 0.5}),
-    "gpsa-0": ("GPSA, gate 0 (content)", {"mixer": "gpsa", "gate": 0.0}),
+    "gpsa-1": ("GPSA at gate 1 (position)", {"mixer": "gpsa", "gate": 1.0}),
+    "gpsa-half": ("GPSA at gate 1/2", {"mixer": "gpsa", "gate": 0.5}),
+    "gpsa-0": ("GPSA at gate 0 (content)", {"mixer": "gpsa", "gate": 0.0}),
     "mlp": ("MLP across tokens", {"mixer": "mlp"}),
     "attention": ("attention", {"mixer": "attention"}),
 }
@@ -310,8 +310,9 @@ def _draw_curves(asked, found, path):
 
 @style.look()
 def _draw_strip(dataset, configs, out):
-    """Validation images, what is left of them, and what the runs of seed 0 make of that."""
-    images = normalize(dataset.val.images[:SHOWN], dataset.mean, dataset.std)
+    """Images from all of the validation split, what is left of them, and what seed 0 makes of it."""
+    spread = np.linspace(0, len(dataset.val.labels) - 1, SHOWN).astype(int)
+    images = normalize(dataset.val.images[spread], dataset.mean, dataset.std)
     config = configs["conv"]
     mask = hidden_patches(0, 0, np.arange(len(images)), config.num_patches)
     patches = patches_of(images, config.patch_size)
