@@ -310,7 +310,7 @@ def _draw_curves(asked, found, path):
 
 @style.look()
 def _draw_strip(dataset, configs, out):
-    """Images from all of the validation split, what is left of them, and what seed 0 makes of it."""
+    """Validation images, what is left of them, and what the runs of seed 0 make of that."""
     spread = np.linspace(0, len(dataset.val.labels) - 1, SHOWN).astype(int)
     images = normalize(dataset.val.images[spread], dataset.mean, dataset.std)
     config = configs["conv"]
