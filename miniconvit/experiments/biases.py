@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..analysis import style
 from ..arrays import to_cpu, to_device
 from ..checkpoints.checkpoint import LAST, load_checkpoint, save_checkpoint
+from ..config import is_count
 from ..data import epoch_order, load_dataset, normalize, on_device
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
@@ -92,6 +93,9 @@ def open_plan(out, given):
         if stored and name != "data_dir" and asked[name] != value:
             raise UserError(f"{out} was made with --{name} {asked[name]}: choose another --out")
         asked[name] = value
+    counts = is_count(asked["steps"], 1) and is_count(asked["seeds"], 1)
+    if not (counts and isinstance(asked["data_dir"], str | None)):
+        raise UserError(f"{out / PLAN} is damaged: take it away, or choose another --out")
     if asked["data"] not in DATA:
         raise UserError(f"biases takes images of one size: choose --data from {', '.join(DATA)}")
     return asked
