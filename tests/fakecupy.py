@@ -471,7 +471,6 @@ FUNCTIONS = {
     "stack": joining(np.stack),
     "concatenate": joining(np.concatenate),
     "arange": lambda *ends, dtype=None: computed(result=np.arange(*ends, dtype=dtype)),
-    "eye": lambda n, dtype=None: computed(result=np.eye(n, dtype=dtype)),
     "full_like": lambda x, value: computed(result=np.full_like(host(x), host(value))),
     "zeros": zeros,
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
