@@ -2,18 +2,22 @@
 
 import numpy as np
 
-from ..system import available_threads
 from .gpu import DeviceEngine
 from .objective import Classification
 from .processes import ProcessEngine, can_fork
+from .ranks import Ranks
 from .threads import Engine
 
 
-def make_engine(objective, xp, workers=None):
-    """The engine of an Objective for arrays of the module xp. workers, by default all cores, are
-    for the CPU alone: processes where these can be forked."""
+def make_engine(objective, xp, workers=None, ranks=None):
+    """The engine of an Objective for arrays of the module xp, of one of several Ranks or alone.
+
+    workers, by default all cores, by the ranks on them, are for the CPU alone: processes where
+    these can be forked.
+    """
+    ranks = ranks or Ranks()
     if xp is not np:
-        return DeviceEngine(objective, xp)
-    workers = workers or available_threads()
+        return DeviceEngine(objective, xp, ranks)
+    workers = workers or ranks.workers()
     kind = ProcessEngine if workers > 1 and can_fork() else Engine
-    return kind(objective, workers)
+    return kind(objective, workers, ranks=ranks)

@@ -5,6 +5,7 @@ from contextlib import suppress
 from .. import layers
 from ..arrays import to_cpu
 from ..errors import UserError
+from .ranks import Ranks
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
 
@@ -18,8 +19,8 @@ class DeviceEngine:
     workers = None
     steps_between_reads = 50
 
-    def __init__(self, objective, xp):
-        self.objective, self.xp = objective, xp
+    def __init__(self, objective, xp, ranks=None):
+        self.objective, self.xp, self.ranks = objective, xp, ranks or Ranks()
 
     def close(self):
         """Gives the memory that is not in use back to the device."""
