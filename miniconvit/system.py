@@ -64,8 +64,9 @@ def launched():
 
 def arithmetic():
     """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}."""
-    libraries = (library for library in threadpool_info() if library["user_api"] == "blas")
-    blas = next(libraries, {})
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    libraries.sort(key=lambda library: "numpy" not in library["filepath"])  # SciPy has its own
+    blas = libraries[0] if libraries else {}
     names = (blas.get(key) for key in ("internal_api", "version", "architecture"))
     cpu = ""
     with suppress(OSError), open("/proc/cpuinfo") as file:

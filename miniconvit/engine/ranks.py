@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..system import available_cores, launched, limited
+from ..system import LAUNCHERS, available_cores, launched, limited
 from .pieces import Tree
 
 PATIENCE = 45.0  # seconds in which a rank answers, or SLOW times the longest share of a step
@@ -112,7 +112,7 @@ class Mpi(Ranks):
     def workers(self):
         """The cores of the machine by the ranks on it. Open MPI ties a rank to some of them: for
         its workers this is undone."""
-        cores = available_cores(untie="OMPI_COMM_WORLD_SIZE" in os.environ)
+        cores = available_cores(untie=LAUNCHERS[0][0] in os.environ)
         here = [
             theirs
             for theirs, machine in zip(self.all(cores, LONG), self._machines, strict=True)
@@ -279,8 +279,9 @@ def find_ranks():
         f"{started}, but this {launcher} is of another MPI than mpi4py's ({vendor}): use the "
         f"one in {os.path.dirname(sys.executable)}, or install mpi4py for yours"
     )
-    if "OMPI_COMM_WORLD_SIZE" in os.environ and vendor != "Open MPI":
-        raise UserError(foreign)  # MPI_Init would end the program
+    by_open_mpi, by_slurm = (name in os.environ for name in (LAUNCHERS[0][0], LAUNCHERS[-1][0]))
+    if by_open_mpi != (vendor == "Open MPI") and not by_slurm:
+        raise UserError(foreign)  # MPI_Init would complain at length, or end the program
     if not MPI.Is_initialized():
         MPI.Init_thread()
     if MPI.COMM_WORLD.size != size:
