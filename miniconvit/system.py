@@ -1,5 +1,5 @@
-"""What the operating system gives: cores, files that are written whole or not at all, and small
-files that are read with suspicion."""
+"""What the operating system gives: cores, files that are written whole or not at all, small files
+that are read with suspicion, and texts as wide as a table."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_info
 
-from .errors import UserError
+from .errors import UserError, printable
 
 MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
 MOST_JSON_DEPTH = 20
@@ -199,6 +199,15 @@ def cannot_write(path, error):
         f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
         "(what was saved before is untouched)"
     )
+
+
+def shortened(text: object, width: int) -> str:
+    """The printable text in at most so many characters, with dots in the middle of a longer one."""
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    kept = width - 3
+    return f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
 
 
 def _sync_folder(folder):

@@ -2,12 +2,17 @@
 
 import os
 import signal
+from pathlib import Path
 
 import fakecupy
 import pytest
 
 from miniconvit import cli
 
+ROOT = str(Path(__file__).parents[1])
+# For the programs that tests start: this checkout comes before any copy that is installed.
+folders = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(folders)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto is the CPU, whose bits are compared
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began it with &
 

@@ -5,10 +5,14 @@ NumPy's functions are refused and not forwarded, NumPy scalars are no operands, 
 range raises (CuPy wraps it), and only the names that the product uses exist. It counts waits for
 the device, uploads and allocations, knows a memory limit, and can forbid waits (as the capture of
 a graph does), uploads and float64.
+
+It also counts what CuPy 14.2 gives the device to do: kernels launched, the bytes that they read and
+write, and products, which are cuBLAS's and have bytes of their own.
 """
 
 import sys
 from contextlib import contextmanager
+from math import prod
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -21,6 +25,7 @@ NUMBERS = (bool, int, float)
 def reset():
     """Counters to zero; nothing forbidden, no limit."""
     vars(STATE).update(waits=0, uploads=0, allocations=0, copies=0, used=0, reserved=0)
+    vars(STATE).update(launches=0, bytes=0, products=0)
     vars(STATE).update(limit=None, forbidden=set())
 
 
@@ -94,6 +99,34 @@ def host(x):
     raise Refused(f"unsupported type {type(x)} beside a device array")
 
 
+def launch(*arrays, kernels=1):
+    """Counts kernels, each of which reads or writes these NumPy arrays."""
+    STATE.launches += kernels
+    STATE.bytes += kernels * sum(unrepeated(x) for x in arrays if isinstance(x, np.ndarray))
+
+
+def unrepeated(x):
+    """The bytes of an array in memory, where an axis of stride 0 has one element."""
+    return x.itemsize * prod(n for n, step in zip(x.shape, x.strides, strict=True) if step or not n)
+
+
+def computed(*operands, result, kernels=1):
+    """What a kernel makes of NumPy operands: in C order, whatever theirs is."""
+    result = np.asarray(result, order="C")
+    launch(*operands, result, kernels=kernels)
+    return new(result)
+
+
+def in_range(*operands):
+    """Raises OverflowError, as CuPy does, for a Python integer that the arrays beside it cannot
+    hold."""
+    dtypes = [x.dtype for x in operands if isinstance(x, np.ndarray)]
+    if dtypes and (dtype := np.result_type(*dtypes)).kind in "iu":
+        for x in operands:
+            if type(x) is int:
+                dtype.type(x)
+
+
 def new(result, *sources):
     """A device array of a NumPy result: a view of one of the sources, or with memory of its own."""
     result = np.asarray(result)
@@ -113,7 +146,7 @@ def binary(function, swapped=False):
     def method(self, other):
         x, y = host(self), host(other)
         with np.errstate(all="ignore"):
-            return new(function(y, x) if swapped else function(x, y))
+            return computed(x, y, result=function(y, x) if swapped else function(x, y))
 
     return method
 
@@ -122,6 +155,7 @@ def in_place(function):
     def method(self, other):
         with np.errstate(all="ignore"):
             function(self._host, host(other), out=self._host)
+        launch(self._host, host(other), self._host)
         return self
 
     return method
@@ -135,30 +169,42 @@ def operand(x):
     if flags.c_contiguous or (x.ndim == 2 and flags.f_contiguous):
         return x
     STATE.copies += 1
-    return new(x._host.copy())
+    return x.copy()
 
 
 def matmul(x, y):
+    """As CuPy's: one product, or where a factor serves several others pointers to each, which three
+    kernels for each axis make."""
     if isinstance(x, DArray) and isinstance(y, DArray) and x.dtype != y.dtype:
         raise Refused(f"a product of {x.dtype} and {y.dtype}")
     x, y = operand(x), operand(y)
     if x.dtype not in (np.float32, np.float64):
         raise Refused(f"no cuBLAS product of {x.dtype}")
+    STATE.products += 1
+    if x.shape[:-2] != y.shape[:-2]:
+        launch(kernels=3 * (max(x.ndim, y.ndim) - 2))
     with np.errstate(all="ignore"):
         return new(x._host @ y._host)
 
 
-def reduction(name):
+def reduction(name, kernels=1):
+    """kernels: of a mean two, a sum and a division."""
+
     def method(self, axis=None, keepdims=False):
         with np.errstate(all="ignore"):
-            return new(getattr(np, name)(self._host, axis=axis, keepdims=keepdims))
+            result = getattr(np, name)(self._host, axis=axis, keepdims=keepdims)
+        launch(self._host, np.asarray(result))
+        return computed(result, result=result, kernels=kernels - 1)
 
     return method
 
 
 def viewing(name):
     def method(self, *args):
-        return new(getattr(self._host, name)(*args), self)
+        seen = new(getattr(self._host, name)(*args), self)
+        if seen._memory is not self._memory:  # another order of the elements is a copy
+            launch(self._host, seen._host)
+        return seen
 
     return method
 
@@ -200,7 +246,7 @@ class DArray:
     T = property(lambda self: new(self._host.T, self))
 
     reshape, transpose, swapaxes = viewing("reshape"), viewing("transpose"), viewing("swapaxes")
-    sum, mean, max, all = reduction("sum"), reduction("mean"), reduction("max"), reduction("all")
+    sum, mean, max, all = reduction("sum"), reduction("mean", 2), reduction("max"), reduction("all")
     min = reduction("min")
 
     __array__ = refuse("numpy.asarray")
@@ -209,14 +255,14 @@ class DArray:
     __matmul__ = matmul
 
     def argmax(self, axis=None):
-        return new(self._host.argmax(axis=axis))
+        return computed(self._host, result=self._host.argmax(axis=axis))
 
     def astype(self, dtype):
         with np.errstate(all="ignore"):
-            return new(self._host.astype(dtype))
+            return computed(self._host, result=self._host.astype(dtype, order="C"))
 
     def copy(self):
-        return new(self._host.copy())
+        return computed(self._host, result=self._host.copy())
 
     def get(self):
         wait("get")
@@ -233,13 +279,17 @@ class DArray:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key):
-        return new(self._host[index(key)], self)
+        part = new(self._host[index(key)], self)
+        if part._memory is not self._memory:  # places, not a slice
+            launch(part._host, part._host)
+        return part
 
     def __setitem__(self, key, value):
         self._host[index(key)] = host(value)
+        launch(host(value), self._host[index(key)])
 
     def __neg__(self):
-        return new(-self._host)
+        return computed(self._host, result=-self._host)
 
     def __divmod__(self, other):
         return self // other, self % other
@@ -278,8 +328,10 @@ for name in ("eq", "ne", "lt", "le", "gt", "ge"):
 
 def elementwise(function):
     def on_device(*args):
+        args = [host(x) for x in args]
+        in_range(*args)
         with np.errstate(all="ignore"):
-            return new(function(*map(host, args)))
+            return computed(*args, result=function(*args))
 
     return on_device
 
@@ -297,21 +349,25 @@ def joining(function):
     def on_device(arrays, axis=0):
         if any(type(x) is not DArray for x in arrays):
             raise Refused("only device arrays can be joined")
+        for x in arrays:  # a kernel for each
+            launch(x._host, x._host)
         return new(function([x._host for x in arrays], axis=axis))
 
     return on_device
 
 
 def where(condition, x, y):
-    return new(np.where(host(condition), host(x), host(y)))
+    condition, x, y = host(condition), host(x), host(y)
+    in_range(x, y)
+    return computed(condition, x, y, result=np.where(condition, x, y))
 
 
 def pad(array, pad_width):
-    return new(np.pad(host(array), pad_width))
+    return computed(host(array), result=np.pad(host(array), pad_width))
 
 
 def full(shape, value, dtype):
-    return new(np.full(shape, host(value), dtype))
+    return computed(result=np.full(shape, host(value), dtype))
 
 
 def broadcast_to(array, shape):
@@ -351,8 +407,8 @@ FUNCTIONS = {
     "broadcast_to": broadcast_to,
     "stack": joining(np.stack),
     "concatenate": joining(np.concatenate),
-    "arange": lambda n, dtype=None: new(np.arange(n, dtype=dtype)),
-    "full_like": lambda x, value: new(np.full_like(host(x), host(value))),
+    "arange": lambda n, dtype=None: computed(result=np.arange(n, dtype=dtype)),
+    "full_like": lambda x, value: computed(result=np.full_like(host(x), host(value))),
     "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
     "float32": np.float32,
@@ -375,7 +431,7 @@ RUNTIME = {
 def modules():
     """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
     cupy = ModuleType("cupy")
-    vars(cupy).update(FUNCTIONS)
+    vars(cupy).update(FUNCTIONS, __version__="14.2.0")
     stream = SimpleNamespace(synchronize=lambda: wait("synchronize"))
     cupy.cuda = SimpleNamespace(
         runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
@@ -392,6 +448,8 @@ def install(monkeypatch):
     for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
+    monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 90)
+    monkeypatch.setattr("miniconvit.engine.cuda._find_cache", lambda: None)
     monkeypatch.setattr("miniconvit.engine.cuda._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     return sys.modules["cupy"]
 

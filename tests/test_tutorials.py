@@ -1,10 +1,12 @@
-"""The tutorial pages do what they say: every Python fence runs and prints what the page shows."""
+"""The tutorial pages do what they say: every Python fence, pasted into Python's plain prompt, runs
+and prints what the page shows."""
 
 import difflib
 import importlib
 import io
 import json
 import re
+from codeop import CommandCompiler
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from miniconvit.coursework.notebooks import (
     write_all_notebooks,
 )
 from miniconvit.errors import UserError
-from miniconvit.gradcheck.mutants import MUTANTS
+from miniconvit.gradcheck.mutants import MUTANTS, NEIGHBOUR_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tutorials"
@@ -30,6 +32,23 @@ ROUND_OFF = re.compile(r"\b\d(\.\d+)?e-(0[89]|[1-9]\d)\b|\b0\.0+e\+00\b|\S+(?=  
 MATH = re.compile(r"^```math\n(.*?)^```$|\$`(.+?)`\$", re.MULTILINE | re.DOTALL)
 
 
+def statements(source, path, line):
+    """The code objects that Python's plain prompt makes of the source, pasted there with Enter.
+
+    It reads line by line: a blank line ends a block, and nothing else does. Raises SyntaxError.
+    """
+    compiler, entered = CommandCompiler(), []
+    for number, text in enumerate([*source.splitlines(), ""], line + 1):
+        entered.append(text)
+        # The leading lines make a traceback point at the line of the page.
+        code = compiler("\n" * (number - len(entered)) + "\n".join(entered), str(path), "single")
+        if code is not None:
+            yield code
+            entered = []
+    if entered:
+        raise SyntaxError("the prompt waits for more", (str(path), number, 0, entered[0]))
+
+
 def run_page(path):
     """Runs the page's code in one namespace, comparing what it prints with what the page shows."""
     namespace = {"__name__": "tutorial"}
@@ -38,8 +57,8 @@ def run_page(path):
             continue
         printed = io.StringIO()
         with redirect_stdout(printed):
-            # The leading lines make a traceback point at the line of the page.
-            exec(compile("\n" * cell.line + cell.source, path, "exec"), namespace)
+            for code in statements(cell.source, path, cell.line):
+                exec(code, namespace)
         if cell.output is not None:
             shown, got = (
                 [ROUND_OFF.sub("round-off", line.rstrip()) for line in text.strip().splitlines()]
@@ -56,6 +75,13 @@ def run_page(path):
 def test_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_code_that_is_not_run_can_be_pasted_too(page):
+    text = page.read_text(encoding="utf-8")
+    for fence in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        assert list(statements(fence[1], page, text.count("\n", 0, fence.start(1))))
 
 
 # The runner itself.
@@ -105,6 +131,20 @@ def test_a_failure_points_at_the_line_of_the_page(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("for i in (1, 2):\n    x = i\nprint(x)", 3),  # the block has not ended yet
+        ("def f():\n    x = 1\n\n    return x", 4),  # it has ended too early
+        ("x = (1,\n", 2),
+    ],
+)
+def test_what_the_plain_prompt_refuses_is_found(source, line):
+    with pytest.raises(SyntaxError) as failure:
+        list(statements(source, "page.md", 0))
+    assert failure.value.lineno == line
+
+
+@pytest.mark.parametrize(
     ("right", "wrong", "line"), [("0.667", "0.666", 9), ("4e-10 2", "4e-10 3", 23),
                                  ("4e-10", "4e-07", 23)],
 )  # fmt: skip
@@ -143,7 +183,8 @@ def test_pictures_are_small_described_drawn_by_the_script_and_used():
         used |= {link: alt for alt, link in pictures}
     assert all(len(alt) > 30 for alt in used.values())
     files = {f"figures/{file.name}" for file in (FOLDER / "figures").glob("*.[ps][nv]g")}
-    assert files | {"../docs/architecture.svg", "../docs/heads.png"} == set(used)
+    shared = {"architecture.svg", "backward.svg", "heads.png"}
+    assert files | {f"../docs/{name}" for name in shared} == set(used)
     script = (FOLDER / "figures" / "draw.py").read_text(encoding="utf-8")
     for link in used:
         assert (FOLDER / link).stat().st_size < 60_000
@@ -209,7 +250,7 @@ def test_index_tells_the_minutes_of_each_page_and_the_short_path_fits_three_hour
 
 
 def test_bugs_that_pages_name_are_in_the_catalogue():
-    names = {mutant.name for mutant in MUTANTS}
+    names = {mutant.name for mutant in (*MUTANTS, *NEIGHBOUR_MUTANTS)}
     for page in PAGES:
         for name in re.findall(r"mutant\s+`([\w-]+)`", page.read_text(encoding="utf-8")):
             assert name in names, f"{page.name} names {name}"

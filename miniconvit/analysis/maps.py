@@ -38,8 +38,9 @@ def nonlocality(attention, grid):
 def visit_attention(images, params, config, visit):
     """Runs the network as it is and calls visit(maps) for each block's attention, in order.
 
-    maps: a namespace with mixture (B, H, M, M), what is applied to the values; and for GPSA its
-    parts, content (B, H, N, N), position (H, N, N) and gate (H,), else None.
+    maps: a namespace with mixture (B, H, M, M), what is applied to the values; q and k
+    (B, H, M, d), which its content comes from; and for GPSA its parts, content (B, H, N, N),
+    position (H, N, N) and gate (H,), else None. Returns the logits (B, num_classes).
     """
 
     def record(x, block, num_heads, grid, *drop_path):
@@ -52,7 +53,8 @@ def visit_attention(images, params, config, visit):
         return y[:, 0], None
 
     blocks = SimpleNamespace(block_forward=record, last_block_forward=record_last)
-    convit_forward(images, params, config, blocks=blocks, keep_caches=False)
+    logits, _ = convit_forward(images, params, config, blocks=blocks, keep_caches=False)
+    return logits
 
 
 def _maps_of_block(cache, block, grid):
@@ -60,16 +62,16 @@ def _maps_of_block(cache, block, grid):
     (_, attention, _), _, kind = cache
     content = position = gate = None
     if kind == "mhsa":
-        _, (_, mixture, *_), *_ = attention
+        _, (_, mixture, q, k, *_), *_ = attention
     elif kind == "psa":
-        _, _, _, (_, _, _, mixture), *_ = attention
+        _, _, _, (q, k, _, mixture), *_ = attention
     else:
-        (_, (_, content, *_), _, _, (_, _, g), _), _ = attention
+        (_, (_, content, q, k, *_), _, _, (_, _, g), _), _ = attention
         weight, bias = block["attn.pos_proj.weight"], block["attn.pos_proj.bias"]
         position, _ = position_attention_dense_forward(weight, bias, grid)
         mixture, _ = gate_forward(content, position, block["attn.gating_param"])
         gate = g[:, 0, 0]
-    return SimpleNamespace(mixture=mixture, content=content, position=position, gate=gate)
+    return SimpleNamespace(mixture=mixture, q=q, k=k, content=content, position=position, gate=gate)
 
 
 def attention_maps(images, params, config):

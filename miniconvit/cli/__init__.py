@@ -5,12 +5,14 @@ import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
+from pathlib import Path
 
 import click
 
 from .. import __version__
 from ..errors import UserError
 from ..system import launched
+from .checkout import check_copy
 from .options import Group
 
 COMMANDS = (
@@ -19,6 +21,7 @@ COMMANDS = (
     "predict",
     "gradcheck",
     "inspect",
+    "trace",
     "experiment",
     "export",
     "bench",
@@ -76,7 +79,9 @@ def _run(argv, name):
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of metadata in images
     warnings.filterwarnings("ignore", "Image size", RuntimeWarning)  # the limits are our own
     try:
-        status = program.main(argv, prog_name=name, standalone_mode=False)
+        check_copy(Path.cwd())
+        color = False if os.environ.get("NO_COLOR") else None  # None: on terminals alone
+        status = program.main(argv, prog_name=name, standalone_mode=False, color=color)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

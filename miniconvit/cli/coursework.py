@@ -37,12 +37,20 @@ def command():
     f"{', '.join(EXERCISE.choices)}.",
     shown="all",
 )
-def create(out, secret, names):
+@option(
+    "--no-formulas",
+    "formulas",
+    is_flag=True,
+    default=True,
+    flag_value=False,
+    help="Leave the formulas of backward passes out of the blanks. To derive them is the exercise.",
+)
+def create(out, secret, names, formulas):
     """Write the folders of a new course.
 
     OUT then holds one folder for students and one for the instructor.
     """
-    chosen = coursework.create(out, secret, names)
+    chosen = coursework.create(out, secret, names, formulas)
     points, minutes = (sum(getattr(e, key) for e in chosen) for key in ("points", "minutes"))
     click.echo(
         table(
@@ -76,21 +84,18 @@ def check(folder, names):
     chosen = [e for e in coursework.exercises(names) if e in assignment.exercises]
     if not chosen:
         raise UserError(f"{folder} has no exercise {', '.join(names)}")
-    texts, problems = coursework.read_work(folder, chosen)
     total = 0.0
-    for exercise in chosen:
-        if exercise.name in problems:
-            score, text = 0.0, problems[exercise.name]
+    for name, copy in coursework.read_work(folder, chosen).items():
+        (exercise,) = coursework.exercises([name])
+        if copy.problem:
+            score, text = 0.0, f"{copy.path} {copy.problem}"
         else:
-            result = coursework.grade_exercise(texts[exercise.name], exercise, assignment)
-            score, text = result.score, result.text
+            result = coursework.grade_exercise(copy.runs, exercise, assignment)
+            score, text = result.score, "\n".join(filter(None, (result.text, copy.remark)))
         total += score
-        first, *more = map(coursework.printable, text.splitlines())
-        click.echo(f"{exercise.name:20}{score:6g} /{exercise.points:3}   {first}")
-        for line in more:
-            click.echo(f"{'':33}{line}")
+        click.echo(coursework.row(name, score, exercise.points, text))
     points = sum(exercise.points for exercise in chosen)
-    click.echo(f"{'total':20}{total:6g} /{points:3}")
+    click.echo(coursework.row("total", total, points, ""))
     if total < points:
         click.get_current_context().exit(1)
 
@@ -119,23 +124,24 @@ def grade(submissions, instructor, out, jobs):
     """
     graded = coursework.grade(submissions, instructor, out, jobs)
     for one in graded.values():
-        row = f"{one.student:30}{one.score:7g} /{one.max_score:4}   {one.remark}"
-        click.echo(coursework.printable(row.rstrip()))
+        click.echo(coursework.row(one.student, one.score, one.max_score, one.remark))
     _, strangers = coursework.submissions_in(submissions)
     if strangers:
         names = ", ".join(path.name for path in strangers)
         line = coursework.printable(f"not graded, being no folder or archive: {names}")
         click.echo(f"\n{line}")
     click.echo(f"\n{coursework.walls()}")
-    click.echo(f"{out / 'grades.csv'}, and results.json for each")
+    click.echo(f"{out / 'grades.csv'}, and for each student results.json and feedback.txt")
 
 
 @command.command(cls=Command)
 @click.argument("folder", type=PATH, default=".")
 @option("--out", type=PATH, metavar="FILE", help="File to write.", shown="FOLDER/submission.zip")
-def pack(folder, out):
+@option("--partial", is_flag=True, help="Pack what there is. The file names what is still blank.")
+def pack(folder, out, partial):
     """Pack the file to hand in.
 
     It says so where something is still missing.
     """
-    click.echo(coursework.pack(folder, coursework.load_assignment(folder), out))
+    assignment = coursework.load_assignment(folder)
+    click.echo(coursework.packed(*coursework.pack(folder, assignment, out, partial)))

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 
 import click
+import numpy as np
 
+from ..analysis.confusion import Answers, refuse_old_files, write_answers
 from ..analysis.masks import without_branch, without_pos_embed
 from ..arrays import to_device
 from ..checkpoints.weights import open_weights
@@ -13,6 +16,8 @@ from ..data.classes import IMAGENET, places_of
 from ..engine import Classification, make_engine
 from ..engine.cuda import resolve_device
 from ..errors import UserError
+from ..layers import softmax_forward
+from ..system import shortened
 from ..training.evaluate import evaluate
 from ..training.report import table
 from ..training.settings import DATA, MODEL, stored_data_dir, stored_settings
@@ -57,6 +62,12 @@ from .options import (
     group=MODEL,
     help="Leave out a branch in the first N GPSA layers. BRANCH is content or position.",
 )
+@option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Write the confusion matrix and the mistakes into this folder, as CSV files and pictures.",
+)
 @device_option
 @workers_option
 @json_option
@@ -70,15 +81,19 @@ def command(
     mask,
     variant,
     img_size,
+    out,
     device,
     workers,
     as_json,
 ):
     """Measure a model's accuracy on a data set.
 
-    It prints the loss, the top-1 accuracy and the top-5 accuracy. RUN_OR_CHECKPOINT is the folder
-    of a run, of which the best checkpoint is taken, or a checkpoint file.
+    It prints the loss, the top-1 accuracy and the top-5 accuracy. Below stand the classes with the
+    lowest accuracy, and what each is most often taken for. RUN_OR_CHECKPOINT is the folder of a
+    run, of which the best checkpoint is taken, or a checkpoint file.
     """
+    if out is not None:
+        refuse_old_files(out)
     xp, place = resolve_device(device)
     path, model = open_weights(checkpoint, variant, img_size)
     name = data or model.data
@@ -95,10 +110,14 @@ def command(
         )
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
+    mean, std = model.mean or dataset.mean, model.std or dataset.std
+    said = []  # (predicted classes, their probabilities), a pair for each chunk
+
+    def note(logits):
+        said.append((logits.argmax(axis=1), softmax_forward(logits)[0].max(axis=1)))
+
     with make_engine(Classification(model.config), xp, workers) as engine, overflow_is_answered():
-        loss, top1, top5 = evaluate(
-            engine, images, model.mean or dataset.mean, model.std or dataset.std, params
-        )
+        loss, top1, top5 = evaluate(engine, images, mean, std, params, note=note)
     if not isfinite(loss):
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
@@ -107,11 +126,40 @@ def command(
     masked = ["pos_embed"] * mask_pos_embed
     masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
     values |= {"masked": ", ".join(masked)} if masked else {}
+    answers = Answers(dataset.classes, images.labels, *map(np.concatenate, zip(*said, strict=True)))
+    written, notes = write_answers(answers, images.images, out) if out else ((), ())
+    by_class = answers.by_class()
     if as_json:
+        values |= {"by_class": by_class, "confusions": answers.confusions()}
         print_json(values)
     else:
         shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
         click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
+        click.echo("\n" + "\n".join(_class_lines(by_class)))
+        if written:
+            click.echo(f"\nin {out}: {', '.join(written)}")
+    for line in notes:
+        click.echo(line, err=True)
+
+
+MOST_ROWS = 10
+
+
+def _class_lines(by_class):
+    """The classes with the lowest accuracy as lines, and how many there are beside them."""
+    rows = sorted(filter(lambda row: row["images"], by_class), key=lambda row: row["accuracy"])
+    yield f"{'lowest accuracy first':<29}{'images':>7}{'right':>8}  most often taken for"
+    for row in rows[:MOST_ROWS]:
+        taken = ""
+        if row["taken"]:
+            share = 100 * row["taken"] / row["images"]
+            taken = f"  {shortened(row['taken_for'], 27)}, {share:.0f} %"
+        name, right = shortened(row["class"], 29), f"{100 * row['accuracy']:.1f} %"
+        yield f"{name:<29}{row['images']:>7,}{right:>8}{taken}"
+    more, empty = len(rows) - MOST_ROWS, len(by_class) - len(rows)
+    rest = [f"{more:,} more classes"] * (more > 0) + [f"{empty:,} without an image"] * (empty > 0)
+    if rest:
+        yield f"and {', '.join(rest)}"
 
 
 def open_dataset(checkpoint, model, name, data_dir, download, broken):

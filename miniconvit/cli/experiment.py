@@ -10,8 +10,17 @@ import click
 
 from ..analysis.style import require_matplotlib
 from ..errors import UserError
+from ..experiments import lipschitz
 from ..experiments.figures import draw
-from ..experiments.plan import EXPERIMENTS, FRACTIONS, PLAN, complete, load_plan, refuse_other
+from ..experiments.plan import (
+    EXPERIMENTS,
+    FRACTIONS,
+    MOST_SEEDS,
+    PLAN,
+    complete,
+    load_plan,
+    refuse_other,
+)
 from ..experiments.run import new_plan, run_plan
 from ..experiments.tables import write_tables
 from ..system import read_text, write_file
@@ -44,7 +53,7 @@ class _Fractions(click.ParamType):
 
 
 @click.command("experiment", cls=Command)
-@click.argument("name", type=Name(EXPERIMENTS), metavar="NAME")
+@click.argument("name", type=Name((*EXPERIMENTS, "lipschitz")), metavar="NAME")
 @setting_option("data", "Images to train on.", shown="cifar10")
 @data_dir_option
 @setting_option(
@@ -100,6 +109,9 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     locality           locality strength and number of GPSA layers (figure 8a)
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
+    lipschitz          whether attention by distance is Lipschitz (ViTGAN)
+
+    lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.
 
     It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
     them one by one. Every run sees the same number of images.
@@ -108,6 +120,8 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     again to continue where it stopped.
     """
     given = {key: value for key, value in flags.items() if value is not None}
+    if name == "lipschitz":
+        return _lipschitz(out or Path("runs", name), plan_file, **given)
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)
@@ -134,6 +148,16 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
         return 128 + getattr(stop, "signal", signal.SIGINT)
     text, names = show(outcomes)
     click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
+    return 0
+
+
+def _lipschitz(out, plan_file, seeds=3, **other):
+    if other or plan_file:
+        raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
+    text, names = lipschitz.run(out, seeds, _can_draw())
+    click.echo(f"{text}\nin {out}: {', '.join(names)}")
     return 0
 
 

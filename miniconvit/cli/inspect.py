@@ -6,8 +6,10 @@ import click
 import numpy as np
 
 from ..analysis.inspection import CLASS_TOKEN, inspect, write_inspection
+from ..analysis.page import MOST_IMAGES, Picture, write_page
 from ..checkpoints.weights import open_weights
 from ..data.images import read_image, require_pillow
+from ..errors import UserError
 from ..training.history import run_history
 from ..training.report import table
 from ..training.settings import DATA, DEFAULT_RECIPE
@@ -63,10 +65,16 @@ class _Query(click.ParamType):
     help="Folder for inspect.json and the pictures.",
     shown="RUN/inspect",
 )
+@option(
+    "--page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="Write a page to open in a browser, and no pictures without --out.",
+)
 @checkpoint_options
 @json_option
 def command(
-    checkpoint, files, data, data_dir, broken, count, query, out, variant, img_size, as_json
+    checkpoint, files, data, data_dir, broken, count, query, out, page, variant, img_size, as_json
 ):
     """Show what a model looks at.
 
@@ -76,7 +84,10 @@ def command(
     For a run it also draws how its heads changed over the epochs, unless --data or --img-size is
     given. In layers with a class token, that token is left out and the rows are scaled to sum 1.
 
-    With --json it prints maps only for a --query, and writes files only for an --out.
+    With --page it writes one HTML file, which needs no network. There you ask patches, turn the
+    gates and see the maps and the answer change. It shows an image of each class, up to ten.
+
+    With --json it prints maps only for a --query, and writes files only for --out and --page.
     """
     path, model = open_weights(checkpoint, variant, img_size)
     dataset = None if files else _dataset(checkpoint, path, model, data, data_dir, broken)
@@ -90,12 +101,20 @@ def command(
     has_history = checkpoint.is_dir() and dataset is not None and as_trained
     history = run_history(checkpoint, model.config, dataset) if has_history else ()
     inspection = inspect(model, pixels, query, history)
+    left_out = []
+    if page is not None:
+        pictures = _pictures(files, pixels, dataset, count)
+        title = f"{path.parent.name}/{path.name}" if checkpoint.is_dir() else path.name
+        classes = dataset.classes if dataset else model.classes
+        left_out = write_page(page, model, pictures, history, title, classes)
     if as_json:
         about = {"checkpoint": str(path), "data": dataset.name if dataset else None}
         print_json(about | inspection.to_dict(with_maps=query is not None))
     else:
         click.echo(_text(path, inspection))
-        if out is None and checkpoint.is_dir():
+        if page is not None:
+            click.echo("\n".join([f"\nto open in a browser: {page}", *left_out]))
+        elif out is None and checkpoint.is_dir():
             out = checkpoint / "inspect"
     if out is not None:
         names = write_inspection(inspection, out)
@@ -110,6 +129,21 @@ def _dataset(checkpoint, path, model, data, data_dir, broken):
         return None
     dataset = open_dataset(checkpoint, model, name, data_dir, data is not None, broken)
     return fitted(path, model, dataset)[0]
+
+
+def _pictures(files, pixels, dataset, count):
+    """The Pictures of a page: the files, or else the first validation image of each class."""
+    if files:
+        named = zip(pixels, files, strict=True)
+        return [Picture(image, Path(file).name) for image, file in named]
+    if dataset is None:
+        raise UserError("a page needs images: add --data, or image files")
+    labels = dataset.val.labels
+    _, first = np.unique(labels, return_index=True)
+    most = min(count, MOST_IMAGES, len(first))
+    which = first[np.arange(most) * len(first) // most]
+    chosen = zip(dataset.val.images[which], which, strict=True)
+    return [Picture(image, f"image {i + 1}", int(labels[i])) for image, i in chosen]
 
 
 COLUMNS = "layer      head   gate  strength          centre  nonlocality  content  position"

@@ -4,9 +4,9 @@
 submissions, `pack` makes a submission; `EXERCISES` is the table of what there is to write.
 """
 
+from ..errors import printable
 from .create import create
 from .exercises import EXERCISES, exercises
-from .files import printable
 from .grading import (
     autograde,
     grade,
@@ -17,3 +17,4 @@ from .grading import (
 )
 from .sandbox import walls
 from .submission import pack, read_submission, read_work
+from .work import packed, row

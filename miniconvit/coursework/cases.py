@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+import inspect
 from functools import cache
 
 import numpy as np
@@ -13,37 +13,7 @@ from ..layers.names import part
 from ..model import param_shapes
 from ..optim import AdamW
 from .runner import adamw_steps
-
-
-@dataclass(frozen=True)
-class Size:
-    """B images of a grid of patches, H heads of width d, M hidden features, C classes; images of
-    `channels` channels in patches of (height, width) pixels."""
-
-    B: int
-    grid: tuple[int, int]
-    H: int
-    d: int
-    M: int
-    C: int
-    channels: int
-    patch: tuple[int, int]
-    dtype: str = "float64"
-
-    @property
-    def N(self):
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def D(self):
-        return self.H * self.d
-
-    def __str__(self):
-        rows, cols = self.grid
-        heads = f"{self.H} head{'s' * (self.H > 1)} of width {self.d}"
-        kind = "" if self.dtype == "float64" else f", {self.dtype}"
-        return f"{self.B} image{'s' * (self.B > 1)}, grid {rows} x {cols}, {heads}{kind}"
-
+from .task import Case, Draw, Size, map_arrays
 
 VISIBLE = (
     Size(2, (2, 3), 3, 5, 7, 4, 2, (3, 2)),
@@ -58,34 +28,23 @@ HIDDEN = (
 """Odd, not square, one and three images, one head, one row: where symmetric sizes hide a bug."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One set of arguments, the gradient of the output, and the right answers."""
-
-    args: tuple
-    y: object
-    dy: object = None
-    gradients: object = None
-    of_first_image: object = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two draws of one size: the second is run between forward and backward of the first."""
-
-    size: Size
-    first: Draw
-    second: Draw
-
-
 @cache
 def cases(unit, secret, sizes):
     """The cases of a unit: the same for the same secret, which is text."""
     found = []
     for i, size in enumerate(sizes):
         draws = [_draws(unit, _generator(secret, unit.name, i, k), size) for k in range(2)]
-        found += [Case(size, first, second) for first, second in zip(*draws, strict=True)]
+        pairs = zip(*draws, strict=True)
+        found += [Case(size, first, second, _parameters(unit)) for first, second in pairs]
     return tuple(found)
+
+
+def _parameters(unit):
+    """{function: the names of its parameters}, by which a change in place is told."""
+    if not unit.gradients:
+        return {unit.forward: tuple(inspect.signature(adamw_steps).parameters)[1:]}
+    functions = {name: getattr(layers, name) for name in (unit.forward, unit.backward)}
+    return {name: tuple(inspect.signature(f).parameters) for name, f in functions.items()}
 
 
 def _generator(secret, *labels):
@@ -123,17 +82,6 @@ def _only_first(dy, images):
     if len(dy) == images:
         first[:1] = dy[:1]
     return first
-
-
-def map_arrays(function, value):
-    """The value with every array in it, however nested, replaced by function(array)."""
-    if isinstance(value, np.ndarray | np.generic):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(map_arrays(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: map_arrays(function, item) for key, item in value.items()}
-    return value
 
 
 def _params(normal, s, prefix, local, bias=True):

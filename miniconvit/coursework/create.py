@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import secrets
 import zipfile
 from base64 import urlsafe_b64encode
@@ -13,57 +14,83 @@ from pathlib import Path
 from .. import __version__
 from ..errors import UserError
 from ..gradcheck.mutants import MUTANTS
-from .exercises import exercises
+from .cases import VISIBLE, cases
+from .exercises import allowed_functions, exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution
+from .student import TESTS, Visible, write_tests
 
 PACKAGE = Path(__file__).parents[1]
 SHORTEST_SECRET = 16
+
+CHECKER = (
+    *("errors", "gradcheck/checker", "gradcheck/forms", "gradcheck/pair", "gradcheck/slopes"),
+    *("coursework/judge", "coursework/runner", "coursework/source", "coursework/student"),
+    *("coursework/task", "coursework/work"),
+)
+"""The files of the students' checker: what judges, and nothing that could be an answer."""
 
 README = """\
 # Coursework: a vision transformer by hand
 
 Write the functions that say `raise NotImplementedError`, forward and backward, with NumPy alone.
-The docstrings give formulas and shapes. What `x_forward` keeps for `x_backward` is yours to choose:
+{formulas} What `x_forward` keeps for `x_backward` is yours to choose:
 it returns `(output, cache)`, and `x_backward(dy, cache)` returns the gradients in the order named.
 
+You need Python 3.11 or newer and NumPy. In this folder:
+
 ```
-pip install path/to/miniconvit      # a clone of the project, or a wheel of it; once
-miniconvit coursework check        # in this folder: what is right, what is wrong, and how
-pytest                             # the same, as tests
-miniconvit coursework pack         # writes submission.zip
+python -m checker                  # what is right, what is wrong, and how
+python -m checker {example}           # one exercise
+python -m checker pack             # writes submission.zip, where nothing is missing
+python -m checker pack --partial   # the same with blanks in it, at the deadline
+pytest                             # the check as tests
 ```
+
+`from checker import check_gradients` compares a backward pass of your own with central differences.
 
 Rules: import numpy, math and kit only. Leave your arguments as they are. Keep the dtype: float32
 in, float32 out. A function's answer depends on its arguments alone, in any order of calls. Every
-exercise counts by itself, and every tensor by itself; the others' functions, which you reach
-through `kit`, are right ones while you are graded. Grading uses other numbers and sizes:
-one image and three, one head, grids that are not square.
+exercise counts by itself, and every tensor by itself. What `kit` gives you of other exercises is
+your own work here, so do the exercises in this order. While you are graded it is right. Grading
+uses other numbers and sizes: one image and three, one head, grids that are not square.
 
 {table}
 {hints}
 """
 
-TEST = '''\
-"""The visible tests: what `miniconvit coursework check` runs, for pytest."""
+WITH_FORMULAS = "The docstrings give formulas and shapes."
+WITHOUT_FORMULAS = """\
+The docstrings give shapes and the formulas of the forward passes. Those of the backward passes are
+yours to derive."""
 
-from pathlib import Path
+INIT = """\
+\"\"\"The visible tests and the gradient checker of miniconvit, without its layers.\"\"\"
+
+from .checker import check_gradients
+from .student import read_tests, result_of
+"""
+
+MAIN = """\
+import sys
+
+from .student import main
+
+sys.exit(main())
+"""
+
+TEST = """\
+\"\"\"The visible tests: what `python -m checker` runs, for pytest.\"\"\"
 
 import pytest
-
-from miniconvit.coursework import grade_exercise, load_assignment, read_work
-
-FOLDER = Path(__file__).parent
-ASSIGNMENT = load_assignment(FOLDER)
+from checker import read_tests, result_of
 
 
-@pytest.mark.parametrize("exercise", ASSIGNMENT.exercises, ids=lambda exercise: exercise.name)
+@pytest.mark.parametrize("exercise", read_tests().exercises, ids=lambda exercise: exercise.name)
 def test_exercise(exercise):
-    texts, problems = read_work(FOLDER, [exercise])
-    assert not problems
-    result = grade_exercise(texts[exercise.name], exercise, ASSIGNMENT)
+    result = result_of(exercise)
     assert result.is_full, result.text
-'''
+"""
 
 SETUP = """\
 #!/usr/bin/env bash
@@ -88,10 +115,11 @@ autograde(sys.argv[1])' "$root"
 """
 
 
-def create(out, secret_file, names=None):
+def create(out, secret_file, names=None, formulas=True):
     """Writes out/student and out/instructor for the exercises of these names (all where None).
 
     secret_file: the text that hidden inputs are drawn from; drawn and written where it is missing.
+    formulas: whether the blanks' docstrings have those of the backward passes.
     Returns the exercises. Raises UserError where out is not empty or the secret is too short.
     """
     chosen, out, secret_file = exercises(names), Path(out), Path(secret_file)
@@ -100,16 +128,23 @@ def create(out, secret_file, names=None):
     if (out / "student").resolve() in secret_file.resolve().parents:
         raise UserError(f"{secret_file} would be in the students' folder: keep it elsewhere")
     secret = _secret(secret_file)
-    edition = skeleton_hash(chosen)
-    config = {"exercises": [e.name for e in chosen], "skeleton": edition, "version": __version__}
-    blanks = {exercise.file: skeleton(exercise) for exercise in chosen}
+    edition = {"version": __version__, "skeleton": skeleton_hash(chosen, formulas)}
+    config = {"exercises": [e.name for e in chosen], **edition}
+    blanks = {exercise.file: skeleton(exercise, formulas) for exercise in chosen}
+    readme = README.format(
+        formulas=WITH_FORMULAS if formulas else WITHOUT_FORMULAS,
+        example=chosen[0].name,
+        table=_table(chosen),
+        hints=_hints(chosen) if formulas else "",
+    )
     student = blanks | {
         "kit.py": kit_source(),
-        "README.md": README.format(table=_table(chosen), hints=_hints(chosen)),
+        "README.md": readme,
         "test_visible.py": TEST,
         STUDENT_FILE: json.dumps(config, indent=2) + "\n",
+        **checker_files(),
     }
-    hidden = json.dumps(config | {"secret": secret, "visibility": "visible"}, indent=2) + "\n"
+    hidden = json.dumps(config | {"secret": secret, "visibility": "hidden"}, indent=2) + "\n"
     solutions = {f"solution/{exercise.file}": solution(exercise) for exercise in chosen}
     instructor = solutions | {
         "solution/kit.py": kit_source(),
@@ -123,10 +158,35 @@ def create(out, secret_file, names=None):
     for folder, files in (("student", student), ("instructor", instructor)):
         for name, text in files.items():
             _write(out / folder / name, text)
+    write_tests(out / "student" / "checker" / TESTS.name, _visible(chosen, edition))
     autograder = out / "instructor" / "autograder"
     write_wheel(autograder)
     _zip(autograder, out / "instructor" / "autograder.zip")
     return chosen
+
+
+def checker_files():
+    """Name to text of the checker: a flat package of what `CHECKER` names."""
+    texts = {f"checker/{Path(name).name}.py": PACKAGE / f"{name}.py" for name in CHECKER}
+    flat = {
+        name: re.sub(r"(?m)^from \.+(?:\w+\.)*(\w+) import", r"from .\1 import", path.read_text())
+        for name, path in texts.items()
+    }
+    extra = {"__init__.py": INIT, "__main__.py": MAIN, "LICENSE": _license()}
+    return flat | {f"checker/{name}": text for name, text in extra.items()}
+
+
+def _visible(chosen, edition):
+    drawn = {
+        unit.name: cases(unit, "visible", VISIBLE) for exercise in chosen for unit in exercise.units
+    }
+    owners = {name: exercise.name for exercise in chosen for name in exercise.functions}
+    needs = {}
+    for exercise in chosen:
+        called = {name for unit in exercise.units for name in allowed_functions(unit.name)}
+        others = {owners[name] for name in called & owners.keys()} - {exercise.name}
+        needs[exercise.name] = tuple(e.name for e in chosen if e.name in others)
+    return Visible(chosen, needs, drawn, edition)
 
 
 def _secret(path):

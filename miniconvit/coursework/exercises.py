@@ -3,67 +3,11 @@
 import ast
 import inspect
 import sys
-from dataclasses import dataclass
 from functools import cache
 
-from .. import layers, optim
+from .. import layers
 from ..errors import UserError, unknown_name
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One function pair `name_forward`, `name_backward`; what each returns, by name.
-
-    A gradient called `grads` stands for a dict of gradients. `adamw_steps` has no backward.
-    """
-
-    name: str
-    gradients: tuple[str, ...]
-    outputs: tuple[str, ...] = ("y",)
-
-    @property
-    def forward(self):
-        return f"{self.name}_forward" if self.gradients else self.name
-
-    @property
-    def backward(self):
-        return f"{self.name}_backward"
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """One file of a student.
-
-    module: the library's module that it is cut from. helpers: further functions that are blanked.
-    mistakes: common ones, beside those of the catalogue of mutants.
-    goal is for the instructor and the student, minutes a guess for one who knows NumPy.
-    """
-
-    name: str
-    module: str
-    units: tuple[Unit, ...]
-    points: int
-    minutes: int
-    goal: str
-    hint: str
-    helpers: tuple[str, ...] = ()
-    mistakes: tuple[str, ...] = ()
-
-    @property
-    def file(self):
-        return f"{self.name}.py"
-
-    @property
-    def functions(self):
-        """The public names that the student writes."""
-        if self.name == "adamw":
-            return ("AdamW.step",)
-        return tuple(name for unit in self.units for name in (unit.forward, unit.backward))
-
-    @property
-    def source_module(self):
-        return optim if self.module == "optim" else sys.modules[f"{layers.__name__}.{self.module}"]
-
+from .task import Exercise, Unit
 
 WEIGHTED = ("dx", "dweight", "dbias")
 COMPOSITE = ("dx", "grads")
@@ -122,10 +66,9 @@ EXERCISES = (
             Unit("gate", ("dcontent", "dposition", "dgating_param")),
             Unit("gpsa_dense", COMPOSITE),
             Unit("gpsa", COMPOSITE),
-        ), 15, 90,
+        ), 15, 75,
         "ConViT's own layer: a gate per head mixes where to look with what to look for.",
         "The values hear from both branches, and the input from qk and v.",
-        helpers=("_project_forward", "_project_backward"),
     ),
     Exercise(
         "mlp", "mlp", (Unit("mlp", COMPOSITE),), 6, 15,
@@ -133,10 +76,9 @@ EXERCISES = (
         "Each backward needs the cache of its own forward.",
     ),
     Exercise(
-        "block", "block", (Unit("block", COMPOSITE),), 8, 45,
+        "block", "block", (Unit("block", COMPOSITE),), 8, 30,
         "Residual branches: where a value is used twice, two gradients are added.",
         "dy goes along the shortcut untouched, and through the branch with the mask.",
-        helpers=("_branch_forward", "_branch_backward"),
     ),
     Exercise(
         "adamw", "optim", (Unit("adamw_steps", ()),), 6, 30,
@@ -151,6 +93,31 @@ EXERCISES = (
         ),
     ),
 )  # fmt: skip
+
+NO_FORMULA = {
+    "linear": "dy (..., out). Returns dx (..., in), or None with need_dx=False, dweight (out, in) "
+    "and dbias (out,), or None without a bias.",
+    "softmax": "dy (..., K). Returns dx (..., K).",
+    "layernorm": "dy (..., D). Returns dx (..., D), dweight (D,) and dbias (D,).",
+    "gelu": "dy has the shape of x. Returns dx, of the same shape.",
+    "cross_entropy": "Returns dlogits (B, C). dloss: a number, the gradient of whatever is made of "
+    "the loss (1.0 for the loss itself).",
+    "patch_embed": "dy (B, N, D). Returns dimages (B, C, height, width), or None with "
+    "need_dimages=False, dweight (D, C, ph, pw) and dbias (D,).",
+    "attention": "dy (B, H, N, d). Returns dq, dk and dv, (B, H, N, d) each.",
+    "mhsa": "dout (B, N, D). Returns dx (B, N, D) and grads with params' keys.",
+    "position_attention_dense": "dP (H, N, N). Returns dweight (H, 3) and dbias (H,).",
+    "position_attention": "dfactors: dpy (H, rows, rows) and dpx (H, cols, cols). Returns dweight "
+    "(H, 3) and dbias (H,).",
+    "position_values": "dy (B, H, N, d). Returns dv (B, H, N, d), dpy (H, rows, rows) and dpx "
+    "(H, cols, cols).",
+    "gate": "dy (B, H, N, K). Returns dcontent and dposition (B, H, N, K), and dgating_param (H,).",
+    "gpsa_dense": "dout (B, N, D). Returns dx (B, N, D) and grads with params' keys.",
+    "gpsa": "dout (B, N, D). Returns dx (B, N, D) and grads with params' keys.",
+    "mlp": "dy (B, N, D). Returns dx (B, N, D) and grads with params' keys.",
+    "block": "dy (B, N, D). Returns dx (B, N, D) and grads with params' keys.",
+}
+"""The docstring of each pair's backward pass where its formula is the exercise."""
 
 
 def exercises(names=None):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from ..errors import UserError
+from .work import bounded, shown
 
-LARGEST = 200_000  # bytes of one file
 LARGEST_LISTING = 4 << 20  # bytes of a zip file's list of files
 LARGEST_INNER = 64 << 20  # bytes of a zip file in a zip file
 MOST_FILES = 50_000
@@ -45,16 +45,6 @@ class Found:
     def remark(self, sentence):
         if sentence not in self.remarks:
             self.remarks.append(sentence)
-
-
-def printable(text):
-    """The text without characters that a terminal would obey, or that are none."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def shown(parts):
-    """A path as sentences name it."""
-    return printable("/".join(parts))[-80:]
 
 
 def files_of(path, wanted):
@@ -92,12 +82,6 @@ def open_regular(path):
     if stat.S_ISREG(status.st_mode):
         raise UserError("is a hard link, a second name of some file: hand in a copy")
     raise UserError("is no file, but a pipe, a socket or a device")
-
-
-def bounded(file):
-    """The bytes of a file, or the reason why they are too many."""
-    data = file.read(LARGEST + 1)
-    return data if len(data) <= LARGEST else f"is longer than {LARGEST} bytes"
 
 
 def _walk_folder(folder, parts, wanted, found):

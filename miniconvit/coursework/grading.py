@@ -14,13 +14,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import UserError
-from .cases import HIDDEN, VISIBLE, Size
-from .exercises import Exercise, allowed_functions, exercises
-from .files import OTHER_ARCHIVES, printable
-from .judge import Row, judge
+from ..errors import UserError, printable
+from ..system import read_json
+from .cases import HIDDEN, VISIBLE, cases
+from .exercises import allowed_functions, exercises
+from .files import OTHER_ARCHIVES
+from .judge import Result, judge
 from .sandbox import LIMITS, Keeper, Limits, Sandbox, require_open_folder
 from .submission import read_submission
+from .task import Exercise, Size
+from .work import row
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
@@ -37,50 +40,6 @@ class Assignment:
     skeleton: str = ""
     visibility: str = "visible"
     limits: Limits = LIMITS
-
-
-@dataclass(frozen=True)
-class Result:
-    """One exercise of one student: rows of tensors, or the problem because of which none was run.
-
-    printed: the beginning of what the student's code printed.
-    """
-
-    exercise: Exercise
-    rows: tuple[Row, ...] = ()
-    problem: str = ""
-    printed: str = ""
-
-    @property
-    def score(self):
-        """Points: every tensor counts alike. What is right without any work counts only in a unit
-        of which something else is right."""
-        earned = {row.unit for row in self.rows if row.ok and not row.is_free}
-        right = sum(row.ok and row.unit in earned for row in self.rows)
-        return round(self.exercise.points * right / max(len(self.rows), 1), 2)
-
-    @property
-    def is_full(self):
-        return self.score == self.exercise.points
-
-    @property
-    def text(self):
-        """What to tell the student: a line per wrong tensor."""
-        if self.problem:
-            return self.problem
-        wrong = [row for row in self.rows if not row.ok]
-        if not wrong:
-            return f"all {len(self.rows)} tensors are right"
-        units = {row.unit: [r for r in wrong if r.unit == row.unit] for row in wrong}
-        lines = []
-        for unit, rows in units.items():
-            if len(rows) > 1 and len({row.complaint for row in rows}) == 1:
-                lines.append(f"{unit}: {rows[0].complaint} ({len(rows)} tensors lost)")
-            else:
-                lines += [f"{unit}, {row.tensor}: {row.complaint}" for row in rows]
-        if self.printed.strip():
-            lines.append(f"printed: {self.printed.strip()[:500]}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -115,15 +74,16 @@ def load_assignment(folder):
             f"{folder} holds neither {STUDENT_FILE} nor {INSTRUCTOR_FILE}: name a folder that "
             "`miniconvit coursework create` made"
         )
+    advice = "create the coursework again"
+    config = read_json(path, advice)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         chosen = exercises(config["exercises"])
         if name == STUDENT_FILE:
             return Assignment(chosen, "visible", VISIBLE, config["skeleton"])
         secret, visibility = config["secret"], config["visibility"]
         return Assignment(chosen, secret, HIDDEN, config["skeleton"], visibility)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): create the coursework again") from error
+        raise UserError(f"{path} is damaged ({error}): {advice}") from error
 
 
 def grade_exercise(text, exercise, assignment, keeper=None):
@@ -131,8 +91,9 @@ def grade_exercise(text, exercise, assignment, keeper=None):
     rows, printed = [], ""
     for unit in exercise.units:
         allowed = allowed_functions(unit.name)
+        drawn = cases(unit, assignment.secret, assignment.sizes)
         with Sandbox(text, exercise.name, allowed, assignment.limits, keeper) as sandbox:
-            rows += judge(sandbox.call, unit, assignment.secret, assignment.sizes)
+            rows += judge(sandbox.call, unit, drawn)
         printed = printed or sandbox.printed
     return Result(exercise, tuple(rows), printed=printed)
 
@@ -153,8 +114,8 @@ def grade_submission(path, assignment, student="", keeper=None):
 def grade(submissions, instructor, out, jobs=None):
     """Grades every folder and archive in `submissions`, `jobs` at a time (all cores where None).
 
-    Writes out/STUDENT/results.json for each and out/grades.csv. Returns the Graded, by name.
-    Raises UserError where there is nothing to grade.
+    Writes out/STUDENT/results.json and feedback.txt for each, and out/grades.csv. Returns the
+    Graded, by name. Raises UserError where there is nothing to grade.
     """
     assignment = load_assignment(instructor)
     if assignment.sizes is not HIDDEN:
@@ -179,7 +140,9 @@ def grade(submissions, instructor, out, jobs=None):
                 one = future.result()
                 graded[one.student] = one
                 folders[one.student].mkdir(exist_ok=True)
-                write_results(one, assignment, folders[one.student] / "results.json")
+                folder = folders[one.student]
+                write_results(one, assignment, folder / "results.json")
+                _write(folder / "feedback.txt", feedback(one, assignment))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             keeper.stop()
@@ -266,31 +229,56 @@ def _grade_safely(path, assignment, student="", keeper=None):
 
 
 def write_results(graded, assignment, path):
-    """results.json as Gradescope reads it."""
-    tests = [
-        {
+    """results.json as Gradescope reads it: what each exercise earned, seen by the student, and what
+    the hidden tests say, seen by whom the assignment's visibility names."""
+    tests = []
+    for number, result in enumerate(graded.results, 1):
+        test = {
             "name": result.exercise.name,
             "number": str(number),
             "score": result.score,
             "max_score": result.exercise.points,
             "status": "passed" if result.is_full else "failed",
-            "output": result.text,
+            "output": result.brief,
             "tags": [result.exercise.module],
+            "visibility": "visible",
+        }
+        detail = {
+            "name": f"{result.exercise.name}, in detail",
+            "number": f"{number}.1",
+            "output": result.text,
             "visibility": assignment.visibility,
         }
-        for number, result in enumerate(graded.results, 1)
-    ]
+        tests += [test, detail] if result.text != result.brief else [test]
     content = {
         "score": graded.score,
         "output": graded.remark or f"{graded.score:g} of {graded.max_score} points",
-        "visibility": assignment.visibility,
+        "visibility": "visible",
         "stdout_visibility": "hidden",
         "execution_time": round(graded.seconds, 1),
         "tests": tests,
     }
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def feedback(graded, assignment):
+    """What a student may read: the same, without what is hidden."""
+    rows = [
+        row(
+            result.exercise.name,
+            result.score,
+            result.exercise.points,
+            result.text if assignment.visibility == "visible" else result.brief,
+        )
+        for result in graded.results
+    ]
+    return "\n".join([*rows, row("total", graded.score, graded.max_score, graded.remark), ""])
+
+
+def _write(path, text):
     new = path.with_name(f".{path.name}.new")  # never through a link that lies there
     new.unlink(missing_ok=True)
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 

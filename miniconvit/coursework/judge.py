@@ -1,14 +1,12 @@
 """What is right, what is wrong, and what the mistake looks like."""
 
-import inspect
 from dataclasses import dataclass
 from math import isclose, sqrt
 
 import numpy as np
 
-from .. import layers
-from .cases import cases
-from .runner import Broken, Failure, Other, adamw_steps
+from .runner import Broken, Failure, Other
+from .task import Exercise
 
 TOLERANCE = {"float64": 1e-8, "float32": 1e-4}  # of the largest entry; one float32 step is 6e-8
 
@@ -17,33 +15,106 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-4}  # of the largest entry; one floa
 class Row:
     """One named tensor of one unit: right in every case, or what is wrong in the first that fails.
 
-    is_free: also right where nothing was written, so it earns nothing by itself.
+    is_free: also right where nothing was written, so it earns nothing by itself. is_plain: the
+    complaint shows nothing of the inputs, nor what the student's code says of them.
     """
 
     unit: str
     tensor: str
     complaint: str = ""
     is_free: bool = False
+    is_plain: bool = False
 
     @property
     def ok(self):
         return not self.complaint
 
 
-def judge(call, unit, secret, sizes):
-    """The Rows of a unit. call(name, *args) runs a function of the student's."""
-    ledger, drawn = _Ledger(unit), cases(unit, secret, sizes)
+BLANK = "NotImplementedError"  # what a blank raises
+
+
+@dataclass(frozen=True)
+class Result:
+    """One exercise of one student: rows of tensors, or the problem because of which none was run.
+
+    printed: the beginning of what the student's code printed. remark: what was left out of it.
+    """
+
+    exercise: Exercise
+    rows: tuple[Row, ...] = ()
+    problem: str = ""
+    printed: str = ""
+    remark: str = ""
+
+    @property
+    def score(self):
+        """Points: every tensor counts alike. What is right without any work counts only in a unit
+        of which something else is right."""
+        earned = {row.unit for row in self.rows if row.ok and not row.is_free}
+        right = sum(row.ok and row.unit in earned for row in self.rows)
+        return round(self.exercise.points * right / max(len(self.rows), 1), 2)
+
+    @property
+    def is_full(self):
+        return self.score == self.exercise.points
+
+    @property
+    def text(self):
+        """What to tell the student: a line per wrong tensor."""
+        if self.problem or self.is_blank:
+            return self.problem or "not written yet"
+        wrong = [row for row in self.rows if not row.ok]
+        units = {row.unit: [r for r in wrong if r.unit == row.unit] for row in wrong}
+        lines = [] if wrong else [f"all {len(self.rows)} tensors are right"]
+        for unit, rows in units.items():
+            if len(rows) > 1 and len({row.complaint for row in rows}) == 1:
+                lines.append(f"{unit}: {rows[0].complaint} ({len(rows)} tensors lost)")
+            else:
+                lines += [f"{unit}, {row.tensor}: {row.complaint}" for row in rows]
+        if wrong and self.printed.strip():
+            lines.append(f"printed: {self.printed.strip()[:500]}")
+        return "\n".join([*lines, *[self.remark] * bool(self.remark)])
+
+    @property
+    def is_blank(self):
+        """Whether nothing is written."""
+        return bool(self.rows) and all(row.complaint.startswith(BLANK) for row in self.rows)
+
+    @property
+    def brief(self):
+        """The same of hidden tests, for the student: which tensors, but not on which inputs."""
+        if self.is_blank:
+            return self.text
+        lines = []
+        for name in dict.fromkeys(row.unit for row in self.rows):
+            rows = [row for row in self.rows if row.unit == name]
+            wrong = [row for row in rows if not row.ok]
+            tensors = ", ".join(row.tensor for row in wrong)
+            plain = ", ".join({row.complaint for row in wrong if row.is_plain})
+            if plain:
+                lines.append(f"{name}: {plain}")
+            elif wrong and all(row.complaint.startswith(BLANK) for row in wrong):
+                lines.append(f"{name}: not written yet ({tensors})")
+            elif wrong:
+                lines.append(f"{name}: wrong in {tensors}")
+        return "\n".join(lines) or self.text
+
+
+def judge(call, unit, drawn):
+    """The Rows of a unit on these Cases. call(name, *args) runs a function of the student's."""
+    ledger = _Ledger(unit)
     for case in drawn:
         _announce(unit, case, ledger)
     ledger.add("arguments", "")
     try:
         for case in drawn:
             _judge_case(call, unit, case, ledger)
-        _judge_arguments(call, unit, ledger)
+        _judge_arguments(call, drawn[0], ledger)
     except Failure as error:
         ledger.blame(ledger.stage, str(error))
     except Broken as error:
         ledger.blame("", str(error))
+        ledger.plain = str(error)
     return ledger.rows()
 
 
@@ -51,7 +122,7 @@ class _Ledger:
     """Tensor to its first complaint, "" while there is none."""
 
     def __init__(self, unit):
-        self.unit, self.stage = unit, ""
+        self.unit, self.stage, self.plain = unit, "", None
         self.complaints, self.changed = {}, ""
         self.free, self.gradients = {"arguments"}, {"arguments"}
 
@@ -66,7 +137,13 @@ class _Ledger:
 
     def rows(self):
         return [
-            Row(self.unit.name, name, self._explained(complaint), name in self.free)
+            Row(
+                self.unit.name,
+                name,
+                self._explained(complaint),
+                name in self.free,
+                complaint == self.plain,
+            )
             for name, complaint in self.complaints.items()
         ]
 
@@ -118,11 +195,10 @@ def _announce(unit, case, ledger):
         ledger.gradients |= set(gradients)
 
 
-def _judge_arguments(call, unit, ledger):
+def _judge_arguments(call, case, ledger):
     try:
         for function, position in call("changed_arguments"):
-            names = [*inspect.signature(getattr(layers, function, adamw_steps)).parameters]
-            name = names[position + (function == "adamw_steps")]
+            name = case.parameters[function][position]
             ledger.changed = ledger.changed or f"{function} changes its argument {name} in place"
             ledger.add("arguments", ledger.changed)
     except (TypeError, ValueError, LookupError, AttributeError):

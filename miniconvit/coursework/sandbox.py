@@ -22,9 +22,9 @@ import numpy as np
 from .. import layers
 from ..errors import UserError
 from . import confine, runner, source
-from .cases import map_arrays
 from .runner import Broken, Failure, Wire
 from .skeleton import kit_source
+from .task import map_arrays
 
 LARGEST_NUMBER = 16  # in a student's call of a right function: grids, heads, patch sizes
 LARGEST_ARRAY = 1 << 16  # entries of whatever such a call computes
@@ -262,7 +262,7 @@ def require_open_folder():
 
 
 def look_through(files):
-    """[{"text", "problem", "functions"}, ...] of files' bytes, from a limited process that runs
+    """What `describe_source` says of each of these files' bytes, from a limited process that runs
     none of them."""
     described, deaths = [], 0
     while len(described) < len(files):
@@ -271,7 +271,7 @@ def look_through(files):
         if len(described) < len(files):  # the process died of this one
             deaths += 1
             problem = "is no valid Python: it takes too much memory or time to be read"
-            described.append({"text": "", "problem": problem, "functions": None})
+            described.append({"problem": problem})
     return described
 
 

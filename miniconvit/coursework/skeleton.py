@@ -3,17 +3,19 @@
 import ast
 import hashlib
 import inspect
+import re
+import sys
 from functools import cache
+from textwrap import fill
 
 from .. import arrays as backend
-from .. import config
+from .. import config, layers, optim
 from ..errors import UserError
 from ..layers import attention, drop_path, names
-from .exercises import EXERCISES
+from .exercises import EXERCISES, NO_FORMULA
 
 GIVEN = (
     (backend, "array_module"),
-    (backend, "erf"),
     (config, "as_pair"),
     (names, "part"),
     (names, "prefixed"),
@@ -31,6 +33,7 @@ folder. While your work is checked they are right ones instead, and so are the o
 same file: every pair counts by itself.
 """
 
+import math
 import sys
 from importlib import import_module
 
@@ -38,6 +41,11 @@ import numpy as np
 
 FILES = {files}
 Params = dict[str, np.ndarray]  # arrays by name
+
+
+def erf(x):
+    """The error function, elementwise, in the dtype of x."""
+    return np.vectorize(math.erf, otypes=[x.dtype])(x)
 
 
 psa_forward = psa_backward = None  # positional attention without gates is no exercise
@@ -76,23 +84,33 @@ def kit_source():
     return "\n\n".join(part.strip("\n") + "\n" for part in parts)
 
 
+def source_module(exercise):
+    """The library's module that an exercise is cut from."""
+    if exercise.module == "optim":
+        return optim
+    return sys.modules[f"{layers.__name__}.{exercise.module}"]
+
+
 def solution(exercise):
     """The library's own text of the exercise, importing from kit."""
-    return _cut(exercise, blank=False)
+    return _cut(exercise)
 
 
 @cache
-def skeleton(exercise):
-    """The same with the bodies of the exercise's functions and helpers replaced; signatures and
-    docstrings stay. Raises UserError where the library has no such function."""
-    return _cut(exercise, blank=True)
+def skeleton(exercise, formulas=True):
+    """The same with the bodies of the exercise's functions replaced; signatures and docstrings
+    stay. Where there are to be no formulas, those of backward passes go, and what explains them.
+
+    Raises UserError where the library has no such function.
+    """
+    text = _cut(exercise, exercise.functions)
+    return text if formulas else _without_formulas(text, exercise)
 
 
-def _cut(exercise, blank):
-    source = inspect.getsource(exercise.source_module)
+def _cut(exercise, blanks=()):
+    source = inspect.getsource(source_module(exercise))
     lines, tree = source.splitlines(), ast.parse(source)
     units = {unit.name for unit in exercise.units}
-    wanted = _wanted(exercise)
     found = set()
     # From the end, so that the line numbers above stay right.
     for node in reversed(tree.body):
@@ -105,21 +123,41 @@ def _cut(exercise, blank):
                 del lines[first:last]
                 continue
             for function in reversed(_functions(node)):
-                if function[0] in wanted:
+                if function[0] in blanks:
                     found.add(function[0])
-                    if blank:
-                        _blank(lines, *function)
-    missing = sorted(set(wanted) - found)
+                    _blank(lines, *function)
+    missing = sorted(set(blanks) - found)
     if missing:
         raise UserError(f"the library has no function {', '.join(missing)} to make an exercise of")
-    text = "\n".join(lines)
-    while "\n\n\n\n" in text:
-        text = text.replace("\n\n\n\n", "\n\n\n")
-    return text.rstrip("\n") + "\n"
+    return _tidy(lines)
 
 
-def _wanted(exercise):
-    return (*exercise.functions, *exercise.helpers)
+def _tidy(lines):
+    return re.sub("\n{4,}", "\n\n\n", "\n".join(lines)).rstrip("\n") + "\n"
+
+
+OF_BACKWARD = (
+    "\n    Keeps xhat and rstd: everything else in backward follows from them.",
+    " Its gradient is a constant per row of dA, which both softmaxes and the gate ignore.",
+)
+"""What forward passes and modules say on the way back."""
+
+
+def _without_formulas(text, exercise):
+    """A blank whose docstrings say nothing on the way back but shapes; its own helpers for that
+    way, which would, are left out."""
+    units = {unit.backward: NO_FORMULA[unit.name] for unit in exercise.units if unit.gradients}
+    lines = text.splitlines()
+    for node in reversed(ast.parse(text).body):
+        if isinstance(node, ast.FunctionDef) and node.name in units:
+            docstring = fill(f'    """{units[node.name]}"""', 100, subsequent_indent="    ")
+            lines[node.body[0].lineno - 1 : node.body[0].end_lineno] = [docstring]
+        elif isinstance(node, ast.FunctionDef) and re.fullmatch("_.*_backward", node.name):
+            del lines[node.lineno - 1 : node.end_lineno]
+    text = _tidy(lines)
+    for sentence in OF_BACKWARD:
+        text = text.replace(sentence, "")
+    return text
 
 
 def _is_foreign(name, units, exercise):
@@ -147,7 +185,7 @@ def _blank(lines, name, node):
     ]
 
 
-def skeleton_hash(exercises):
+def skeleton_hash(exercises, formulas=True):
     """A short hash of the blanks, by which a submission says which edition it was made from."""
-    text = kit_source() + "".join(skeleton(exercise) for exercise in exercises)
+    text = kit_source() + "".join(skeleton(exercise, formulas) for exercise in exercises)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

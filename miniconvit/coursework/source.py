@@ -14,6 +14,7 @@ import symtable
 import sys
 import tokenize
 from contextlib import suppress
+from copy import copy
 
 WHITELIST = (
     *("numpy", "math", "kit", "functools", "itertools", "operator", "dataclasses", "typing"),
@@ -35,24 +36,35 @@ class Unreadable(Exception):
 
 
 def describe_source(data):
-    """{"text", "problem", "functions"} of a file's bytes.
+    """{"text", "runs", "remark", "problem", "functions"} of a file's bytes.
 
-    problem: why the text is not run, or "". functions: name to whether it is blank, those of
-    classes as Class.name; None where the text cannot be parsed.
+    runs: the text without what never runs here, of which remark speaks. problem: why it is not run,
+    or "". functions: name to whether it is blank, those of classes as Class.name; None where the
+    text cannot be parsed.
     """
-    text, functions = "", None
+    text, runs, remark, functions = "", "", "", None
     try:
         text = decode(data)
         tree = ast.parse(text)
         functions = functions_of(tree)
-        problem = source_problem(without_main(text, tree))
+        runs, unused = without_unused_imports(without_main(text, tree))
+        remark = "; ".join(unused)
+        problem = source_problem(runs)
     except Unreadable as error:
         problem = str(error)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except SyntaxError as error:
+        problem = f"is no valid Python: {error.msg} in line {error.lineno}"
+    except (ValueError, RecursionError) as error:
         problem = f"is no valid Python: {error}"
     except MemoryError:
         problem = "is no valid Python: it takes too much memory to be read"
-    return {"text": text, "problem": problem, "functions": functions}
+    return {
+        "text": text,
+        "runs": runs,
+        "remark": remark,
+        "problem": problem,
+        "functions": functions,
+    }
 
 
 def decode(data):
@@ -113,6 +125,46 @@ def without_main(text, tree):
     return "\n".join(lines)
 
 
+def without_unused_imports(text):
+    """(the text, sentences): imports beyond the white list that nothing uses are left out, as if
+    they had not been written, so they can do nothing. Lines keep their numbers."""
+    tree, remarks, lines = ast.parse(text), [], text.encode().split(b"\n")
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in sorted(imports, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        kept = [alias for alias in node.names if not _is_idle(node, alias, names)]
+        if len(kept) == len(node.names):
+            continue
+        idle = _modules(node, [alias for alias in node.names if alias not in kept])
+        modules = ", ".join(dict.fromkeys(idle))
+        remarks.append(f"{modules} in line {node.lineno} is imported but not used, and left out")
+        new = copy(node)
+        new.names = kept
+        first, last = node.lineno - 1, node.end_lineno - 1
+        rest = lines[last][node.end_col_offset :]
+        head = lines[first][: node.col_offset] + (ast.unparse(new) if kept else "pass").encode()
+        lines[first : last + 1] = [head + rest] + [b""] * (last - first)
+    return b"\n".join(lines).decode(), remarks[::-1]
+
+
+def _is_idle(node, alias, names):
+    """Whether an import is of no listed module, and binds a name that is not among those used."""
+    name = alias.asname or alias.name.partition(".")[0]
+    (module,) = _modules(node, [alias])
+    return not _is_listed(module) and name not in (*names, "*")
+
+
+def _modules(node, aliases):
+    """The modules that an import statement names, once for each alias."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in aliases]
+    return ["." * node.level + (node.module or "")] * len(aliases)
+
+
+def _is_listed(module):
+    return module.partition(".")[0] in WHITELIST
+
+
 def source_problem(text):
     """Why a text is not run, or "": imports beyond the white list, names that open doors.
 
@@ -120,17 +172,13 @@ def source_problem(text):
     """
     builtins = builtins_used(symtable.symtable(text, "text", "exec"))
     for node in ast.walk(ast.parse(text)):
-        modules = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = ["." * node.level + (node.module or "")]
-        for module in modules:
-            if module.partition(".")[0] not in WHITELIST:
-                return (
-                    f"imports {module} in line {node.lineno}: allowed are {', '.join(WHITELIST)}; "
-                    "other exercises come through kit"
-                )
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for module in _modules(node, node.names):
+                if not _is_listed(module):
+                    return (
+                        f"imports {module} in line {node.lineno}: allowed are "
+                        f"{', '.join(WHITELIST)}; other exercises come through kit"
+                    )
         name = getattr(node, "id", None) or getattr(node, "attr", None) or ""
         is_special = name.startswith("__") and name.endswith("__") and name not in HARMLESS
         is_door = isinstance(node, ast.Attribute) and is_special

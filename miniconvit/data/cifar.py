@@ -14,15 +14,24 @@ import os
 import sys
 import tarfile
 import tempfile
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import pooch
 
 from ..errors import UserError
 from .image_sets import ImageArray
 
+with warnings.catch_warnings():  # pooch's bar warns in a notebook that has no widgets
+    warnings.simplefilter("ignore")
+    import pooch
+
 AUGMENTATION = "crop-flip"
+
+
+def cache_folder():
+    """Where downloads go if nobody names a folder."""
+    return pooch.os_cache("miniconvit")
 
 
 @dataclass

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 
 from ..arrays import to_device
 from ..errors import UserError, unknown_name
 from . import imagefolder, shapes
-from .cifar import CIFAR10, CIFAR100
+from .cifar import CIFAR10, CIFAR100, cache_folder
 from .image_sets import Images
 
 SOURCES = {"shapes": shapes, "cifar10": CIFAR10, "cifar100": CIFAR100, "imagefolder": imagefolder}
@@ -109,7 +108,7 @@ def on_device(dataset, xp):
 
 def _folders(data_dir):
     """Where files may lie, in the order of search; the first and the last may be downloaded to."""
-    named = (data_dir, os.environ.get("MINICONVIT_DATA"), pooch.os_cache("miniconvit"))
+    named = (data_dir, os.environ.get("MINICONVIT_DATA"), cache_folder())
     return [Path(folder).expanduser() if folder else None for folder in named]
 
 

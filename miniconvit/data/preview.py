@@ -1,14 +1,17 @@
-"""A contact sheet of a data set: what the training sees of its images."""
+"""Contact sheets: what the training sees of a data set's images, and any images with captions."""
 
 import io
 
 import numpy as np
 
+from ..errors import printable
 from ..system import write_file
 from . import PRESETS, draw_mix, erase, mix_images, normalize
 from .images import require_pillow
 
 ROWS, COPIES = 8, 7
+COLUMNS = 8
+"""Of a sheet of any images."""
 CELL = 96  # pixels on the sheet, at least, for an image's width
 GAP, LINE = 8, 14
 MIXES = {"mixup": (0.8, 0.0), "cutmix": (0.0, 1.0)}
@@ -24,17 +27,23 @@ def draw_preview(dataset, preset, path, seed=0):
     places = _places(dataset.train.labels)
     images = dataset.train.images[places]
     names = [dataset.classes[label] for label in dataset.train.labels[places]]
-    columns = {"original": (images, names)}
+    columns = [("original", images, names)]
     for copy in range(COPIES):
         seen = _seen(dataset, places, seed, preset, copy)
-        columns[f"copy {copy + 1}"] = _shown(dataset, seen), [""] * len(places)
+        columns.append((f"copy {copy + 1}", _shown(dataset, seen), [""] * len(places)))
     seen = _seen(dataset, places, seed, preset, COPIES)
     for title, alphas in MIXES.items():
-        columns[title] = _mixed(dataset, seen, names, seed, alphas)
+        columns.append((title, *_mixed(dataset, seen, names, seed, alphas)))
     note = f"{dataset.name}, --augment {preset}: {PRESETS[preset].summary}"
-    picture = io.BytesIO()
-    _sheet(note, columns).save(picture, format="png")
-    write_file(path, picture.getvalue())
+    _write_sheet(note, columns, path)
+
+
+def draw_sheet(note, images, captions, path):
+    """Writes a PNG of uint8 images (n, 3, H, W), n >= 1, row by row, each over its caption, which
+    may have two lines. Raises UserError where Pillow is missing."""
+    require_pillow("a contact sheet")
+    columns = [("", images[i::COLUMNS], captions[i::COLUMNS]) for i in range(COLUMNS)]
+    _write_sheet(note, columns, path)
 
 
 def _places(labels):
@@ -68,28 +77,32 @@ def _mixed(dataset, seen, names, seed, alphas):
     return np.array(images), captions
 
 
-def _sheet(note, columns):
-    """A picture of named columns of (uint8 images (n, 3, H, W), captions)."""
+def _write_sheet(note, columns, path):
+    """Writes a PNG of columns of (title, uint8 images (n, 3, H, W), captions)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    images, _ = columns["original"]
-    rows, _, height, width = images.shape
+    rows, _, height, width = columns[0][1].shape
+    lines = max(caption.count("\n") + 1 for _, _, captions in columns for caption in captions)
     scale = max(1, CELL // width)
-    wide, tall = width * scale + GAP, height * scale + GAP + LINE
+    wide, tall = width * scale + GAP, height * scale + GAP + LINE * lines
     head = 2 * LINE + GAP
     sheet = Image.new("RGB", (GAP + wide * len(columns), head + tall * rows), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     pen.text((GAP, GAP // 2), note, "black", font)
-    for column, (title, (pictures, captions)) in enumerate(columns.items()):
+    for column, (title, images, captions) in enumerate(columns):
         x = GAP + column * wide
         pen.text((x, GAP // 2 + LINE), title, "black", font)
-        for row, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):
+        for row, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
             y = head + row * tall
             picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
             size = (width * scale, height * scale)
             sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
-            pen.text((x, y + height * scale), _fitting(caption, font, wide - GAP), "black", font)
-    return sheet
+            for line, text in enumerate(caption.split("\n")):
+                place = x, y + height * scale + line * LINE
+                pen.text(place, _fitting(printable(text), font, wide - GAP), "black", font)
+    picture = io.BytesIO()
+    sheet.save(picture, format="png")
+    write_file(path, picture.getvalue())
 
 
 def _fitting(text, font, width):

@@ -1,10 +1,14 @@
 """Where a run computes: on the CPU through NumPy, or on an NVIDIA GPU through CuPy."""
 
 import ctypes
+import os
+import re
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +18,13 @@ DEVICES = ("auto", "cpu", "cuda")
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 OLDEST_DRIVER = {12: 525, 13: 580}
 """The first driver that serves a major version of CUDA."""
+OLDEST_CUPY = 14, 1
+"""Older ones add float32 and large integers in float64, or sort and compare wrongly."""
+OF_CUDA_13 = 75
+"""The least compute capability, times ten, that CUDA 13 compiles for."""
+_MEMORY = ("OUT_OF_MEMORY", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
+_CACHE = []  # a temporary folder for kernels, which goes with the process
+_COMPILING = ", which compiles its kernels in the first step, once"
 
 
 class _Unusable(Exception):
@@ -36,7 +47,8 @@ def resolve_device(name="auto"):
         return np, "on the CPU, as asked for"
     found, problem = _examine()
     if problem is None:
-        return import_module("cupy"), f"on the GPU: {found['gpu']}, {found['cupy']}"
+        place = f"on the GPU: {found['gpu']}, {found['cupy']}"
+        return import_module("cupy"), place + _COMPILING * found["compiles_kernels"]
     if name == "auto":
         return np, f"on the CPU: {problem.finding}"
     raise UserError(f"--device cuda cannot be used: {problem.finding}; {problem.remedy}")
@@ -51,10 +63,23 @@ def examine_cuda():
     return found | {"cuda": verdict}
 
 
+@contextmanager
+def out_of_memory():
+    """While it lasts, memory that is exhausted outside of CuPy's pool is a MemoryError too: where a
+    kernel is loaded or cuBLAS works."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(word in str(error) for word in _MEMORY):
+            raise MemoryError(_short(error)) from error
+        raise
+
+
 def _examine():
     """(what was found, _Unusable or None)."""
-    names = ("cupy", "cuda_driver", "cuda_runtime", "gpu", "gpu_memory_gb", "gpu_free_gb")
-    found = dict.fromkeys((*names, "first_kernel_ms"))
+    names = ("cupy", "cuda_driver", "cuda_runtime", "gpu", "compute_capability", "gpu_memory_gb")
+    names += ("gpu_free_gb", "first_kernel_ms", "compiles_kernels")
+    found = dict.fromkeys(names)
     try:
         _find(found)
     except _Unusable as problem:
@@ -68,7 +93,10 @@ def _find(found):
     found["cuda_driver"] = _dotted(driver)
     wheels = _wheels()
     found["cupy"] = ", ".join(f"{name} {number}" for name, number in wheels.items()) or None
-    install = f"pip install '{_fitting_wheel(driver)}'"
+    capability = _compute_capability()
+    found["compute_capability"] = capability and capability / 10
+    fitting = _fitting_wheel(driver, capability)
+    install = f"pip install -U '{fitting}'"
     cupy = _import_cupy(wheels, driver, install)
     runtime = cupy.cuda.runtime
     needed = runtime.runtimeGetVersion()
@@ -86,30 +114,56 @@ def _find(found):
             f"the driver serves CUDA {_dotted(driver)}, and {name} needs CUDA {needed // 1000}",
             f"update the driver to {oldest} or newer{other}",
         )
+    if needed >= 13000 and (capability or OF_CUDA_13) < OF_CUDA_13:
+        name = next(iter(wheels), "cupy")
+        raise _Unusable(
+            f"this GPU (compute capability {capability / 10}) is served by CUDA 12 only, and "
+            f"{name} needs CUDA {needed // 1000}",
+            f"pip uninstall -y {name}, then {install}",
+        )
     _find_gpu(runtime, found)
-    wheel = next(
-        (name for name in wheels if name != "cupy"), _fitting_wheel(driver).removesuffix("[ctk]")
-    )
-    found["first_kernel_ms"] = _run_kernel(cupy, f"pip install '{wheel}[ctk]'")
+    wheel = next((name for name in wheels if name != "cupy"), fitting.removesuffix("[ctk]"))
+    cached = _cached_kernels()
+    found["first_kernel_ms"] = _run_kernel(cupy, f"pip install -U '{wheel}[ctk]'")
+    found["compiles_kernels"] = _cached_kernels() != cached
+
+
+def _driver():
+    """The driver's library, or None."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError):
+            return ctypes.CDLL(library)
+    return None
 
 
 def _driver_version():
     """The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 without a driver."""
     number = ctypes.c_int(0)
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(number))
-            break
+    if driver := _driver():
+        driver.cuDriverGetVersion(ctypes.byref(number))
     return number.value
+
+
+def _compute_capability():
+    """Ten times the compute capability of the first GPU, such as 90; None where there is none."""
+    driver, device, number = _driver(), ctypes.c_int(0), ctypes.c_int(0)
+    if not driver or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    parts = []
+    for attribute in (75, 76):  # major and minor
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        parts.append(number.value)
+    return 10 * parts[0] + parts[1]
 
 
 def _dotted(number):
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
-def _fitting_wheel(driver):
-    """The CuPy package, with CUDA's own libraries, for a driver."""
-    return f"cupy-cuda{12 if 0 < driver < 13000 else 13}x[ctk]"
+def _fitting_wheel(driver, capability):
+    """The CuPy package, with CUDA's own libraries, for a driver and a GPU."""
+    is_old = 0 < driver < 13000 or (capability or OF_CUDA_13) < OF_CUDA_13
+    return f"cupy-cuda{12 if is_old else 13}x[ctk]"
 
 
 def _wheels():
@@ -128,11 +182,20 @@ def _import_cupy(wheels, driver, install):
             f"{len(wheels)} CuPy packages are installed over each other ({', '.join(wheels)})",
             f"pip uninstall -y {' '.join(wheels)}, then {install}",
         )
+    for name, number in wheels.items():
+        _refuse_old(name, number, install)
+    if wheels:
+        _find_cache()
     try:
-        return import_module("cupy")
+        cupy = import_module("cupy")
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise _broken(wheels, error, install) from error
+        if wheels:
+            raise _Unusable(
+                f"the files of {next(iter(wheels))} are missing, though it counts as installed",
+                f"pip uninstall -y {' '.join(wheels)}, then {install}",
+            ) from error
         if driver:
             raise _Unusable("CuPy is not installed", install) from error
         raise _Unusable(
@@ -141,11 +204,54 @@ def _import_cupy(wheels, driver, install):
         ) from error
     except Exception as error:  # whatever a broken installation raises is the finding
         raise _broken(wheels, error, install) from error
+    _refuse_old("CuPy", cupy.__version__, install)
+    return cupy
+
+
+def _refuse_old(name, number, install):
+    """Raises _Unusable for a version that computes wrongly here."""
+    if tuple(int(part) for part in re.findall(r"\d+", number)[:2]) < OLDEST_CUPY:
+        remove = f"pip uninstall -y {name}, then {install}"
+        is_fitting = f"{name}[ctk]" in install
+        raise _Unusable(
+            f"{name} {number} is too old: it must be {'.'.join(map(str, OLDEST_CUPY))} or newer",
+            install if is_fitting else remove.replace("CuPy", "cupy"),
+        )
+
+
+def _cache():
+    """The folder in which CuPy keeps compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path("~/.cupy/kernel_cache").expanduser())
+
+
+def _find_cache():
+    """Makes sure of that folder, which CuPy needs to be imported: a temporary one where the home
+    folder cannot be written. Raises _Unusable where CUPY_CACHE_DIR cannot."""
+    try:
+        folder = _cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        if "CUPY_CACHE_DIR" in os.environ:
+            raise _Unusable(
+                f"CuPy cannot keep compiled kernels in CUPY_CACHE_DIR ({_short(error)})",
+                "set CUPY_CACHE_DIR to a folder that can be written",
+            ) from error
+        _CACHE.append(tempfile.TemporaryDirectory(prefix="cupy-"))
+        os.environ["CUPY_CACHE_DIR"] = _CACHE[-1].name
+
+
+def _cached_kernels():
+    """How many files are in that folder."""
+    with suppress(OSError, RuntimeError):
+        return len(os.listdir(_cache()))
+    return 0
 
 
 def _broken(wheels, error, install):
     remove = f"pip uninstall -y {' '.join(wheels) or 'cupy'}, then {install}"
-    return _Unusable(f"CuPy cannot be imported ({_short(error)})", remove)
+    cause = error.__cause__ or error  # CuPy wraps it into a page of advice
+    return _Unusable(f"CuPy cannot be imported ({_short(cause)})", remove)
 
 
 def _find_gpu(runtime, found):

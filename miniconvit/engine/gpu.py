@@ -5,6 +5,7 @@ from contextlib import suppress
 from .. import layers
 from ..arrays import to_cpu
 from ..errors import UserError
+from .cuda import out_of_memory
 from .ranks import Ranks
 
 INFERENCE_ROWS = 65536  # tokens at a time, which fills a GPU without filling its memory
@@ -24,7 +25,8 @@ class DeviceEngine:
 
     def close(self):
         """Gives the memory that is not in use back to the device."""
-        self.xp.get_default_memory_pool().free_all_blocks()
+        with suppress(RuntimeError):  # after an error of CUDA, which is the one to be told
+            self.xp.get_default_memory_pool().free_all_blocks()
 
     def __enter__(self):
         return self
@@ -43,7 +45,7 @@ class DeviceEngine:
             numbers, grads = self.objective.step(load(0, n), params, 1.0, 0, seed, step, layers)
             return *numbers, grads
 
-        with suppress(MemoryError):
+        with suppress(MemoryError), out_of_memory():
             return run(n)
         raise UserError(self._too_large(run, n))
 
@@ -53,7 +55,7 @@ class DeviceEngine:
         fits = n // 2
         while fits:
             self.close()
-            with suppress(MemoryError):
+            with suppress(MemoryError), out_of_memory():
                 run(fits)
                 break
             fits //= 2
@@ -83,8 +85,9 @@ class DeviceEngine:
         size = max(1, min(n, INFERENCE_ROWS // self.objective.rows))
         while True:
             try:
-                pieces = [run(start, min(start + size, n)) for start in range(0, n, size)]
-                return to_cpu(self.xp.concatenate(pieces))
+                with out_of_memory():
+                    pieces = [run(start, min(start + size, n)) for start in range(0, n, size)]
+                    return to_cpu(self.xp.concatenate(pieces))
             except MemoryError:
                 if size == 1:
                     raise

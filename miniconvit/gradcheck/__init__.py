@@ -1,3 +1,4 @@
-"""The gradient checker, in reading order: checker, cases (every layer under it), mutants (bugs)."""
+"""The gradient checker, in reading order: checker, drawing and cases (every layer under it),
+neighbours (the papers beside ConViT), mutants (bugs)."""
 
 from .checker import check_gradients

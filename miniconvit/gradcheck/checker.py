@@ -13,6 +13,8 @@ gradient drowns in it, the verdict is `zero`, which passes only where it was exp
 passes by showing nothing. Since backward is linear in dy and keeps nothing, it is called again.
 """
 
+import os
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -45,7 +47,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What check_gradients found. str(report) is a table."""
+    """What check_gradients found. str(report) is a table, at Python's prompt with what is wrong
+    in red."""
 
     rows: tuple[Row, ...]
     seed: int
@@ -57,17 +60,28 @@ class Report:
         """True where every row is right, every zero was expected, and nothing else was wrong."""
         return not self.problems and all(row.verdict in ("ok", "zero") for row in self.rows)
 
-    def __str__(self) -> str:
+    def lines(self) -> list[tuple[str, bool]]:
+        """The table line by line, each with whether it says that something is wrong."""
         width = max([len("tensor"), *(len(row.name) for row in self.rows)])
-        lines = [f"{'tensor':{width}}  {'shape':14} {'|analytic|':>10} {'|numeric|':>10}  error"]
+        head = f"{'tensor':{width}}  {'shape':14} {'|analytic|':>10} {'|numeric|':>10}  error"
+        lines = [(head, False)]
         about = "" if self.every_entry else "~"
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
             norms = f"{row.analytic_norm:10.3e} {about + format(row.numeric_norm, '.3e'):>10}"
             error = "-" if row.verdict == "zero" else f"{row.error:.1e}"
             line = f"{row.name:{width}}  {shape:14} {norms}  {error:>7}  {row.verdict}"
-            lines.append(f"{line}  {row.note}".rstrip())
-        return "\n".join([*lines, *self.problems])
+            lines.append((f"{line}  {row.note}".rstrip(), row.verdict in ("WRONG", "unsure")))
+        return [*lines, *((problem, True) for problem in self.problems)]
+
+    def __str__(self) -> str:
+        red = "\033[31m{}\033[0m" if _is_at_a_prompt() else "{}"
+        return "\n".join(red.format(line) if bad else line for line, bad in self.lines())
+
+
+def _is_at_a_prompt():
+    """Whether what is printed goes to somebody who types Python on a terminal, with colours."""
+    return hasattr(sys, "ps1") and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def check_gradients(

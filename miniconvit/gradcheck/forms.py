@@ -6,7 +6,6 @@ from inspect import signature
 
 import numpy as np
 
-from ..config import is_count
 from ..errors import UserError, did_you_mean
 
 
@@ -20,7 +19,7 @@ def check_arguments(forward, backward, inputs, seed, expect_zero, step, scale):
     _check_call(backward, "backward(dy, cache)", {}, None, None)
     if isinstance(expect_zero, str) or not isinstance(expect_zero, Collection):
         raise UserError(f"expect_zero is a collection of names: write [{expect_zero!r}]")
-    if not is_count(seed):
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed must be an integer of at least 0, not {seed!r}")
     scales = scale if isinstance(scale, dict) else {}
     for what, names in (("expect_zero", expect_zero), ("scale", scales)):

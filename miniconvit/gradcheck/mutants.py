@@ -3,7 +3,8 @@
 Whoever checks gradients, with our checker or another, can run it on these and count what it
 catches. The bugs are those that students and real projects make; many are right at initial values,
 for one image, one head or a square grid, and so slip through a check that looks only there.
-They stand in mutants.toml; `python -m miniconvit.gradcheck.mutants` prints them as docs/mutants.md.
+They stand in mutants.toml and neighbours.toml. `python -m miniconvit.gradcheck.mutants` prints them
+as docs/mutants.md.
 """
 
 import inspect
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
 
-from .. import layers, model
+from .. import layers, model, neighbours
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One bug as a change of text: `before`, which occurs once, becomes `after`.
 
-    function: the public function that goes wrong, of miniconvit.layers, or convit_backward.
+    function: the public function that goes wrong, of miniconvit.layers or neighbours, or
+    convit_backward.
     story: the bug in one line, as one would say it to a student.
     helper: the function of the same module that holds the text, where it is not `function`.
     """
@@ -34,14 +36,15 @@ class Mutant:
     helper: str = ""
 
 
-def _load():
-    """The catalogue: mutants.toml has a list of bugs under each function."""
-    text = files(__package__).joinpath("mutants.toml").read_text(encoding="utf-8")
+def _load(file):
+    """A catalogue: the file has a list of bugs under each function."""
+    text = files(__package__).joinpath(file).read_text(encoding="utf-8")
     catalogue = tomllib.loads(text).items()
     return tuple(Mutant(function=function, **bug) for function, bugs in catalogue for bug in bugs)
 
 
-MUTANTS = _load()
+MUTANTS = _load("mutants.toml")
+NEIGHBOUR_MUTANTS = _load("neighbours.toml")
 
 
 def mutate(mutant):
@@ -51,7 +54,7 @@ def mutate(mutant):
     inside a composite or the model, use planted(**{mutant.function: mutate(mutant)}).
     Raises ValueError where `before` does not occur exactly once.
     """
-    home = model if mutant.function == "convit_backward" else layers
+    home = next(home for home in (layers, model, neighbours) if hasattr(home, mutant.function))
     module = sys.modules[getattr(home, mutant.function).__module__]
     text = inspect.getsource(getattr(module, mutant.helper or mutant.function))
     if text.count(mutant.before) != 1:
@@ -115,10 +118,26 @@ def page():
         '"all caught" says less of us than it seems. It says more where somebody else\'s checker '
         "meets it: [how others fare](results/checkers.md), and what you can learn from each miss.",
     ]
-    for function, mutants in groupby(MUTANTS, lambda mutant: mutant.function):
-        lines += ["", f"## `{function}`", ""]
-        lines += [f"- `{mutant.name}`: {mutant.story}" for mutant in mutants]
+    lines += _listed(MUTANTS)
+    lines += [
+        "",
+        "# The bugs in the neighbours",
+        "",
+        f"{len(NEIGHBOUR_MUTANTS)} more are planted in [the papers beside ConViT](neighbours.md). "
+        "They stand in [`neighbours.toml`](../miniconvit/gradcheck/neighbours.toml):",
+        "",
+        "```sh",
+        "miniconvit gradcheck --part neighbours --mutants",
+        "```",
+        *_listed(NEIGHBOUR_MUTANTS),
+    ]
     return "\n".join(lines)
+
+
+def _listed(catalogue):
+    for function, mutants in groupby(catalogue, lambda mutant: mutant.function):
+        yield from ("", f"## `{function}`", "")
+        yield from (f"- `{mutant.name}`: {mutant.story}" for mutant in mutants)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ def evaluate(
     std: Array | Sequence[float],
     params: Params,
     between_chunks: Callable[[], None] = lambda: None,
+    note: Callable[[Array], None] = lambda logits: None,
 ) -> tuple[float, float, float]:
     """(loss, top-1, top-5) over a split: mean cross-entropy, and shares between 0 and 1; NaNs where
     the model's answers are not finite.
 
-    between_chunks is called now and then, and may raise to end it.
+    between_chunks is called now and then, and may raise to end it; note gets the logits (n, C),
+    float64, of all images in order, a chunk at a time.
     """
     loss, top1, top5 = 0.0, 0, 0
     dtype = next(iter(params.values())).dtype
@@ -44,6 +46,7 @@ def evaluate(
             logits = engine.logits(load, len(labels), params).astype(np.float64)  # (n, C)
             if not np.isfinite(logits).all():
                 return nan, nan, nan
+            note(logits)
             loss += float(cross_entropy_forward(logits, labels)[0]) * len(labels)
             right = logits[np.arange(len(labels)), labels]
             rank = (logits > right[:, None]).sum(axis=1)  # (n,), 0 for the best

@@ -95,6 +95,8 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 if resume and folder.last.exists():
                     state = load_state(folder.last, s, config, schedule, xp)
                     folder.cut_metrics(state.epoch)
+                    if state.best is not None:
+                        folder.require_best()
                     return state, []
                 lines, start = [], None
                 if resume:

@@ -8,8 +8,9 @@ from datetime import datetime
 from itertools import chain, count, islice
 from pathlib import Path
 from platform import python_version
+from zlib import crc32
 
-from ..checkpoints.checkpoint import BEST, LAST
+from ..checkpoints.checkpoint import BEST, LAST, load_checkpoint
 from ..config import is_number
 from ..errors import UserError
 from ..system import arithmetic, cannot_write, parse_json, read_json, write_file
@@ -20,10 +21,12 @@ except ImportError:  # Windows: two processes in one folder are then not told ap
     fcntl = None
 
 CONFIG, LOG = "config.json", "log.txt"
-NUMBERS = {"epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr"}
-NUMBERS |= {"images_per_second", "seconds"}
+TIMINGS = {"images_per_second", "seconds"}
+NUMBERS = {"epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1", "lr"} | TIMINGS
 READINGS = ("nonlocality", "gates", "strengths", "centre_norms")
 """What a row of metrics.jsonl holds."""
+CHECKSUM = "crc32"
+"""What each line has beside, so that a changed digit is noticed; older files are without."""
 MOST_LISTS = 2**20  # in all rows: a list takes twenty times the memory of its text
 BEFORE_CONFIG = {LOG, CONFIG + ".partial"}  # what a run that dies at once leaves behind
 
@@ -68,6 +71,11 @@ def _is_row(row, epoch):
         and all(isinstance(heads, list) for layers in lists for heads in layers)
         and all(x is None or is_number(x) for layers in lists for heads in layers for x in heads)
     )
+
+
+def _checksum(row):
+    """Of all that two equal runs have alike: not of the timings."""
+    return crc32(json.dumps({key: row[key] for key in row if key not in TIMINGS}).encode())
 
 
 class RunFolder:
@@ -160,7 +168,8 @@ class RunFolder:
         """Adds one epoch's row to metrics.jsonl, on the disk when this returns."""
         try:
             with open(self.metrics, "ab", buffering=0) as file:
-                self._append(file, json.dumps(row, allow_nan=False) + "\n")
+                line = row | {CHECKSUM: _checksum(row)}
+                self._append(file, json.dumps(line, allow_nan=False) + "\n")
                 os.fsync(file.fileno())
         except OSError as error:
             raise UserError(cannot_write(self.metrics, error)) from error
@@ -201,10 +210,21 @@ class RunFolder:
                 if not line.endswith(b"\n"):
                     break
                 lists += line.count(b"[")
-                rows.append(parse_json(line))
-                if not _is_row(rows[-1], len(rows)) or lists > MOST_LISTS:
+                rows.append(row := parse_json(line))
+                is_whole = row.pop(CHECKSUM, None) in (None, _checksum(row))
+                if not is_whole or not _is_row(row, len(rows)) or lists > MOST_LISTS:
                     raise ValueError(f"line {len(rows)} is no row of epoch {len(rows)}")
         return rows
+
+    def require_best(self):
+        """Raises UserError where best.safetensors, with which the run may end, is not whole."""
+        try:
+            load_checkpoint(self.best)
+        except UserError as error:
+            raise UserError(
+                f"{self.best} is missing or damaged: put it back from a copy, or train on in a new "
+                f"run with --init-from {self.last} and another --out"
+            ) from error
 
     def cut_metrics(self, count):
         """Takes from metrics.jsonl what the checkpoint does not know: all but `count` rows."""

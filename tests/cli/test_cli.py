@@ -109,6 +109,10 @@ def test_eval_of_a_run_is_what_training_reported(trained, program):
     found = json.loads(out)
     assert found.pop("checkpoint") == f"{folder}/best.safetensors"
     assert found.pop("computed").startswith(("on the CPU: ", "on the GPU: "))
+    assert sum(row["right"] for row in found.pop("by_class")) == round(30 * best["val_top1"])
+    assert sum(row["images"] for row in found.pop("confusions")) == round(
+        30 - 30 * best["val_top1"]
+    )
     assert found == {
         "data": "shapes",
         "split": "val",

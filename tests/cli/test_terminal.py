@@ -60,13 +60,55 @@ def _read(terminal):
         return b""
 
 
-def test_red_lines_are_red_on_terminals_alone():
-    command = [sys.executable, ROOT / "cli.py", "gradcheck", "--layer", "gate"]
+BROKEN = """
+from miniconvit import cli
+from miniconvit.gradcheck.mutants import planted
+with planted(softmax_backward=lambda dy, cache: 2 * dy):
+    cli.main(["gradcheck", "--layer", "softmax"])
+"""
+RED = re.compile(rb"\x1b\[31m(.*?)\x1b\[0m")
+
+
+def on_a_terminal(command, typed=b"", **variables):
+    """(exit status, what a command printed) on a terminal, where somebody typed this before."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    os.write(ours, typed)
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, **terminal, env=ENVIRONMENT | variables)
+    os.close(theirs)
+    seen = b""
+    while chunk := _read(ours):
+        seen += chunk
+    os.close(ours)
+    return process.wait(timeout=60), seen.replace(b"\r\n", b"\n")
+
+
+def test_rows_that_are_wrong_are_red_on_terminals_alone():
+    command = [sys.executable, "-c", BROKEN]
+    status, seen = on_a_terminal(command)
+    wrong = {line.split(b"m", 1)[-1] for line in seen.splitlines() if b"WRONG" in line}
+    assert status == 1 and len(wrong) >= 2
+    assert {line.removesuffix(b"\x1b[0m") for line in wrong} == set(RED.findall(seen))
+    assert b"\x1b" not in on_a_terminal(command, NO_COLOR="1")[1]
     ended = subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=120)
-    assert ended.returncode == 0
-    assert ended.stderr == b""
-    assert b"gate, case 1" in ended.stdout
-    assert not CONTROL.search(ended.stdout)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+    assert b"WRONG, see above" in ended.stdout and not CONTROL.search(ended.stdout)
+
+
+def test_a_printed_report_is_red_at_the_prompt_alone():
+    code = (
+        "import numpy as np, miniconvit as mc\n"
+        "f, wrong = lambda x: (x**3, x), lambda dy, x: dy * x**2\n"
+        "print(mc.check_gradients(f, wrong, {'x': np.arange(1.0, 4)}))\n"
+    )
+    typed = (code + "exit()\n").encode()
+    _, seen = on_a_terminal([sys.executable, "-q", "-i"], typed, PYTHON_BASIC_REPL="1")
+    (row,) = RED.findall(seen)
+    assert row.startswith(b"x ") and row.endswith(b"WRONG")
+    prompt = [sys.executable, "-q", "-i"]
+    assert not RED.search(on_a_terminal(prompt, typed, PYTHON_BASIC_REPL="1", NO_COLOR="1")[1])
+    assert not RED.search(on_a_terminal([sys.executable, "-c", code])[1])
 
 
 def test_every_bar_asks_whether_there_is_a_terminal():

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 import miniconvit
 from miniconvit import UserError, layers
 from miniconvit.cli.coursework import command
-from miniconvit.coursework import EXERCISES, create, exercises, grade
+from miniconvit.coursework import EXERCISES, create, exercises, grade, load_assignment
 from miniconvit.coursework.cases import HIDDEN, VISIBLE, Size, cases
 from miniconvit.coursework.exercises import allowed_functions
 from miniconvit.coursework.grading import Assignment, Result
@@ -461,6 +461,39 @@ def test_grade_refuses(kit, tmp_path):
         grade(tmp_path / "none", kit / "student", tmp_path / "out")
     with pytest.raises(UserError, match="holds neither coursework"):
         grade(tmp_path / "none", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["coursework.json", "hidden.json"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "no JSON object"),
+        ("", "cannot be read"),
+        ('{"exercises": 3}', "is damaged"),
+        ('{"exercises": ["conv"]}', "unknown exercise 'conv'"),
+        ('{"exercises": ["gelu"]}', "is damaged"),
+    ],
+)
+def test_a_damaged_coursework_is_made_again(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}.*{words}.*: create the coursework again$"):
+        load_assignment(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[" * 100_000, "[]", "{}", '{"skeleton": ' + "1" * 5000 + "}"]
+)
+def test_a_damaged_manifest_costs_nothing(tmp_path, manifest):
+    chosen = exercises(["gelu"])
+    folder = submission(tmp_path / "mine", {"gelu.py": solution(chosen[0])})
+    (folder / "manifest.json").write_text(manifest)
+    texts, problems, remark = read_submission(folder, chosen, "edition")
+    assert (texts.keys(), problems, remark) == (
+        {"gelu"},
+        {},
+        "this submission was packed from another edition of the coursework",
+    )
 
 
 def test_submissions_as_they_arrive(kit, tmp_path):

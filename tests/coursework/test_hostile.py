@@ -397,7 +397,7 @@ def test_values_survive_the_wire():
     sent = []
     wire = Wire(None, sent.append, None, None)
     arrays = (np.arange(6.0).reshape(2, 3).T, np.float32(1.5), np.array([], dtype=np.int64))
-    wire._send("return", [{"a": arrays, "b": None}, [True, 3, "x"]])
+    wire.send("return", [{"a": arrays, "b": None}, [True, 3, "x"]])
     data = sent[0]
 
     def read(size):
@@ -405,7 +405,7 @@ def test_values_survive_the_wire():
         part, data = data[:size], data[size:]
         return part
 
-    kind, (value, rest) = Wire(read, None, None, None)._receive()
+    kind, (value, rest) = Wire(read, None, None, None).receive()
     assert (kind, rest, value["b"]) == ("return", [True, 3, "x"], None)
     for got, expected in zip(value["a"], arrays, strict=True):
         assert got.dtype == expected.dtype
@@ -415,9 +415,9 @@ def test_values_survive_the_wire():
 def test_lists_in_a_call_are_tuples_whose_arrays_are_bounded():
     """Bounds are laid on the arrays of tuples and dicts alone."""
     sent = []
-    Wire(None, sent.append, None, None)._send("call", "f", ([np.ones(2), [3]],), {})
+    Wire(None, sent.append, None, None).send("call", "f", ([np.ones(2), [3]],), {})
     stream = io.BytesIO(sent[0])
-    _, _, (given,), _ = Wire(stream.read, None, None, None)._receive()
+    _, _, (given,), _ = Wire(stream.read, None, None, None).receive()
     assert isinstance(given, tuple) and given[1] == (3,)
     assert isinstance(map_arrays(lambda a: a.view(Bounded), given)[0], Bounded)
 

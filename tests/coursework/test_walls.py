@@ -99,10 +99,10 @@ def test_what_is_read_is_bounded_in_all(tmp_path, monkeypatch):
 def test_axes_of_length_0_hide_no_large_ones(shape):
     """Neither on the wire nor in what a right function computes: their sums are large."""
     sent = []
-    Wire(None, sent.append, None)._send("return", np.zeros(shape))
+    Wire(None, sent.append, None).send("return", np.zeros(shape))
     data = iter((sent[0][:8], sent[0][8:]))
     with pytest.raises(Broken):
-        Wire(lambda size: next(data), None, None)._receive()
+        Wire(lambda size: next(data), None, None).receive()
     with pytest.raises(Failure, match="more than 65536 entries"):
         np.add.reduce(np.zeros(shape).view(sandbox.Bounded), axis=shape.index(0))
 

@@ -3,6 +3,7 @@ which CUDA can be unusable is answered by one sentence."""
 
 import ast
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def used_names():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and (names := chain(node)):
                 used[".".join(["cupy", *names])] = path.name
-    return {name: file for name, file in used.items() if name != "cupy.__name__"}
+    return {name: file for name, file in used.items() if not name.endswith("__")}
 
 
 def test_every_name_that_is_used_exists_in_cupy():
@@ -334,6 +335,44 @@ def test_a_batch_that_does_not_fit_is_answered_by_one_that_does(cupy):
             engine.loss_and_grads(load, 1, params)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA_ERROR_OUT_OF_MEMORY: out of memory",  # where a kernel is loaded
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "cudaErrorMemoryAllocation: out of memory",
+    ],
+)
+def test_memory_that_ends_outside_of_the_pool_is_answered_alike(cupy, monkeypatch, text):
+    images, labels, params = to_device((*batch(64), random_params()), cupy)
+    loss_of = layers.gelu_forward
+
+    def fails(x):
+        if len(x) > 20:
+            raise RuntimeError(text)
+        return loss_of(x)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    engine = DeviceEngine(Classification(CONFIG), cupy)
+    with mutants.planted(gelu_forward=fails):
+        with pytest.raises(mc.UserError, match=r"64 images .*: add --batch-size 16, which fits"):
+            engine.loss_and_grads(load, 64, params)
+        assert engine.logits(load, 64, params).shape == (64, CONFIG.num_classes)
+    with mutants.planted(gelu_forward=raising(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS"))):
+        for call in (engine.loss_and_grads, engine.logits):
+            with pytest.raises(RuntimeError, match="ILLEGAL_ADDRESS"):
+                call(load, 64, params)
+
+
+def test_the_first_error_of_cuda_is_the_one_that_is_told(cupy, monkeypatch):
+    pool = SimpleNamespace(free_all_blocks=raising(RuntimeError("cudaErrorIllegalAddress again")))
+    monkeypatch.setattr(cupy, "get_default_memory_pool", lambda: pool)
+    with pytest.raises(RuntimeError, match="the first"), DeviceEngine(Classification(CONFIG), cupy):
+        raise RuntimeError("the first")
+
+
 PLANTED = {  # name of a function of the layers: a version of it with a bug that a GPU would show
     "a float() in the step": ("gelu_forward", lambda f, x: (f(x)[0] * float(x.max()), f(x)[1])),
     "numpy on a device array": ("gelu_forward", lambda f, x: (f(x)[0], np.exp(x))),
@@ -550,26 +589,78 @@ def no_cupy(driver):
     return change
 
 
-def cannot_import(error):
+def cannot_import(error, cause=None):
+    error.__cause__ = cause
     return lambda cupy, patch: patch.setattr(device, "import_module", raising(error))
 
 
-def two_wheels(cupy, patch):
-    wheels = {"cupy-cuda12x": "14.2.0", "cupy-cuda13x": "14.2.0"}
-    patch.setattr(device, "_wheels", lambda: wheels)
+def set_wheels(**wheels):
+    wheels = {name.replace("_", "-"): number for name, number in wheels.items()}
+    return lambda cupy, patch: patch.setattr(device, "_wheels", lambda: wheels)
 
 
-INSTALL = "pip install 'cupy-cuda13x[ctk]'"
+def old_gpu(capability, runtime=13020, **wheels):
+    def change(cupy, patch):
+        patch.setattr(device, "_compute_capability", lambda: capability)
+        broken_runtime(cupy, patch, runtimeGetVersion=lambda: runtime)
+        no_cupy(13000)(cupy, patch) if not wheels else set_wheels(**wheels)(cupy, patch)
+
+    return change
+
+
+def no_files(cupy, patch):
+    patch.setattr(
+        device, "import_module", raising(ModuleNotFoundError("No module named 'cupy'", name="cupy"))
+    )
+
+
+def cache_that_cannot_be_made(cupy, patch):
+    patch.setenv("CUPY_CACHE_DIR", "/dev/null/kernels")
+    patch.setattr(device, "_find_cache", FIND_CACHE)
+
+
+FIND_CACHE = device._find_cache  # the stand-in's place takes none
+WRAPPED = f"""
+{"=" * 64}
+Failed to import CuPy.
+
+If you installed CuPy via wheels (cupy-cudaXXX)
+Original error:
+  ImportError: libfoo.so.1: cannot open shared object file
+{"=" * 64}
+"""  # what cupy/__init__.py raises
+INSTALL = "pip install -U 'cupy-cuda13x[ctk]'"
 REMOVE = "pip uninstall -y"
 TROUBLES = {
     "CuPy missing": (no_cupy(13000), "CuPy is not installed", INSTALL),
     "CuPy missing, older driver": (
-        no_cupy(12080), "CuPy is not installed", "pip install 'cupy-cuda12x[ctk]'"),
+        no_cupy(12080), "CuPy is not installed", "pip install -U 'cupy-cuda12x[ctk]'"),
+    "CuPy missing, older GPU": (
+        old_gpu(61), "CuPy is not installed", "pip install -U 'cupy-cuda12x[ctk]'"),
+    "CuPy's files missing": (
+        no_files, "the files of cupy-cuda13x are missing, though it counts as installed",
+        f"{REMOVE} cupy-cuda13x, then {INSTALL}"),
+    "CuPy too old": (
+        set_wheels(cupy_cuda13x="13.6.0"),
+        "cupy-cuda13x 13.6.0 is too old: it must be 14.1 or newer", INSTALL),
+    "CuPy of another CUDA too old": (
+        set_wheels(cupy_cuda11x="13.6.0"), "cupy-cuda11x 13.6.0 is too old",
+        f"{REMOVE} cupy-cuda11x, then {INSTALL}"),
+    "CuPy without metadata too old": (
+        lambda cupy, patch: patch.setattr(cupy, "__version__", "14.0.1"),
+        "CuPy 14.0.1 is too old", f"{REMOVE} cupy, then {INSTALL}"),
+    "CUPY_CACHE_DIR": (
+        cache_that_cannot_be_made, "CuPy cannot keep compiled kernels in CUPY_CACHE_DIR ([Errno",
+        "set CUPY_CACHE_DIR to a folder that can be written"),
     "CuPy and driver missing": (
         no_cupy(0), "CuPy is not installed and there is no NVIDIA driver", "--device cpu"),
     "CuPy broken": (
         cannot_import(ImportError("numpy.core.multiarray\nfailed to import")),
         "CuPy cannot be imported (numpy.core.multiarray failed to import)",
+        f"{REMOVE} cupy-cuda13x, then {INSTALL}"),
+    "CuPy broken, as it says it": (
+        cannot_import(ImportError(WRAPPED), ImportError("libfoo.so.1: cannot open shared object")),
+        "CuPy cannot be imported (libfoo.so.1: cannot open shared object)",
         f"{REMOVE} cupy-cuda13x, then {INSTALL}"),
     "a part of CuPy missing": (
         cannot_import(ModuleNotFoundError("No module named 'cuda.pathfinder'", name="cuda")),
@@ -577,12 +668,13 @@ TROUBLES = {
     "no driver": (set_driver(0), "no NVIDIA driver was found", "--device cpu"),
     "driver too old": (
         set_driver(12040), "the driver serves CUDA 12.4, and cupy-cuda13x needs CUDA 13",
-        f"update the driver to 580 or newer, or {REMOVE} cupy-cuda13x and pip install "
+        f"update the driver to 580 or newer, or {REMOVE} cupy-cuda13x and pip install -U "
         "'cupy-cuda12x[ctk]'"),
     "driver much too old": (
         set_driver(11040), "the driver serves CUDA 11.4", "update the driver to 580 or newer"),
     "two wheels": (
-        two_wheels, "2 CuPy packages are installed over each other (cupy-cuda12x, cupy-cuda13x)",
+        set_wheels(cupy_cuda12x="14.2.0", cupy_cuda13x="14.2.0"),
+        "2 CuPy packages are installed over each other (cupy-cuda12x, cupy-cuda13x)",
         f"{REMOVE} cupy-cuda12x cupy-cuda13x, then {INSTALL}"),
     "no GPU": (
         lambda cupy, patch: broken_runtime(
@@ -601,9 +693,13 @@ TROUBLES = {
     "no cuBLAS": (
         broken_kernel(ImportError('Failure finding "libcublasLt.so.13"')),
         "cuBLAS was not found", INSTALL),
-    "a GPU too old for the compiler": (
-        broken_kernel(CompileException("nvrtc: error: invalid value for --gpu-architecture")),
-        "CuPy cannot compile and run a kernel (nvrtc: error: invalid value", INSTALL),
+    "a GPU too old for CUDA 13": (
+        old_gpu(61, cupy_cuda13x="14.2.0"),
+        "this GPU (compute capability 6.1) is served by CUDA 12 only, and cupy-cuda13x needs CUDA",
+        f"{REMOVE} cupy-cuda13x, then pip install -U 'cupy-cuda12x[ctk]'"),
+    "a GPU too new for the compiler": (
+        broken_kernel(RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available")),
+        "CuPy cannot compile and run a kernel (CUDA_ERROR_NO_BINARY_FOR_GPU", INSTALL),
     "memory full": (
         broken_kernel(fakecupy.OutOfMemoryError("Out of memory allocating 512 bytes")),
         "the GPU's memory is full", "stop the programs that nvidia-smi lists"),
@@ -628,6 +724,44 @@ def test_what_is_missing_is_one_sentence_with_the_next_step(cupy, monkeypatch, t
     assert why.startswith("on the CPU: ") and finding in why
     verdict = examine_cuda()["cuda"]
     assert finding in verdict and remedy in verdict
+
+
+def test_an_old_gpu_computes_with_cuda_12(cupy, monkeypatch):
+    for capability, runtime in ((61, 12090), (75, 13020), (None, 13020)):
+        with monkeypatch.context() as patch:
+            old_gpu(capability, runtime, cupy_cuda12x="14.2.0")(cupy, patch)
+            assert resolve_device("cuda")[0] is cupy
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(cupy, monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "_find_cache", FIND_CACHE)
+    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_device("cuda")[0] is cupy
+    assert (tmp_path / ".cupy/kernel_cache").is_dir() and "CUPY_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("CUPY_CACHE_DIR", "x")  # put back at the end as it was
+    monkeypatch.delenv("CUPY_CACHE_DIR")
+    assert resolve_device("cuda")[0] is cupy
+    folder = Path(os.environ["CUPY_CACHE_DIR"])
+    assert folder.is_dir() and not list(folder.iterdir())
+    device._CACHE.pop().cleanup()
+    assert not folder.exists()
+
+
+def test_that_kernels_are_compiled_is_said_once(cupy, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    arange = cupy.arange
+
+    def compiled(*args, **kwargs):
+        (tmp_path / "0123.cubin").touch()
+        return arange(*args, **kwargs)
+
+    monkeypatch.setattr(cupy, "arange", compiled)
+    sentence = "on the GPU: Stand-in, cupy-cuda13x 14.2.0"
+    compiles = ", which compiles its kernels in the first step, once"
+    assert resolve_device("cuda")[1] == sentence + compiles
+    assert resolve_device("cuda")[1] == sentence
 
 
 def test_devices_by_name(cupy):

@@ -15,7 +15,7 @@ from random_layers import plant, right_layer
 import miniconvit as mc
 from miniconvit.cli import program
 from miniconvit.gradcheck import cases
-from miniconvit.gradcheck.cases import CASES, check_layer
+from miniconvit.gradcheck.cases import ALL_CASES, check_layer
 from miniconvit.gradcheck.mutants import MUTANTS, Mutant
 
 
@@ -633,7 +633,7 @@ def test_no_false_alarm_in_10_000_right_layers_and_no_planted_error_missed():
 
 
 @pytest.mark.parametrize("every_entry", [False, True])
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_every_layer_is_right(layer, every_entry):
     if layer in ("convit", "block", "last_block") and every_entry:
         pytest.skip("every entry of a whole block is left to the full suite")
@@ -642,7 +642,7 @@ def test_every_layer_is_right(layer, every_entry):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_no_false_alarm_over_200_seeds(layer):
     for seed in range(200):
         for report in check_layer(layer, seed):
@@ -650,7 +650,7 @@ def test_no_false_alarm_over_200_seeds(layer):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_no_false_alarm_along_every_entry(layer):
     """200 seeds of the leaves, ten of what is made of them, one of three whole models: they have
     thousands of entries."""

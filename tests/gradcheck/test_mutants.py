@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from miniconvit.gradcheck.cases import CASES, catch
-from miniconvit.gradcheck.mutants import MUTANTS, Mutant
+from miniconvit.gradcheck.cases import ALL_CASES, CASES, catch
+from miniconvit.gradcheck.mutants import MUTANTS, NEIGHBOUR_MUTANTS, Mutant
+from miniconvit.gradcheck.neighbours import NEIGHBOURS
+
+ALL_MUTANTS = (*MUTANTS, *NEIGHBOUR_MUTANTS)
 
 PAGE = Path(__file__).parents[2] / "docs" / "mutants.md"
 
 
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_every_mutant_is_caught(layer):
-    mutants = [m for m in MUTANTS if m.function == f"{layer}_backward"]
+    mutants = [m for m in ALL_MUTANTS if m.function == f"{layer}_backward"]
     assert len(mutants) >= 3
     survivors = [m.name for m in mutants if not catch(m)]
     assert not survivors
@@ -24,13 +27,13 @@ def test_every_mutant_is_caught(layer):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(100))
 def test_every_mutant_is_caught_whatever_the_seed(seed):
-    assert [m.name for m in MUTANTS if not catch(m, seed)] == []
+    assert [m.name for m in ALL_MUTANTS if not catch(m, seed)] == []
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_every_mutant_is_caught_along_every_entry(seed):
-    mutants = [m for m in MUTANTS if m.function != "convit_backward"]
+    mutants = [m for m in ALL_MUTANTS if m.function != "convit_backward"]
     assert [m.name for m in mutants if not catch(m, seed, every_entry=True)] == []
 
 
@@ -162,6 +165,8 @@ def test_the_catalogue_is_large_and_covers_every_layer():
     assert len(MUTANTS) >= 60
     assert set(planted) == {f"{layer}_backward" for layer in CASES}
     assert min(planted.values()) >= 3
+    beside = {m.function for m in NEIGHBOUR_MUTANTS}
+    assert beside == {f"{layer}_backward" for layer in NEIGHBOURS}
 
 
 def test_the_documented_catalogue_is_current():
@@ -169,4 +174,4 @@ def test_the_documented_catalogue_is_current():
     command = [sys.executable, "-m", "miniconvit.gradcheck.mutants"]
     printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     assert PAGE.read_text(encoding="utf-8") == printed
-    assert printed.count("\n- `") == len(MUTANTS)
+    assert printed.count("\n- `") == len(ALL_MUTANTS)

@@ -10,7 +10,7 @@ import pytest
 from miniconvit import layers
 from miniconvit.analysis.maps import nonlocality
 from miniconvit.errors import UserError
-from miniconvit.gradcheck.cases import CASES, FUNCTIONS
+from miniconvit.gradcheck.cases import ALL_CASES, FUNCTIONS
 from miniconvit.layers.position import relative_positions
 from miniconvit.model import local_centres
 
@@ -402,9 +402,9 @@ def run_case(case, dtype="float64", rng=None):
     return y, cache, dy
 
 
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_float32_stays_float32(layer):
-    for case in CASES[layer](np.random.default_rng(1), FUNCTIONS):
+    for case in ALL_CASES[layer](np.random.default_rng(1), FUNCTIONS):
         y, cache, dy = run_case(case, "float32")
         arrays = [*every_array(y), *every_array(cache)]
         arrays += every_array(case.backward(dy, cache))
@@ -412,10 +412,10 @@ def test_float32_stays_float32(layer):
         assert {a.dtype for a in arrays if a.dtype.kind == "f"} == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_forward_twice_then_backward_twice(layer):
     first, second = (
-        next(iter(CASES[layer](np.random.default_rng(seed), FUNCTIONS))) for seed in (1, 2)
+        next(iter(ALL_CASES[layer](np.random.default_rng(seed), FUNCTIONS))) for seed in (1, 2)
     )
     runs = [run_case(case) for case in (first, second)]
     interleaved = [case.backward(dy, cache) for case, (_, cache, dy) in zip(
@@ -427,9 +427,9 @@ def test_forward_twice_then_backward_twice(layer):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("layer", ALL_CASES)
 def test_eight_threads_give_the_single_threads_bits(layer):
-    case = next(iter(CASES[layer](np.random.default_rng(1), FUNCTIONS)))
+    case = next(iter(ALL_CASES[layer](np.random.default_rng(1), FUNCTIONS)))
 
     def gradients(seed):
         _, cache, dy = run_case(case, rng=np.random.default_rng(seed))

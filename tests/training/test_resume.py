@@ -80,11 +80,11 @@ def file_number(folder):
         return None
 
 
-def kill_at_random(folder, rng, longest):
+def kill_at_random(folder, rng, longest, *argv):
     """Trains in folder (from the start, or on) and sends SIGKILL at a random moment of the time
     `longest` (seconds) after its first save. False where the run was finished by then."""
     before = file_number(folder)
-    process = start("--resume", "--out", folder, *FLAGS, SAVE_SECONDS=0)
+    process = start("--resume", "--out", folder, *FLAGS, *argv, SAVE_SECONDS=0)
     wait_for_save(folder, process, before)
     time.sleep(rng.uniform(0, longest))
     process.kill()
@@ -93,10 +93,10 @@ def kill_at_random(folder, rng, longest):
     return status != 0
 
 
-def killed_run(folder, rng):
+def killed_run(folder, rng, *argv):
     """A folder in which a run from the start was killed at a random moment."""
     longest = 1.0
-    while not kill_at_random(folder, rng, longest):
+    while not kill_at_random(folder, rng, longest, *argv):
         shutil.rmtree(folder)
         longest /= 2  # the machine is that fast
 
@@ -164,11 +164,12 @@ def test_killed_at_every_disk_event_up_to_the_second_epoch(tmp_path, uninterrupt
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(100, 124))
-def test_killed_at_24_random_moments(tmp_path, uninterrupted, seed):
+@pytest.mark.parametrize("seed", range(1000, 1200))
+def test_killed_at_200_random_moments(tmp_path, uninterrupted, seed):
+    """On one to three workers, and resumed on as many or others."""
     folder = tmp_path / "run"
-    killed_run(folder, random.Random(seed))
-    resume(folder)
+    killed_run(folder, random.Random(seed), "--workers", 1 + seed % 3)
+    resume(folder, "--workers", 1 + seed // 3 % 3)
     assert outcome(folder) == uninterrupted
 
 

@@ -1,0 +1,36 @@
+"""Whoever edits a checkout must not be told about another copy of the package."""
+
+from pathlib import Path
+
+from ..errors import UserError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def check_copy(folder, package=PACKAGE):
+    """Raises UserError where the folder is in a checkout whose files differ from the package's.
+
+    package: the folder of the package that runs. A copy that was installed from the checkout, and
+    that is still like it, does no harm.
+    """
+    for root in (folder, *folder.parents):
+        if _is_checkout(root):
+            edited = root / "miniconvit"
+            if not edited.samefile(package) and _files(edited) != _files(package):
+                raise UserError(
+                    f"{root} is a checkout of miniconvit, but this command runs the copy in "
+                    f"{package}, which differs from it: pip install -e {root}"
+                )
+            return
+
+
+def _is_checkout(root):
+    setup = root / "setup.cfg"
+    has_both = setup.is_file() and (root / "miniconvit" / "__init__.py").is_file()
+    return has_both and "name = miniconvit\n" in setup.read_text(encoding="utf-8")
+
+
+def _files(package):
+    """Name to content of what makes results: the code and its tables."""
+    paths = [path for kind in ("py", "toml", "txt") for path in package.rglob(f"*.{kind}")]
+    return {path.relative_to(package): path.read_bytes() for path in paths}

@@ -1,0 +1,28 @@
+"""Reads golden/neighbours.npz, which golden/make_neighbours_golden.py wrote."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "golden" / "neighbours.npz"
+
+
+def load_case(name):
+    """One pair: inputs and grads by name, y, dy."""
+    parts = {"in": {}, "grad": {}}
+    with np.load(GOLDEN) as file:
+        for key in file.files:
+            case, _, rest = key.partition("/")
+            folder, _, leaf = rest.partition("/")
+            if case == name:
+                inside, field = (parts[folder], leaf) if leaf else (parts, folder)
+                inside[field] = file[key]
+    inputs = parts.pop("in")
+    return SimpleNamespace(inputs=inputs, **parts)
+
+
+def assert_equal(ours, theirs, tolerance=1e-10):
+    """To 1e-10 of the size of the whole array."""
+    assert np.shape(ours) == np.shape(theirs)
+    assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 1e-300)
