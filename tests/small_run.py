@@ -3,7 +3,8 @@
 `python small_run.py train ...` is `miniconvit train ...` on 8x8 images. Environment: SAVE_SECONDS
 is the time between saves; KILL_AT=k makes the process kill itself at its k-th disk event. These are
 the moments before a flush to the disk (with the file's last bytes cut off, as a crash may leave it)
-and before and after a rename.
+and before and after a rename. SIGNAL_AT=r:k:s sends rank r, of several that were started together,
+the signal s after step k.
 """
 
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import miniconvit.training.loop as training
 from miniconvit.cli import main
 from miniconvit.data import ImageArray, Split
+from miniconvit.system import launched
 from miniconvit.training import run
 
 OPTIONS = {
@@ -43,6 +45,12 @@ def stop_after(patch, step, signum=signal.SIGINT):
             signal.raise_signal(signum)
 
     patch.setattr(training, "train_step", stopping)
+
+
+def signal_at(rank, step, signum):
+    """Sends one rank a signal after the given step."""
+    if launched()[1] == rank:
+        stop_after(SimpleNamespace(setattr=setattr), step, signum)
 
 
 def small_dataset(*_args, **_kwargs):
@@ -101,5 +109,7 @@ def kill_at(event):
 if __name__ == "__main__":
     run.load_dataset = small_dataset
     training.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS))
+    if "SIGNAL_AT" in os.environ:
+        signal_at(*map(int, os.environ["SIGNAL_AT"].split(":")))
     kill_at(int(os.environ.get("KILL_AT", "0")))
     main(sys.argv[1:])

@@ -273,7 +273,7 @@ def find_ranks():
     if size == 1:
         return Ranks()
     started = f"started {size} times by {launcher}"
-    MPI = _import_mpi(started)
+    MPI = import_mpi(started)
     vendor, _ = MPI.get_vendor()
     foreign = (
         f"{started}, but this {launcher} is of another MPI than mpi4py's ({vendor}): use the "
@@ -294,7 +294,7 @@ def find_ranks():
     return Mpi(MPI)
 
 
-def _import_mpi(started):
+def import_mpi(started):
     """The module MPI, not initialised. Raises UserError."""
     try:
         import mpi4py

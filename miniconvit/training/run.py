@@ -74,11 +74,12 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     """
     s, folder = settings, (UnwrittenFolder if ranks.rank else RunFolder)(out)
     ranks.same(asdict(s), "{1} has other settings than {0}: start all ranks alike")
-    data_dir, download = ranks.first(_may_begin, folder, s, resume, data_dir, download)
+    known_dir, has_begun = ranks.first(_may_begin, folder, s, resume)
+    data_dir = data_dir or known_dir
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = ranks.agree(resolve_device, device)
-    dataset = _loaded(ranks, s, data_dir, download)
+    dataset = _loaded(ranks, s, data_dir, download and not has_begun)
     hashes = {"data_sha256": fingerprint(dataset)}
     ranks.same(hashes, "the images of {1} are not those of {0}: put the same files on both")
     ranks.first(_refuse_other_images, folder, hashes["data_sha256"])
@@ -128,15 +129,15 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
         folder.close()
 
 
-def _may_begin(folder, settings, resume, data_dir, download):
-    """Where the images lie, and whether they may be downloaded. Raises UserError where the folder
-    is no place for this run."""
+def _may_begin(folder, settings, resume):
+    """(where the images of a run that has begun here lie, whether one has begun). Raises UserError
+    where the folder is no place for this run."""
     folder.check(resume)
     stored = stored_settings(folder.path)
     if stored is None:
-        return data_dir, download
+        return None, False
     refuse_difference(stored, asdict(settings), folder.path)
-    return data_dir or stored_data_dir(folder.path), False
+    return stored_data_dir(folder.path), True
 
 
 def _loaded(ranks, s, data_dir, download):

@@ -1,0 +1,157 @@
+"""Ranks started by mpirun: the bits of one process, and one end for all whatever happens to one."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import FLAGS, small_dataset
+
+import miniconvit.training.loop as training
+from miniconvit.training.settings import make_settings
+
+ROOT = Path(__file__).parents[2]
+MPIRUN = Path(sys.executable).with_name("mpirun")
+STEPS = 12
+FEW = {"--patch-size": 1, "--batch-size": 48, "--epochs": STEPS // 2}
+"""Four pieces a step, two steps an epoch."""
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None or not MPIRUN.exists(),
+    reason="needs ranks: pip install mpi4py mpich",
+)
+
+
+def mpirun(out, n, *flags, workers=1, mpirun=MPIRUN, **variables):
+    """The finished process of n ranks that train in the folder `out`."""
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = os.environ | as_root | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, env=env)
+    more = ["--oversubscribe"] if "Open MPI" in version.stdout else []
+    command = [mpirun, *more, "-n", n, sys.executable, ROOT / "tests/small_run.py", "train"]
+    command += [*FLAGS, *(word for pair in FEW.items() for word in pair), "--workers", workers]
+    return subprocess.run(
+        [str(word) for word in [*command, "--out", out, *flags]],
+        env=env | {name: str(value) for name, value in variables.items()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of the run in this process, by itself; resume(folder) goes on with another."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("miniconvit.training.run.load_dataset", small_dataset)
+        for workers in (1, 2):
+            train(folder.with_name(f"workers{workers}"), workers)
+        same_files(folder.with_name("workers1"), folder.with_name("workers2"))
+        yield folder.with_name("workers1")
+
+
+def train(folder, workers=1, resume=False):
+    names = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True)) | FEW
+    kinds = {"--model": str, "--augment": str, "--lr": float, "--drop-path": float}
+    kinds |= {"--label-smoothing": float, "--clip-grad": float}
+    settings = {
+        name[2:].replace("-", "_"): kinds.get(name, int)(value) for name, value in names.items()
+    }
+    return training.train(
+        make_settings(**settings), folder, resume=resume, workers=workers, quiet=True
+    )
+
+
+def rows(folder):
+    """metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]
+
+
+def same_files(one, other):
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert rows(one) == rows(other)
+
+
+@pytest.mark.parametrize(("n", "workers"), [(3, 1), (2, 2)])
+def test_any_number_of_ranks_has_the_bits_of_one_process(whole, tmp_path, n, workers):
+    done = mpirun(tmp_path / "run", n, workers=workers)
+    assert done.returncode == 0, done.stderr
+    same_files(tmp_path / "run", whole)
+    host = os.uname().nodename
+    line = f"{n} ranks on {host}, {workers} worker{'s' * (workers > 1)} each"
+    assert done.stdout.splitlines()[0] == line
+    assert done.stdout.count("best checkpoint") == 1  # rank 0 speaks for all
+    assert done.stderr == ""
+
+
+def test_a_signal_to_any_rank_saves_and_another_number_of_ranks_goes_on(whole, tmp_path):
+    """2 ranks, then 3, then this process alone."""
+    for n, at in ((2, "1:5:2"), (3, "2:9:15")):
+        done = mpirun(tmp_path / "run", n, "--resume", SIGNAL_AT=at)
+        _, step, signum = map(int, at.split(":"))
+        assert done.returncode != 0
+        name = signal.Signals(signum).name
+        assert f"stopped by {name} after step {step} and saved; go on with" in done.stderr
+    assert "resumed after step 5" in done.stdout
+    assert train(tmp_path / "run", resume=True).step == STEPS
+    same_files(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all_and_the_run_goes_on(whole, tmp_path, rank):
+    done = mpirun(tmp_path / "run", 2, SIGNAL_AT=f"{rank}:7:9", SAVE_SECONDS=0, workers=2)
+    assert done.returncode != 0
+    assert train(tmp_path / "run", resume=True).step == STEPS
+    same_files(tmp_path / "run", whole)
+
+
+def test_other_images_on_one_rank_are_one_sentence(tmp_path):
+    """Two folders, of which each rank is given one: one of them has a file more."""
+    from PIL import Image
+
+    for name, count in (("a", 4), ("b", 5)):
+        for split in ("train", "val"):
+            for label in ("cat", "dog"):
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for i in range(count if (split, label) == ("train", "dog") else 4):
+                    Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    command = [sys.executable, "-m", "miniconvit", "train", "--data", "imagefolder"]
+    command += ["--model", "convit_micro32", "--img-size", 8, "--workers", 1]
+    command += ["--out", tmp_path / "run"]
+    parts = [["-n", 1, *command, "--data-dir", tmp_path / name] for name in ("a", "b")]
+    done = subprocess.run(
+        [str(word) for word in [MPIRUN, *parts[0], ":", *parts[1]]],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    host = os.uname().nodename
+    sentence = f"Error: the images of rank 1 on {host} are not those of rank 0 on {host}: put"
+    assert done.stderr.startswith(sentence)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_twenty_kills_of_random_ranks_at_random_moments(whole, tmp_path):
+    """Each time another number of ranks goes on, and the last ends with the same bytes."""
+    draw = random.Random(0)
+    for _ in range(20):
+        n, step = draw.randint(2, 4), draw.randint(1, STEPS)
+        at = f"{draw.randrange(n)}:{step}:9"
+        mpirun(tmp_path / "run", n, "--resume", SIGNAL_AT=at, SAVE_SECONDS=0)
+        if draw.random() < 0.2:
+            shutil.rmtree(tmp_path / "run")
+    train(tmp_path / "run", resume=True)
+    same_files(tmp_path / "run", whole)
