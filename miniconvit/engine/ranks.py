@@ -25,6 +25,7 @@ from .pieces import Tree
 
 PATIENCE = 45.0  # seconds in which a rank answers, or SLOW times the longest share of a step
 SLOW = 20
+GRACE = 5  # seconds for the end
 LONG = 600.0  # around what takes one rank long: to load, to save, to validate
 MOST = 2**28  # numbers in a message
 
@@ -162,13 +163,13 @@ class Mpi(Ranks):
     def sum(self, nodes, count, out):
         """Fills the vector `out`, on every rank, with the sum of a batch of `count` pieces.
 
-        nodes: {(height, index): vector}, what a Tree has made of this rank's share. Each rank owns
-        a part of all vectors, in which it goes on by the same rule.
+        nodes: {(height, index): vector}, what a Tree has made of this rank's share, and is used up.
+        Each rank owns a part of all vectors, in which it goes on by the same rule.
         """
         ends = [out.size * rank // self.size for rank in range(self.size + 1)]
         parts = [slice(*pair) for pair in pairwise(ends)]
         mine = parts[self.rank]
-        keys = [_complete(share) for share in self._shares(count)]
+        keys = [complete(share) for share in self._shares(count)]
         got = {rank: self._room(len(keys[rank]), out[mine]) for rank in self._others}
         self._move(
             [(rank, x) for rank in self._others for x in got[rank]],
@@ -233,22 +234,42 @@ class Mpi(Ranks):
                 text = "stopped\n"
             else:
                 text = traceback.format_exc()
-            self.abort(text, 130 if isinstance(error, KeyboardInterrupt) else 2)
+            os.write(2, text.encode())
+            status = 130 if isinstance(error, KeyboardInterrupt) else 2
+            self.abort(status, is_lost=isinstance(error, LostRank))
 
-    def abort(self, text, status):
-        """Says why on standard error and ends all ranks. Never returns."""
-        signal.alarm(5)  # to reach a machine that is gone may take for ever
-        os.write(2, text.encode())
+    def abort(self, status, is_lost):
+        """Ends all ranks and never returns. A launcher would wait long for a machine that is gone:
+        where one is, is_lost, it is ended too."""
+        signal.alarm(GRACE)  # to reach that machine may take for ever
+        if is_lost and (launcher := _launcher()) and os.fork() == 0:
+            os.setsid()
+            time.sleep(GRACE)
+            with suppress(ProcessLookupError):
+                os.kill(launcher, signal.SIGTERM)
+            os._exit(0)
         self._comm.Abort(status)
         os._exit(status)
 
 
-def _complete(indices):
+def complete(indices):
     """The nodes (height, index) of a Tree of these pieces."""
     tree = Tree(lambda left, right: None)
     for index in indices:
         tree.put(0, index, True)
     return list(tree.nodes)
+
+
+def _launcher():
+    """The id of the launcher that is this process's parent, or its parent's, ..., or None."""
+    pid = os.getpid()
+    with suppress(OSError):
+        while pid > 1:
+            name, fields = Path(f"/proc/{pid}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
+            if name.startswith(("mpirun", "mpiexec", "prterun")):
+                return pid
+            pid = int(fields.split()[1])
+    return None
 
 
 def _boot():

@@ -176,6 +176,7 @@ def test_patience_grows_with_the_steps(monkeypatch):
 def test_what_ends_one_rank_ends_all(error, text, status, monkeypatch, capfd):
     monkeypatch.setattr(engine_ranks.os, "_exit", lambda status: sys.exit(status))
     monkeypatch.setattr(engine_ranks.signal, "alarm", lambda seconds: None)
+    monkeypatch.setattr(engine_ranks, "_launcher", lambda: None)
 
     def fail(ranks):
         if ranks.rank == 1:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,84 @@ def test_twenty_kills_of_random_ranks_at_random_moments(whole, tmp_path):
             shutil.rmtree(tmp_path / "run")
     train(tmp_path / "run", resume=True)
     same_files(tmp_path / "run", whole)
+
+
+# two machines, as two network namespaces of this one
+
+
+@pytest.fixture
+def namespaces(tmp_path):
+    """A launcher's arguments for two ranks with a cable between them, and a function that cuts
+    it."""
+    if os.geteuid() or not shutil.which("ip") or "UCX" not in mpich_devices():
+        pytest.skip("needs root, the command ip, and the MPICH of PyPI")
+    names = [f"mc{os.getpid()}-{i}" for i in (1, 2)]
+    ssh = tmp_path / "ssh"  # [options] HOST COMMAND...
+    ssh.write_text(
+        "#!/bin/sh\n"
+        'while [ "${1#-}" != "$1" ]; do shift; done\n'
+        "host=$1; shift; i=${host##*.}\n"
+        f'exec ip netns exec mc{os.getpid()}-$i unshare --uts sh -c "hostname machine-$i; $*"\n'
+    )
+    ssh.chmod(0o755)
+
+    def ip(*words):
+        subprocess.run(["ip", *map(str, words)], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ends = ["cable", "netns", names[0], "type", "veth", "peer", "cable", "netns", names[1]]
+        ip("link", "add", *ends)
+        for i, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "cable")
+            for link in ("cable", "lo"):
+                ip("-n", name, "link", "set", link, "up")
+        first = ["ip", "netns", "exec", names[0], "unshare", "--uts", "sh", "-c"]
+        launcher = f"hostname machine-1; exec {MPIRUN} -launcher ssh -launcher-exec {ssh} "
+        launcher += '-hosts 10.77.0.1,10.77.0.2 -localhost 10.77.0.1 -ppn 1 -n 2 "$@"'
+        cut = ["-n", names[1], "link", "set", "cable", "down"]
+        yield [*first, launcher, "mpirun"], lambda: ip(*cut)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name])
+
+
+def mpich_devices():
+    """What the installed MPICH can send through."""
+    found = MPIRUN.with_name("mpichversion")
+    return subprocess.run([found], capture_output=True, text=True).stdout.upper()
+
+
+def over_the_cable(launcher, out, *flags, **variables):
+    """The process of two ranks, on two machines, that train in the folder `out`."""
+    command = [*launcher, sys.executable, ROOT / "tests/small_run.py", "train", *FLAGS]
+    command += [*(word for pair in FEW.items() for word in pair), "--workers", 1, "--out", out]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    return subprocess.Popen(
+        [str(word) for word in [*command, *flags]],
+        env=os.environ | {"PYTHONPATH": path, "UCX_TLS": "tcp,self"} | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.full
+def test_two_machines_have_the_bits_of_one_process(whole, tmp_path, namespaces):
+    with over_the_cable(namespaces[0], tmp_path / "run") as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.startswith("2 ranks on 2 machines (machine-1, machine-2), 1 worker each\n")
+    same_files(tmp_path / "run", whole)
+
+
+@pytest.mark.full
+def test_a_cut_cable_is_one_sentence_in_a_minute(whole, tmp_path, namespaces):
+    launcher, cut = namespaces
+    folder = tmp_path / "run"
+    with over_the_cable(launcher, folder, "--epochs", "5000", SAVE_SECONDS="0") as process:
+        while process.poll() is None and not (folder / "last.safetensors").exists():
+            time.sleep(0.1)
+        cut()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Error: rank 0 on machine-1: rank 1 on machine-2 has not answered for 45 s: is" in err
