@@ -1,14 +1,21 @@
 """miniconvit: ConViT with hand-written gradients, on NumPy and CuPy."""
 
+import sys
 from importlib import import_module
 
-from . import layers
-from .config import VARIANTS, ConViTConfig
-from .errors import UserError
-from .gradcheck import check_gradients
-from .layers import cross_entropy_backward, cross_entropy_forward
-from .model import convit_backward, convit_forward, init_params, param_shapes
-from .optim import AdamW, clip_grad_norm, warmup_cosine
+from .errors import UserError, missing, unusable
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise unusable(f"miniconvit needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+try:
+    from . import layers
+    from .config import VARIANTS, ConViTConfig
+    from .gradcheck import check_gradients
+    from .layers import cross_entropy_backward, cross_entropy_forward
+    from .model import convit_backward, convit_forward, init_params, param_shapes
+    from .optim import AdamW, clip_grad_norm, warmup_cosine
+except ImportError as error:
+    raise unusable(missing(error)) from error
 
 __version__ = "0.1.0"
 

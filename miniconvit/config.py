@@ -149,6 +149,7 @@ def _variants():
         "convit_micro32": ConViTConfig(embed_dim=48, depth=4, local_up_to_layer=3),
         "convit_mini32": ConViTConfig(embed_dim=72, depth=5, num_heads=9, local_up_to_layer=4),
         "convit_tiny32": ConViTConfig(),
+        "convit_deep32": ConViTConfig(embed_dim=48),
         "convit_micro64": ConViTConfig(64, 8, embed_dim=48, depth=4, local_up_to_layer=3),
     }
     convits = published | small
@@ -160,6 +161,6 @@ def _variants():
 
 
 VARIANTS: dict[str, ConViTConfig] = _variants()
-"""Name to configuration: the six published ConViTs (224 px, 1000 classes), three sizes for 32 px
+"""Name to configuration: the six published ConViTs (224 px, 1000 classes), four sizes for 32 px
 images, one for 64 px, and of each the plain ViT twin `vit_*`: same widths, same heads, no GPSA
 block."""

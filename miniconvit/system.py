@@ -1,5 +1,5 @@
-"""What the operating system gives: cores, files that are written whole or not at all, small files
-that are read with suspicion, and texts as wide as a table."""
+"""What the operating system gives: cores, files that are written whole or not at all, and small
+files that are read with suspicion."""
 
 import json
 import os
@@ -10,9 +10,10 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from threadpoolctl import threadpool_info
 
-from .errors import UserError, printable
+from .errors import UserError
 
 MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
 MOST_JSON_DEPTH = 20
@@ -62,11 +63,16 @@ def launched():
     return 1, 0, None
 
 
+def numpy_blas():
+    """What threadpoolctl knows of the BLAS under NumPy, or {}. SciPy may have another one."""
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    own = str(Path(np.__file__).parent)  # numpy/.dylibs, or numpy.libs beside it
+    return min(libraries, key=lambda one: not one["filepath"].startswith(own), default={})
+
+
 def arithmetic():
     """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}."""
-    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    libraries.sort(key=lambda library: "numpy" not in library["filepath"])  # SciPy has its own
-    blas = libraries[0] if libraries else {}
+    blas = numpy_blas()
     names = (blas.get(key) for key in ("internal_api", "version", "architecture"))
     cpu = ""
     with suppress(OSError), open("/proc/cpuinfo") as file:
@@ -199,15 +205,6 @@ def cannot_write(path, error):
         f"cannot write {path}: {error.strerror or error}; make room or choose another folder "
         "(what was saved before is untouched)"
     )
-
-
-def shortened(text: object, width: int) -> str:
-    """The printable text in at most so many characters, with dots in the middle of a longer one."""
-    text = printable(text)
-    if len(text) <= width:
-        return text
-    kept = width - 3
-    return f"{text[: kept - kept // 2]}...{text[len(text) - kept // 2 :]}"
 
 
 def _sync_folder(folder):

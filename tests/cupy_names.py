@@ -7,14 +7,17 @@ from importlib import import_module
 from pathlib import Path
 
 FILE = Path(__file__).with_suffix(".txt")
-MODULES = ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupyx.scipy.special")
+MODULES = ("cupy", "cupy.cuda", "cupy.cuda.runtime", "cupy.linalg", "cupyx.scipy.special")
 
 
 def installed_names():
-    """Full names of public functions and classes, and of the methods of arrays and memory pools."""
+    """Full names of public functions and classes, and of the methods of a few of these."""
     owners = {name: import_module(name) for name in MODULES}
     cupy = owners["cupy"]
-    owners |= {"cupy.ndarray": cupy.ndarray, "cupy.cuda.MemoryPool": cupy.cuda.MemoryPool}
+    owners |= {
+        f"cupy.cuda.{name}": getattr(cupy.cuda, name) for name in ("MemoryPool", "Stream", "Graph")
+    }
+    owners |= {"cupy.ndarray": cupy.ndarray, "cupy.RawModule": cupy.RawModule}
     return {
         f"{owner}.{name}"
         for owner, thing in owners.items()

@@ -10,11 +10,14 @@ It also counts what CuPy 14.2 gives the device to do: kernels launched, the byte
 write, and products, which are cuBLAS's and have bytes of their own.
 """
 
+import ctypes
+import re
 import sys
 from contextlib import contextmanager
 from math import prod
 from types import ModuleType, SimpleNamespace
 
+import fakecuda
 import numpy as np
 from scipy.special import erf as host_erf
 
@@ -26,7 +29,7 @@ def reset():
     """Counters to zero; nothing forbidden, no limit."""
     vars(STATE).update(waits=0, uploads=0, allocations=0, copies=0, used=0, reserved=0)
     vars(STATE).update(launches=0, bytes=0, products=0)
-    vars(STATE).update(limit=None, forbidden=set())
+    vars(STATE).update(limit=None, forbidden=set(), recorded=None, graphs=0)
 
 
 reset()
@@ -99,10 +102,28 @@ def host(x):
     raise Refused(f"unsupported type {type(x)} beside a device array")
 
 
+def given(work):
+    """Does what the device is given to do, or notes it where a graph is being recorded."""
+    if STATE.recorded is None:
+        return work()
+    STATE.recorded.append(work)
+    return 0
+
+
 def launch(*arrays, kernels=1):
-    """Counts kernels, each of which reads or writes these NumPy arrays."""
+    """Counts kernels, each of which reads or writes these NumPy arrays. What has no `work` to give
+    is computed at once, and so cannot be recorded."""
+    if STATE.recorded is not None:
+        raise NotImplementedError("the stand-in cannot record this")
     STATE.launches += kernels
     STATE.bytes += kernels * sum(unrepeated(x) for x in arrays if isinstance(x, np.ndarray))
+
+
+def write(target, value):
+    """One kernel that writes a value or an array to a NumPy array."""
+    STATE.launches += 1
+    STATE.bytes += unrepeated(target) + (value.nbytes if isinstance(value, np.ndarray) else 0)
+    given(lambda: target.__setitem__(..., value))
 
 
 def unrepeated(x):
@@ -133,6 +154,8 @@ def new(result, *sources):
     if result.dtype == np.float64 and "float64" in STATE.forbidden:
         raise Refused("a float64 array in a float32 computation")
     array = DArray.__new__(DArray)
+    if STATE.recorded is not None:
+        STATE.kept.append(array)  # the graph goes on using it
     for source in sources:
         if root(result) is root(source._host):
             array._host, array._memory = result, source._memory
@@ -180,6 +203,10 @@ def matmul(x, y):
     x, y = operand(x), operand(y)
     if x.dtype not in (np.float32, np.float64):
         raise Refused(f"no cuBLAS product of {x.dtype}")
+    if STATE.recorded is not None:
+        raise NotImplementedError(
+            "calling cuBLAS API during stream capture is currently unsupported"
+        )
     STATE.products += 1
     if x.shape[:-2] != y.shape[:-2]:
         launch(kernels=3 * (max(x.ndim, y.ndim) - 2))
@@ -243,6 +270,9 @@ class DArray:
     ndim = property(lambda self: self._host.ndim)
     size = property(lambda self: self._host.size)
     dtype = property(lambda self: self._host.dtype)
+    strides = property(lambda self: self._host.strides)
+    flags = property(lambda self: self._host.flags)
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     T = property(lambda self: new(self._host.T, self))
 
     reshape, transpose, swapaxes = viewing("reshape"), viewing("transpose"), viewing("swapaxes")
@@ -257,12 +287,16 @@ class DArray:
     def argmax(self, axis=None):
         return computed(self._host, result=self._host.argmax(axis=axis))
 
-    def astype(self, dtype):
+    def astype(self, dtype, copy=True):
+        if not copy and self.dtype == dtype:
+            return self
         with np.errstate(all="ignore"):
             return computed(self._host, result=self._host.astype(dtype, order="C"))
 
     def copy(self):
-        return computed(self._host, result=self._host.copy())
+        copied = new(np.empty(self.shape, self.dtype))
+        write(copied._host, self._host)
+        return copied
 
     def get(self):
         wait("get")
@@ -285,8 +319,11 @@ class DArray:
         return part
 
     def __setitem__(self, key, value):
-        self._host[index(key)] = host(value)
-        launch(host(value), self._host[index(key)])
+        key, value = index(key), host(value)
+        if isinstance(part := self._host[key], np.ndarray) and root(part) is root(self._host):
+            return write(part, value)
+        self._host[key] = value  # to places, or to one element
+        launch(value, self._host[key])
 
     def __neg__(self):
         return computed(self._host, result=-self._host)
@@ -370,6 +407,23 @@ def full(shape, value, dtype):
     return computed(result=np.full(shape, host(value), dtype))
 
 
+def empty(shape, dtype):
+    """Memory as it happens to be: what is not a number."""
+    host = np.empty(shape, dtype)
+    host.reshape(-1)[: 2**18].view(np.uint8)[...] = 0xFF
+    return new(host)
+
+
+def zeros(shape, dtype):
+    array = new(np.zeros(shape, dtype))
+    given(lambda: array._host.__setitem__(..., 0))
+    return array
+
+
+def ascontiguousarray(x):
+    return x if x.flags.c_contiguous else x.copy()
+
+
 def broadcast_to(array, shape):
     return new(np.broadcast_to(host(array), shape), array)
 
@@ -402,6 +456,8 @@ FUNCTIONS = {
     "where": where,
     "pad": pad,
     "full": full,
+    "empty": empty,
+    "ascontiguousarray": ascontiguousarray,
     "asarray": asarray,
     "atleast_1d": atleast_1d,
     "broadcast_to": broadcast_to,
@@ -409,17 +465,119 @@ FUNCTIONS = {
     "concatenate": joining(np.concatenate),
     "arange": lambda n, dtype=None: computed(result=np.arange(n, dtype=dtype)),
     "full_like": lambda x, value: computed(result=np.full_like(host(x), host(value))),
-    "zeros": lambda shape, dtype: new(np.zeros(shape, dtype)),
+    "zeros": zeros,
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
     "float32": np.float32,
     "float64": np.float64,
     "uint8": np.uint8,
+    "uint16": np.uint16,
     "int64": np.int64,
     "uint64": np.uint64,
     "get_default_memory_pool": lambda: SimpleNamespace(
         free_all_blocks=free_all_blocks, total_bytes=lambda: STATE.reserved
     ),
 }
+
+
+class RawModule:
+    """As cupy.RawModule; kernels run on lanes that are `LANES`, and every argument is held to the
+    type that the kernel declares."""
+
+    LANES = 1
+
+    def __init__(self, code, options=()):
+        self._code, self._lanes = code, RawModule.LANES
+        self._signatures = fakecuda.signatures(code)
+        typed = {b: a for a, b in re.findall(r"^typedef (\w+) (T|S);$", code, re.M)}
+        T = {"float": np.float32, "double": np.float64}[typed["T"]]
+        S = np.uint16 if typed["S"] == "bf16" else T
+        self._types = {"T": T, "S": S, "i64": np.int64, "u8": np.uint8, "double": np.float64}
+
+    def get_function(self, name):
+        declared, kernel = self._signatures[name], None
+
+        def call(grid, block, args, shared_mem=0):
+            nonlocal kernel
+            kernel = kernel or getattr(fakecuda.compiled(self._code, self._lanes), f"launch_{name}")
+            if len(args) != len(declared) or shared_mem > 48 * 1024 or grid[0] < 1:
+                raise Refused(f"{name}{grid} of {len(args)} arguments, {shared_mem} bytes")
+            sent = [self._sent(name, *pair) for pair in zip(declared, args, strict=True)]
+            pointers = (ctypes.c_void_p * len(sent))(*map(ctypes.addressof, sent))
+            block = (1, 1) if self._lanes == 1 else block
+            STATE.launches += 1
+            if given(lambda keep=(sent, args): kernel(grid[0], *block, pointers)):
+                raise Refused(f"{name}: threads wait for others that never come")
+
+        return call
+
+    def _sent(self, name, declaration, arg):
+        """An argument as C takes it, where it is what is declared; its bytes are counted."""
+        kind, called = declaration
+        if not kind.endswith("*"):
+            if type(arg) is not {"i64": int, "double": float}[kind]:
+                raise Refused(f"{name}: {called} is {kind}, not {arg!r}")
+            return {"i64": ctypes.c_longlong, "double": ctypes.c_double}[kind](arg)
+        if type(arg) is int and arg == 0:
+            return ctypes.c_void_p(0)
+        dtype = self._types[kind.strip("* ").split()[-1]]
+        if not isinstance(arg, DArray) or arg.dtype != dtype or not arg.flags.c_contiguous:
+            raise Refused(f"{name}: {called} is {kind}, not {getattr(arg, 'dtype', arg)}")
+        STATE.bytes += arg._host.nbytes * (2 if "BOTH" in kind else 1)
+        return ctypes.c_void_p(arg.data.ptr)
+
+
+def product(work):
+    STATE.products += 1
+    given(work)
+
+
+class Stream:
+    """As cupy.cuda.Stream; it records a graph by noting what it is given."""
+
+    current = SimpleNamespace(ptr=0, synchronize=lambda: wait("synchronize"))
+
+    def __init__(self, non_blocking=False):
+        self.ptr, self._forbidden = 1, None
+
+    def __enter__(self):
+        self._before, Stream.current = Stream.current, self
+        return self
+
+    def __exit__(self, *exception):
+        Stream.current = self._before
+
+    def synchronize(self):
+        wait("synchronize")
+
+    def begin_capture(self):
+        self._forbidden = forbid("wait", "upload")
+        self._forbidden.__enter__()
+        STATE.recorded, STATE.kept = [], []
+
+    def end_capture(self):
+        recorded, STATE.recorded = STATE.recorded, None
+        self._forbidden.__exit__(None, None, None)
+        return Graph(recorded, STATE.kept)
+
+
+class Graph:
+    """As cupy.cuda.Graph: one launch, whatever is in it."""
+
+    def __init__(self, recorded, kept):
+        self._recorded, self._kept = recorded, kept
+
+    def launch(self, stream):
+        STATE.graphs += 1
+        STATE.launches += 1
+        for work in self._recorded:
+            work()
+
+
+@contextmanager
+def using_allocator(allocator):
+    yield
+
+
 RUNTIME = {
     "getDeviceCount": lambda: 1,
     "getDeviceProperties": lambda device: {"name": b"Stand-in"},
@@ -431,10 +589,13 @@ RUNTIME = {
 def modules():
     """Name to module of a fresh stand-in for cupy and the part of cupyx that is used."""
     cupy = ModuleType("cupy")
-    vars(cupy).update(FUNCTIONS, __version__="14.2.0")
-    stream = SimpleNamespace(synchronize=lambda: wait("synchronize"))
+    vars(cupy).update(FUNCTIONS, __version__="14.2.0", RawModule=RawModule)
     cupy.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(**RUNTIME), get_current_stream=lambda: stream
+        runtime=SimpleNamespace(**RUNTIME),
+        get_current_stream=lambda: Stream.current,
+        Stream=Stream,
+        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        using_allocator=using_allocator,
     )
     special = ModuleType("cupyx.scipy.special")
     special.erf = elementwise(host_erf)
@@ -450,6 +611,10 @@ def install(monkeypatch):
     monkeypatch.setattr("miniconvit.engine.cuda._driver_version", lambda: 13000)
     monkeypatch.setattr("miniconvit.engine.cuda._compute_capability", lambda: 90)
     monkeypatch.setattr("miniconvit.engine.cuda._find_cache", lambda: None)
+    cublas = fakecuda.Cublas(product)
+    monkeypatch.setattr("miniconvit.engine.kernels.cuda.product.load_cublas", lambda: cublas)
+    if not fakecuda.COMPILER:  # whole trainings run on the layers then
+        monkeypatch.setattr("miniconvit.engine.gpu.kernels", None)
     monkeypatch.setattr("miniconvit.engine.cuda._wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     return sys.modules["cupy"]
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import miniconvit.training.loop as training
-from miniconvit.cli import main
+from miniconvit.cli import data, main
+from miniconvit.cli import eval as evaluation
 from miniconvit.data import ImageArray, Split
 from miniconvit.system import launched
 from miniconvit.training import run
@@ -106,10 +107,21 @@ def kill_at(event):
     os.fsync, os.replace = killing_fsync, killing_replace
 
 
+def use_small_data():
+    """From here on every command reads the small data set, whatever it is asked for."""
+    for module in (run, data, evaluation):
+        module.load_dataset = small_dataset
+
+
+def command(argv, save_seconds=training.SAVE_SECONDS):
+    """The command line on the small data set; ends the process."""
+    use_small_data()
+    training.SAVE_SECONDS = save_seconds
+    main(argv)
+
+
 if __name__ == "__main__":
-    run.load_dataset = small_dataset
-    training.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS))
     if "SIGNAL_AT" in os.environ:
         signal_at(*map(int, os.environ["SIGNAL_AT"].split(":")))
     kill_at(int(os.environ.get("KILL_AT", "0")))
-    main(sys.argv[1:])
+    command(sys.argv[1:], float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS)))

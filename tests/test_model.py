@@ -70,7 +70,7 @@ def test_mini32_has_about_300_thousand_parameters():
 
 def test_every_convit_has_a_plain_twin():
     convits = [name for name in mc.VARIANTS if name.startswith("convit_")]
-    assert len(convits) == 10
+    assert len(convits) == 11
     for name in convits:
         twin = mc.VARIANTS[name.replace("convit", "vit")]
         assert twin == replace(mc.VARIANTS[name], local_up_to_layer=0)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from miniconvit.cli.tutorial import command
 from miniconvit.coursework.notebooks import (
+    ANSWER,
     find_page,
     notebook,
     split_page,
@@ -53,7 +54,7 @@ def run_page(path):
     """Runs the page's code in one namespace, comparing what it prints with what the page shows."""
     namespace = {"__name__": "tutorial"}
     for cell in split_page(path.read_text(encoding="utf-8")):
-        if not cell.is_code:
+        if not cell.is_code or cell.is_check:  # test_exercises.py runs the checks
             continue
         printed = io.StringIO()
         with redirect_stdout(printed):
@@ -267,7 +268,8 @@ def test_notebook_follows_format_4_5(page):
     ids = [cell["id"] for cell in book["cells"]]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids)
     for cell in book["cells"]:
-        assert cell["metadata"] == {} and all(isinstance(line, str) for line in cell["source"])
+        assert cell["metadata"] in ({}, {"tags": ["raises-exception"]})
+        assert all(isinstance(line, str) for line in cell["source"])
         keys = set(cell) - {"id", "cell_type", "metadata", "source"}
         if cell["cell_type"] == "code":
             assert keys == {"execution_count", "outputs"} and cell["execution_count"] is None
@@ -312,6 +314,57 @@ def test_notebook_is_not_overwritten(tmp_path):
     result = CliRunner().invoke(command, [str(page), str(page)])
     assert isinstance(result.exception, UserError) and "exists already" in str(result.exception)
     assert page.read_text() == SAMPLE
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_notebook_has_the_code_that_was_run_and_a_cell_for_each_answer(page):
+    """test_page_runs_and_prints_what_it_shows ran these cells, in this order."""
+    cells = notebook(page, page.parent)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    answers = [i for i, cell in enumerate(code) if "".join(cell["source"]) == ANSWER]
+    assert answers == [i - 1 for i, cell in enumerate(code) if cell["metadata"]]
+    assert len(answers) == (3 if page in NUMBERED else 0)
+    found = [
+        ("".join(cell["source"]), "".join(o for output in cell["outputs"] for o in output["text"]))
+        for i, cell in enumerate(code)
+        if i not in answers
+    ]
+    ran = [cell for cell in split_page(page.read_text(encoding="utf-8")) if cell.is_code]
+    assert found == [(cell.source.strip("\n"), (cell.output or "").strip("\n")) for cell in ran]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_notebook_runs_in_a_kernel_and_prints_nothing_else(page, tmp_path):
+    """Jupyter's own kernel: no warnings, no values that nobody printed, the outputs of the page.
+
+    Only the checks fail, because nobody has answered them.
+    """
+    client = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    book = nbformat.reads(json.dumps(notebook(page, page.parent)), as_version=4)
+    nbformat.validate(book)
+    shown = {cell["id"]: cell["outputs"] for cell in book["cells"] if "outputs" in cell}
+    here = {"metadata": {"path": str(tmp_path)}}
+    client.NotebookClient(book, timeout=300, kernel_name="python3", resources=here).execute()
+    for cell in book["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        if "tags" in cell["metadata"]:
+            (failure,) = cell["outputs"]
+            assert failure["ename"] == "NameError", failure
+            continue
+        assert {output["output_type"] for output in cell["outputs"]} <= {"stream"}, cell["outputs"]
+        assert {output["name"] for output in cell["outputs"]} <= {"stdout"}, cell["outputs"]
+        if shown[cell["id"]]:
+            got, expected = (
+                [
+                    ROUND_OFF.sub("round-off", line.rstrip())
+                    for line in "".join(o["text"] for o in outputs).strip().splitlines()
+                ]
+                for outputs in (cell["outputs"], shown[cell["id"]])
+            )
+            assert got == expected
 
 
 def links_of(path):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.preview import draw_sheet
-from ..errors import UserError, printable
-from ..system import shortened, write_file
+from ..errors import UserError, printable, shortened
+from ..system import write_file
 from . import style
 
 FILES = ("classes.csv", "confusion.csv", "mistakes.csv", "confusion.png", "mistakes.png")

@@ -70,18 +70,19 @@ def inspect(model, pixels=None, query=None, history=()):
     return Inspection(config, query, layers, len(images), picture, list(history))
 
 
-def write_inspection(inspection, out):
-    """Writes inspect.json and, where there is something to draw, nonlocality.png, gates.png,
+def write_inspection(inspection, out, with_pictures=True):
+    """Writes inspect.json and, of what there is to draw, nonlocality.png, gates.png,
     maps.png and maps-layerNN.png for each GPSA layer into the folder out. Returns their names.
 
-    Raises UserError where the folder cannot be written or, after the numbers, matplotlib is
-    missing.
+    Raises UserError where the folder cannot be written, or matplotlib is missing for pictures.
     """
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(inspection.to_dict(), allow_nan=False)
     write_file(out / "inspect.json", text.encode() + b"\n")
-    require_matplotlib()
     names = ["inspect.json"]
+    if not with_pictures:
+        return names
+    require_matplotlib()
 
     def draw(function, name, *args):
         function(*args, out / name)

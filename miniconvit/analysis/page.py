@@ -1,7 +1,7 @@
 """One page in which a model is seen at work: `miniconvit inspect --page`. It needs no network.
 
-A small model goes into the page whole and runs there. Of a larger one the page holds q and k of its
-layers. Both are float32 in base64, of which nothing is rounded.
+A small model goes into the page whole, in float32, and runs there. Of a larger one the page holds q
+and k of its layers, rounded to 24 bits, about as finely as float32.
 """
 
 import json
@@ -27,7 +27,7 @@ MOST_IMAGES, MOST_EPOCHS = 10, 200
 MOST_PRODUCTS = 1e8  # in a forward pass in the browser, a fraction of a second
 ROOM = 100_000  # for what is written around the data
 TUTORIALS = Path(__file__).parents[2] / "tutorials"  # in a checkout
-FILES = ("page.css", "attention.js", "convit.js", "page.js")
+SCRIPTS = ("attention.js", "convit.js", "numbers.js", "draw.js", "words.js", "page.js")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def write_page(path, model, pictures, history=(), title="", classes=None):
     folder = os.path.relpath(TUTORIALS, path.absolute().parent) if TUTORIALS.is_dir() else None
     data |= {"title": title, "leftOut": left_out, "tutorials": folder and quote(folder)}
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {name: files(__package__).joinpath("web", name).read_text() for name in FILES}
+    parts = {
+        name: files(__package__).joinpath("web", name).read_text()
+        for name in ("page.css", *SCRIPTS)
+    }
     parts |= {"palette": _palette(), "data": text}
     page = files(__package__).joinpath("web", "page.html").read_text().split("%%")
     page[1::2] = [parts[name] for name in page[1::2]]
@@ -110,8 +113,9 @@ def _room_for(config, room, picture):
     """(layers, number of images) of which q and k fit: all layers, or else some for one image, as
     evenly as can be, the last among them."""
     tokens = config.num_patches + config.has_cls_token
-    layer = _base64_bytes(4 * 2 * tokens * config.embed_dim)
-    if count := room // (picture + config.depth * layer):
+    layer = _base64_bytes(3 * 2 * tokens * config.embed_dim)
+    count = room // (picture + config.depth * layer)
+    if count >= 1:
         return list(range(config.depth)), count
     held = (room - picture) // layer
     if held < 1:
@@ -137,7 +141,7 @@ def _image(picture, model, layers):
         "truth": picture.truth,
         "pixels": _base64(picture.pixels),
         "probabilities": [float(f"{value:.7g}") for value in probabilities],
-        "qk": {i: _base64(values.astype("<f4")) for i, values in qk.items()},
+        "qk": {i: _rounded(values) for i, values in qk.items()},
     }
 
 
@@ -147,6 +151,13 @@ def _whole_model(params):
     numbers = b"".join(value.tobytes() for value in arrays.values())
     shapes = [[name, value.shape] for name, value in arrays.items()]
     return {"shapes": shapes, "numbers": b64encode(numbers).decode()}
+
+
+def _rounded(values):
+    """Numbers as multiples of a step: {"step", "numbers"}, 24 bits each, the lowest byte first."""
+    step = max(float(np.abs(values).max()), 1e-30) / (2**23 - 1)
+    numbers = np.rint(values / step).astype("<i4")
+    return {"step": step, "numbers": _base64(numbers[..., None].view("u1")[..., :3])}
 
 
 def _position_weights(params, i):

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from ..arrays import Params, to_cpu
 from ..config import ConViTConfig, is_number
 from ..errors import UserError
-from ..model import param_shapes
+from ..neighbours.models import config_from_dict, config_to_dict, shapes_of
 from ..optim import AdamW
 from ..system import MOST_TEXT_BYTES, parse_json, write_file
 from .torch_file import widened
@@ -81,14 +81,14 @@ def save_checkpoint(
     more |= {EMA: ema} if ema is not None else {}
     # safetensors 0.8 writes the memory's order of what is not contiguous.
     tensors = {k: np.asarray(v, order="C") for k, v in to_cpu(_flat(params, more)).items()}
-    problem = find_problem(tensors, param_shapes(config), more) or not_finite(tensors)
+    problem = find_problem(tensors, shapes_of(config), more) or not_finite(tensors)
     if problem:
         raise UserError(f"{path} is not written: {problem}")
     about = {"mean": _as_list(mean), "std": _as_list(std), "classes": _as_list(classes)}
     about |= {"data": data, "state": state}
     if problem := problem_of_metadata(config, **about):
         raise UserError(f"{path} is not written: {problem}")
-    about = {"config": config.to_dict()} | about
+    about = {"config": config_to_dict(config)} | about
     about = {key: value for key, value in about.items() if value is not None}
     content = save(tensors, {METADATA_KEY: _sealed(about, tensors)})
     try:
@@ -118,7 +118,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise UserError("its metadata tell no configuration")
         is_whole = "sha256" not in about or text == _sealed(about, tensors)
         about.pop("sha256", None)
-        config = ConViTConfig.from_dict(about.pop("config"))
+        config = config_from_dict(about.pop("config"))
         shapes = shapes_to_fill(config, tensors)
         groups = [group for group in (MOMENTS, {EMA: "ema"}) if _any_begins(tensors, group)]
         more = {prefix: name for group in groups for prefix, name in group.items()}
@@ -177,13 +177,13 @@ def _sealed(about, tensors):
 
 
 def shapes_to_fill(config: ConViTConfig, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """param_shapes of a configuration from a file whose tensors have these names.
+    """The shapes for a configuration from a file whose tensors have these names.
 
     Raises UserError, before it builds anything, where they are too few for the depth.
     """
     if config.depth * LEAST_OF_A_BLOCK > len(names):
         raise UserError(f"it has {len(names)} tensors, too few for {config.depth} blocks")
-    return param_shapes(config)
+    return shapes_of(config)
 
 
 def _any_begins(names, prefixes):

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
 from ..errors import UserError, unknown_name
+from ..neighbours.diversity import without_patch_head
+from ..neighbours.models import MODELS
 from .checkpoint import (
     METADATA_KEY,
     OPENING,
@@ -168,7 +170,11 @@ def _load_ours(path):
     """The Checkpoint, without what only training needs; its parameters are the moving average where
     there is one, as in best.safetensors."""
     found = load_checkpoint(path)
-    return replace(found, params=found.ema or found.params, ema=None, moments=None)
+    if not isinstance(found.config, ConViTConfig):
+        kind = MODELS[type(found.config)].kind
+        raise UserError(f"{path} holds a model of the kind {kind}: this needs a ConViT or a ViT")
+    params, config = without_patch_head(found.ema or found.params, found.config)
+    return replace(found, params=params, config=config, ema=None, moments=None)
 
 
 def _open_bare(place, num_heads=None, img_size=None, num_classes=None):

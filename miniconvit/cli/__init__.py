@@ -7,18 +7,23 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 
-import click
-
 from .. import __version__
-from ..errors import UserError
-from ..system import launched
-from .checkout import check_copy
-from .options import Group
+from ..errors import UserError, missing, unusable
+
+try:
+    import click
+
+    from ..system import launched
+    from .checkout import check_copy
+    from .options import Group
+except ImportError as error:
+    raise unusable(missing(error)) from error
 
 COMMANDS = (
     "train",
     "eval",
     "predict",
+    "compare",
     "gradcheck",
     "inspect",
     "trace",
@@ -92,6 +97,8 @@ def _run(argv, name):
         return _fail(f"{error.format_message().rstrip('.')} (see {_path(ctx, name)} --help)")
     except UserError as error:
         return _fail(error)
+    except ImportError as error:  # of a library that this command alone needs
+        return _fail(missing(error))
     except (KeyboardInterrupt, click.Abort):
         _say("stopped")
         return 130

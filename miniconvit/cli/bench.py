@@ -27,28 +27,30 @@ from .options import (
 @setting_option("img_size", "Size of the images in pixels, as N or HEIGHTxWIDTH.")
 @setting_option("patch_size")
 @setting_option("batch_size", default=64)
+@setting_option("precision", default="float32")
 @setting_option("steps", "Number of steps to measure.", default=10)
 @option("--inference", is_flag=True, help="Measure forward passes only.")
 @device_option
 @workers_option
 @json_option
-def command(model, img_size, patch_size, batch_size, steps, inference, device, workers, as_json):
+def command(model, img_size, patch_size, batch_size, precision, steps, inference, device, workers,
+            as_json):  # fmt: skip
     """Measure how fast a model trains here.
 
-    It prints images per second and the peak memory of a training step. The images are random, in
-    float32.
+    It prints images per second and the peak memory of a training step. The images are random.
     """
     sizes = {"img_size": img_size, "patch_size": patch_size}
     config = replace(VARIANTS[model], **{name: size for name, size in sizes.items() if size})
-    found = measure(config, batch_size, steps, inference, workers, device)
+    found = measure(config, batch_size, steps, inference, workers, device, precision)
     if as_json:
-        print_json({"model": model, "batch_size": batch_size, "inference": inference} | found)
+        asked = {"model": model, "batch_size": batch_size, "inference": inference}
+        print_json(asked | {"precision": precision} | found)
         return 0
     memory = found["peak_memory_mb"]
     rows = [
         ("model", f"{model}, {'x'.join(map(str, config.image))} pixels, batch {batch_size}"),
         ("what", "inference" if inference else "training step"),
-        ("computed", found["computed"]),
+        ("computed", f"{found['computed']}, {precision}"),
         *([("workers", found["workers"])] if found["workers"] else []),
         ("images per second", f"{found['images_per_second']:.1f}"),
         ("median step", f"{found['step_ms_median']:.1f} ms"),

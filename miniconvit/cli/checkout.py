@@ -25,9 +25,11 @@ def check_copy(folder, package=PACKAGE):
 
 
 def _is_checkout(root):
-    setup = root / "setup.cfg"
-    has_both = setup.is_file() and (root / "miniconvit" / "__init__.py").is_file()
-    return has_both and "name = miniconvit\n" in setup.read_text(encoding="utf-8")
+    try:
+        has_package = (root / "miniconvit" / "__init__.py").is_file()
+        return has_package and b"\nname = miniconvit\n" in (root / "setup.cfg").read_bytes()
+    except OSError:  # nobody edits what cannot be read
+        return False
 
 
 def _files(package):

@@ -1,5 +1,7 @@
 """`miniconvit coursework create / check / grade / pack`."""
 
+from textwrap import fill
+
 import click
 
 from .. import coursework
@@ -50,7 +52,7 @@ def create(out, secret, names, formulas):
 
     OUT then holds one folder for students and one for the instructor.
     """
-    chosen = coursework.create(out, secret, names, formulas)
+    chosen, given = coursework.create(out, secret, names, formulas)
     points, minutes = (sum(getattr(e, key) for e in chosen) for key in ("points", "minutes"))
     click.echo(
         table(
@@ -63,6 +65,13 @@ def create(out, secret, names, formulas):
             ]
         )
     )
+    if given:
+        names = ", ".join(exercise.name for exercise in given)
+        text = (
+            f"These build on {names}. Students use their own files of earlier, or those that you "
+            f"give them from {out / 'instructor' / 'given'}."
+        )
+        click.echo(f"\n{fill(text, 80, break_on_hyphens=False)}")
 
 
 @command.command(cls=Command)
@@ -131,7 +140,8 @@ def grade(submissions, instructor, out, jobs):
         line = coursework.printable(f"not graded, being no folder or archive: {names}")
         click.echo(f"\n{line}")
     click.echo(f"\n{coursework.walls()}")
-    click.echo(f"{out / 'grades.csv'}, and for each student results.json and feedback.txt")
+    click.echo(f"{out / 'grades.csv'}, and a folder for each student:")
+    click.echo("    feedback.txt for the student, details.txt for you, results.json for Gradescope")
 
 
 @command.command(cls=Command)

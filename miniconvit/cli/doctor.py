@@ -9,13 +9,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from .. import __version__
 from ..engine.cuda import examine_cuda
 from ..engine.ranks import import_mpi
 from ..errors import UserError
-from ..system import available_threads
+from ..system import available_threads, numpy_blas
 from ..training.report import table
 from .options import Command, json_option, print_json
 
@@ -39,7 +38,7 @@ def command(as_json):
 
 def examine():
     """What `doctor` prints: a dict of JSON types. matmul_gflops is measured, on all threads."""
-    blas = next((lib for lib in threadpool_info() if lib["user_api"] == "blas"), None)
+    blas = numpy_blas()
     milliseconds = _matmul_ms()
     found = {
         "miniconvit": __version__,
@@ -48,7 +47,7 @@ def examine():
         "numpy": np.__version__,
         "scipy": version("scipy"),
         "blas": f"{blas['internal_api']} {blas['version']}" if blas else None,
-        "blas_threads": blas["num_threads"] if blas else None,
+        "blas_threads": blas.get("num_threads"),
         "threads": available_threads(),
         "memory_gb": _memory_gb(),
         "matmul_ms": round(milliseconds, 2),

@@ -14,12 +14,11 @@ from ..checkpoints.weights import open_weights
 from ..data import Split, load_dataset
 from ..data.classes import IMAGENET, places_of
 from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
-from ..errors import UserError
+from ..engine.cuda import resolve_device, without_reason
+from ..errors import UserError, shortened
 from ..layers import softmax_forward
-from ..system import shortened
 from ..training.evaluate import evaluate
-from ..training.report import table
+from ..training.report import folded, table
 from ..training.settings import DATA, MODEL, stored_data_dir, stored_settings
 from .options import (
     PATH,
@@ -122,12 +121,11 @@ def command(
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
     values |= {"classes": classes} if classes else {}
-    values |= {"loss": loss, "top1": top1, "top5": top5, "computed": place}
+    values |= {"loss": loss, "top1": top1, "top5": top5, "computed": without_reason(place)}
     masked = ["pos_embed"] * mask_pos_embed
     masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
     values |= {"masked": ", ".join(masked)} if masked else {}
     answers = Answers(dataset.classes, images.labels, *map(np.concatenate, zip(*said, strict=True)))
-    written, notes = write_answers(answers, images.images, out) if out else ((), ())
     by_class = answers.by_class()
     if as_json:
         values |= {"by_class": by_class, "confusions": answers.confusions()}
@@ -136,10 +134,12 @@ def command(
         shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
         click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
         click.echo("\n" + "\n".join(_class_lines(by_class)))
-        if written:
-            click.echo(f"\nin {out}: {', '.join(written)}")
-    for line in notes:
-        click.echo(line, err=True)
+    if out is not None:
+        written, notes = write_answers(answers, images.images, out)
+        if not as_json:
+            click.echo(folded(f"\nin {out}: {', '.join(written)}"))
+        for line in notes:
+            click.echo(line, err=True)
 
 
 MOST_ROWS = 10

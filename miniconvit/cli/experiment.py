@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
+from shutil import get_terminal_size
 
 import click
 
-from ..analysis.style import require_matplotlib
 from ..errors import UserError
 from ..experiments import lipschitz
 from ..experiments.figures import draw
@@ -22,14 +23,16 @@ from ..experiments.plan import (
     refuse_other,
 )
 from ..experiments.run import new_plan, run_plan
-from ..experiments.tables import write_tables
+from ..experiments.tables import on_screen, write_tables
 from ..system import read_text, write_file
 from ..training.interrupt import Interrupted
+from ..training.report import folded
 from ..training.settings import DATA, TRAINING, flag
 from .options import (
     PATH,
     Command,
     Name,
+    can_draw,
     data_dir_option,
     device_option,
     option,
@@ -59,7 +62,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "subset",
     "Train on this share of the images of each class. sample-efficiency takes --fractions instead.",
-    shown="0.1, for masking and escape 1",
+    shown="0.1 for ablation and locality, else 1",
 )
 @option(
     "--fractions",
@@ -72,7 +75,7 @@ class _Fractions(click.ParamType):
 @setting_option(
     "model",
     "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
-    shown="that of the data's recipe",
+    shown="that of the data's recipe, for diversity convit_deep32",
 )
 @option(
     "--budget",
@@ -109,6 +112,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     locality           locality strength and number of GPSA layers (figure 8a)
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
+    diversity          losses that keep patches apart (Patch Diversification)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
     lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.
@@ -134,8 +138,8 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
             if plan is None:
                 plan = replayed or new_plan(asked, click.echo, **where)
                 _keep(plan, out, where["data_dir"])
-            click.echo(_announcement(plan, out))
-            has_pictures = _can_draw()
+            click.echo(folded(_announcement(plan, out)))
+            has_pictures = can_draw()
 
             def show(outcomes):
                 entries, text = write_tables(plan, outcomes, out)
@@ -147,7 +151,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
         _say_stopped(f"{ctx.command_path} {name}", out, device)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     text, names = show(outcomes)
-    click.echo(f"\n{text}\nin {out}: {', '.join(names)}")
+    _show(text, out, names)
     return 0
 
 
@@ -156,9 +160,16 @@ def _lipschitz(out, plan_file, seeds=3, **other):
         raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
-    text, names = lipschitz.run(out, seeds, _can_draw())
-    click.echo(f"{text}\nin {out}: {', '.join(names)}")
+    text, names = lipschitz.run(out, seeds, can_draw())
+    _show(text, out, names)
     return 0
+
+
+def _show(text, out, names):
+    """The text of table.md, which a terminal has in its own way, and where everything is."""
+    if sys.stdout.isatty():
+        text = on_screen(text, get_terminal_size().columns)
+    click.echo(folded(f"\n{text}\nin {out}: {', '.join(names)}"))
 
 
 def _refuse_flags(plan, name, given):
@@ -196,16 +207,6 @@ def _keep(plan, out, data_dir):
     if data_dir is not None:
         write_file(out / DATA_DIR, f"{data_dir.expanduser().absolute()}\n".encode())
     plan.save(out / PLAN)
-
-
-def _can_draw():
-    """Whether there will be pictures; says so where there will not."""
-    try:
-        require_matplotlib()
-    except UserError as error:
-        click.echo(f"no picture will be drawn: {error}", err=True)
-        return False
-    return True
 
 
 def _say_stopped(command_line, out, device):

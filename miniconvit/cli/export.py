@@ -1,6 +1,7 @@
 """`miniconvit export`."""
 
 from pathlib import Path
+from textwrap import fill, indent
 
 import click
 
@@ -26,7 +27,8 @@ def command(checkpoint, file, variant, img_size):
     if file.exists():
         raise UserError(f"{file} exists: choose another name, or remove it first")
     path, found = open_weights(checkpoint, variant, img_size)
-    call = timm_call(found.config)
+    name, _, arguments = timm_call(found.config).removesuffix(")").partition("(")
+    call = f"{name}(\n{indent(fill(arguments, 74), ' ' * 4)}\n)"
     about = {"mean": found.mean, "std": found.std, "classes": found.classes, "data": found.data}
     save_checkpoint(file, found.params, found.config, **about)
     click.echo(table([("from", path), ("tensors", len(found.params)), ("file", file)]))

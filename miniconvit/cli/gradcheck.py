@@ -64,8 +64,8 @@ def _layer_tables(layers, every_entry, seed, as_json):
     else:
         verdict = "all right" if ok else "WRONG, see above"
         click.secho(
-            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}; "
-            f"largest relative error of a right one {worst:.0e}",
+            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}\n"
+            f"largest relative error of a right one: {worst:.0e}",
             fg=None if ok else "red",
         )
     return ok

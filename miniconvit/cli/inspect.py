@@ -11,13 +11,14 @@ from ..checkpoints.weights import open_weights
 from ..data.images import read_image, require_pillow
 from ..errors import UserError
 from ..training.history import run_history
-from ..training.report import table
+from ..training.report import folded, table
 from ..training.settings import DATA, DEFAULT_RECIPE
 from .eval import fitted, open_dataset
 from .options import (
     COUNT,
     PATH,
     Command,
+    can_draw,
     checkpoint_options,
     json_option,
     option,
@@ -104,7 +105,7 @@ def command(
     left_out = []
     if page is not None:
         pictures = _pictures(files, pixels, dataset, count)
-        title = f"{path.parent.name}/{path.name}" if checkpoint.is_dir() else path.name
+        title = f"{path.absolute().parent.name}/{path.name}" if checkpoint.is_dir() else path.name
         classes = dataset.classes if dataset else model.classes
         left_out = write_page(page, model, pictures, history, title, classes)
     if as_json:
@@ -117,9 +118,9 @@ def command(
         elif out is None and checkpoint.is_dir():
             out = checkpoint / "inspect"
     if out is not None:
-        names = write_inspection(inspection, out)
+        names = write_inspection(inspection, out, can_draw())
         if not as_json:
-            click.echo(f"\nin {out}: {', '.join(names)}")
+            click.echo(folded(f"\nin {out}: {', '.join(names)}"))
 
 
 def _dataset(checkpoint, path, model, data, data_dir, broken):

@@ -9,9 +9,10 @@ from typing import get_args
 
 import click
 
+from ..analysis.style import require_matplotlib
 from ..data.images import allow_any_size
 from ..engine.cuda import DEVICES
-from ..errors import unknown_name
+from ..errors import UserError, unknown_name
 from ..training.settings import (
     AUGMENTATION,
     DATA,
@@ -191,7 +192,7 @@ data_dir_option = option(
     type=PATH,
     metavar="FOLDER",
     group=DATA,
-    help="Folder of the data. For imagefolder it is the folder that holds train.",
+    help="Folder of the data. For imagefolder it is the folder above train, or above the classes.",
     shown="MINICONVIT_DATA, else a cache folder",
 )
 no_download_option = option(
@@ -246,6 +247,16 @@ checkpoint_options = options(
     ),
 )
 """For the commands that take any checkpoint."""
+
+
+def can_draw():
+    """Whether there will be pictures; says so where there will not."""
+    try:
+        require_matplotlib()
+    except UserError as error:
+        click.echo(f"no picture will be drawn: {error}", err=True)
+        return False
+    return True
 
 
 def print_json(values):

@@ -1,16 +1,19 @@
 """`miniconvit predict`."""
 
 import os
+from pathlib import Path
 
 import click
 import numpy as np
 
+from ..analysis.saliency import MOST, draw_saliency, logit_gradient
+from ..analysis.style import require_matplotlib
 from ..arrays import to_cpu, to_device
 from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import BrokenImage, read_image, require_pillow
 from ..data.layout import counted, images_below
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..layers import softmax_forward
 from ..model import convit_forward
@@ -21,6 +24,7 @@ from .options import (
     checkpoint_options,
     device_option,
     json_option,
+    option,
     overflow_is_answered,
     print_json,
 )
@@ -31,16 +35,29 @@ from .options import (
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
 @any_size_option
 @checkpoint_options
+@option(
+    "--saliency",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw into this PNG file where a small change of a pixel moves the first answer most.",
+)
 @device_option
 @json_option
-def command(checkpoint, images, variant, img_size, device, as_json):
+def command(checkpoint, images, variant, img_size, saliency, device, as_json):
     """Say what image files show.
 
     It prints the five most probable classes of each file. IMAGE may be a folder of images too.
     The shorter side of an image is resized to the model's size, and the centre is cut out. Models
     of more than 32 pixels take 8/7 of that side.
+
+    The picture of --saliency shows the gradient of the first answer's logit. It is the slope at
+    this very image. It does not show what the model would say without a part of it.
     """
     require_pillow("predict")
+    if saliency is not None:
+        require_matplotlib()
+        if saliency.exists():
+            raise UserError(f"{saliency} exists: choose another name, or remove it first")
     xp, place = resolve_device(device)
     path, model = open_weights(checkpoint, variant, img_size)
     config = model.config
@@ -57,7 +74,7 @@ def command(checkpoint, images, variant, img_size, device, as_json):
         )
     params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
-    answers, failed = [], []
+    answers, failed, drawn = [], [], []
     for file, problem in _files(images):
         try:
             if problem is not None:
@@ -67,20 +84,33 @@ def command(checkpoint, images, variant, img_size, device, as_json):
             failed.append({"file": file, "problem": str(error)})
             continue
         with overflow_is_answered():
-            pixels = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
-            logits, _ = convit_forward(pixels, params, config)
+            inputs = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
+            logits, _ = convit_forward(inputs, params, config, keep_caches=False)
         if not xp.isfinite(logits).all():
             raise UserError(f"{path} gives no finite answer for {file}: use another checkpoint")
         probabilities = to_cpu(softmax_forward(logits)[0][0])
         answers.append({"file": file, "top": _top(probabilities, model.classes)})
+        if saliency is not None and len(drawn) < MOST:
+            first = answers[-1]["top"][0]
+            gradient = to_cpu(logit_gradient(inputs, [first["index"]], params, config)[0])
+            title = (
+                f"{first['class']}, {100 * first['probability']:.1f} %, {os.path.basename(file)}"
+            )
+            slope = gradient / np.reshape(model.std, (-1, 1, 1))  # of pixels from 0 to 1
+            drawn.append((title, pixels[0].transpose(1, 2, 0) / 255.0, slope))
     if as_json:
-        found = {"checkpoint": str(path), "images": answers, "computed": place}
+        found = {"checkpoint": str(path), "images": answers, "computed": without_reason(place)}
         print_json(found | ({"failed": failed} if failed else {}))
     elif answers:
         click.echo("\n\n".join(_text(answer) for answer in answers))
-        click.echo(f"\ncomputed {place}")
+        click.echo(f"\ncomputed {without_reason(place)}")
     for failure in failed:
         click.echo(f"Error: {failure['problem']}", err=True)
+    if drawn:
+        draw_saliency(drawn, saliency)
+        if not as_json:
+            first = f" of the first {MOST} images" if len(answers) > MOST else ""
+            click.echo(f"saliency{first} in {saliency}")
     return 1 if failed else 0
 
 

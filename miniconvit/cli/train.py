@@ -110,13 +110,13 @@ def _summarise(ctx, result, data_dir):
     seconds = sum(row["seconds"] for row in rows)
     best = result.best
     test = f"{ctx.find_root().command_path} eval {quote(str(folder.path))} --split test"
-    test = ("test it", test + _where(data_dir))
     entries = [
         ("best validation accuracy", f"{100 * best['val_top1']:.1f} %, epoch {best['epoch']}"),
         ("last validation accuracy", f"{100 * last['val_top1']:.1f} %, epoch {last['epoch']}"),
         ("time", f"{duration(seconds)}, {result.step} steps"),
         ("best checkpoint", folder.best),
         *([("curves", folder.curves)] if has_picture else []),
-        *([test] if result.has_test else []),
     ]
     click.echo("\n" + table(entries))
+    if result.has_test:  # a command stays on its line, so that it can be copied
+        click.echo(f"\ntest it: {test}{_where(data_dir)}")

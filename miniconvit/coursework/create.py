@@ -10,12 +10,13 @@ from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, requires
 from importlib.metadata import files as installed_files
 from pathlib import Path
+from textwrap import fill
 
 from .. import __version__
 from ..errors import UserError
 from ..gradcheck.mutants import MUTANTS
 from .cases import VISIBLE, cases
-from .exercises import allowed_functions, exercises
+from .exercises import EXERCISES, PAGES, allowed_functions, exercises
 from .grading import INSTRUCTOR_FILE, STUDENT_FILE
 from .skeleton import kit_source, skeleton, skeleton_hash, solution
 from .student import TESTS, Visible, write_tests
@@ -37,7 +38,7 @@ Write the functions that say `raise NotImplementedError`, forward and backward, 
 {formulas} What `x_forward` keeps for `x_backward` is yours to choose:
 it returns `(output, cache)`, and `x_backward(dy, cache)` returns the gradients in the order named.
 
-You need Python 3.11 or newer and NumPy. In this folder:
+You need Python 3.11 and NumPy 2, or newer. In this folder:
 
 ```
 python -m checker                  # what is right, what is wrong, and how
@@ -54,7 +55,7 @@ in, float32 out. A function's answer depends on its arguments alone, in any orde
 exercise counts by itself, and every tensor by itself. What `kit` gives you of other exercises is
 your own work here, so do the exercises in this order. While you are graded it is right. Grading
 uses other numbers and sizes: one image and three, one head, grids that are not square.
-
+{given}
 {table}
 {hints}
 """
@@ -64,8 +65,24 @@ WITHOUT_FORMULAS = """\
 The docstrings give shapes and the formulas of the forward passes. Those of the backward passes are
 yours to derive."""
 
+GIVEN = (
+    "These exercises build on {}. Put your own from earlier into this folder, or those that you "
+    "are given."
+)
+
 INIT = """\
 \"\"\"The visible tests and the gradient checker of miniconvit, without its layers.\"\"\"
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("Error: the checker needs Python 3.11 or newer")
+try:
+    import numpy
+except ImportError:
+    numpy = None
+if numpy is None or int(numpy.__version__.partition(".")[0]) < 2:
+    sys.exit("Error: the checker needs NumPy 2 or newer: python -m pip install -U numpy")
 
 from .checker import check_gradients
 from .student import read_tests, result_of
@@ -94,11 +111,17 @@ def test_exercise(exercise):
 
 SETUP = """\
 #!/usr/bin/env bash
-# Needs Python 3.11 or newer: choose an image of Ubuntu 24.04 or later.
+# Runs once, when Gradescope builds the image. It needs Python 3.11 or newer.
 set -e
 apt-get update
-apt-get install -y python3 python3-venv
-python3 -m venv /autograder/venv
+apt-get install -y python3 python3-venv libseccomp2
+python=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    # Ubuntu 22.04 has it beside its own 3.10.
+    apt-get install -y python3.11 python3.11-venv
+    python=python3.11
+fi
+"$python" -m venv /autograder/venv
 /autograder/venv/bin/pip install /autograder/source/miniconvit-*.whl
 """
 
@@ -110,8 +133,12 @@ root=$(cd "$(dirname "$0")" && pwd)
 chmod 700 "$root/source" "$root/venv"
 "$root/venv/bin/python" -c '
 import sys
+from miniconvit import UserError
 from miniconvit.coursework import autograde
-autograde(sys.argv[1])' "$root"
+try:
+    autograde(sys.argv[1])
+except UserError as error:
+    sys.exit(f"Error: {error}")' "$root"
 """
 
 
@@ -119,8 +146,9 @@ def create(out, secret_file, names=None, formulas=True):
     """Writes out/student and out/instructor for the exercises of these names (all where None).
 
     secret_file: the text that hidden inputs are drawn from; drawn and written where it is missing.
-    formulas: whether the blanks' docstrings have those of the backward passes.
-    Returns the exercises. Raises UserError where out is not empty or the secret is too short.
+    formulas: whether the blanks' docstrings have those of the backward passes. What the exercises
+    build on, and is none of them, goes to out/instructor/given. Returns the exercises, and those.
+    Raises UserError where out is not empty or the secret is too short.
     """
     chosen, out, secret_file = exercises(names), Path(out), Path(secret_file)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -128,6 +156,9 @@ def create(out, secret_file, names=None, formulas=True):
     if (out / "student").resolve() in secret_file.resolve().parents:
         raise UserError(f"{secret_file} would be in the students' folder: keep it elsewhere")
     secret = _secret(secret_file)
+    given = tuple(
+        e for e in EXERCISES if e not in chosen and any(e.name in _needs(one) for one in chosen)
+    )
     edition = {"version": __version__, "skeleton": skeleton_hash(chosen, formulas)}
     config = {"exercises": [e.name for e in chosen], **edition}
     blanks = {exercise.file: skeleton(exercise, formulas) for exercise in chosen}
@@ -136,6 +167,7 @@ def create(out, secret_file, names=None, formulas=True):
         example=chosen[0].name,
         table=_table(chosen),
         hints=_hints(chosen) if formulas else "",
+        given=f"\n{fill(GIVEN.format(', '.join(e.file for e in given)), 100)}\n" if given else "",
     )
     student = blanks | {
         "kit.py": kit_source(),
@@ -146,6 +178,7 @@ def create(out, secret_file, names=None, formulas=True):
     }
     hidden = json.dumps(config | {"secret": secret, "visibility": "hidden"}, indent=2) + "\n"
     solutions = {f"solution/{exercise.file}": solution(exercise) for exercise in chosen}
+    solutions |= {f"given/{exercise.file}": solution(exercise) for exercise in given}
     instructor = solutions | {
         "solution/kit.py": kit_source(),
         f"solution/{STUDENT_FILE}": student[STUDENT_FILE],
@@ -162,7 +195,7 @@ def create(out, secret_file, names=None, formulas=True):
     autograder = out / "instructor" / "autograder"
     write_wheel(autograder)
     _zip(autograder, out / "instructor" / "autograder.zip")
-    return chosen
+    return chosen, given
 
 
 def checker_files():
@@ -176,16 +209,18 @@ def checker_files():
     return flat | {f"checker/{name}": text for name, text in extra.items()}
 
 
+def _needs(exercise):
+    """The names of the other exercises whose functions an exercise may call."""
+    owners = {name: other.name for other in EXERCISES for name in other.functions}
+    called = {name for unit in exercise.units for name in allowed_functions(unit.name)}
+    return {owners[name] for name in called & owners.keys()} - {exercise.name}
+
+
 def _visible(chosen, edition):
     drawn = {
         unit.name: cases(unit, "visible", VISIBLE) for exercise in chosen for unit in exercise.units
     }
-    owners = {name: exercise.name for exercise in chosen for name in exercise.functions}
-    needs = {}
-    for exercise in chosen:
-        called = {name for unit in exercise.units for name in allowed_functions(unit.name)}
-        others = {owners[name] for name in called & owners.keys()} - {exercise.name}
-        needs[exercise.name] = tuple(e.name for e in chosen if e.name in others)
+    needs = {one.name: tuple(e.name for e in chosen if e.name in _needs(one)) for one in chosen}
     return Visible(chosen, needs, drawn, edition)
 
 
@@ -231,8 +266,10 @@ def _table(chosen):
 
 
 def _hints(chosen):
-    lines = [f"- `{e.file}` ({', '.join(e.functions)}): {e.hint}" for e in chosen]
-    return "\n".join(["", "Hints:", "", *lines])
+    lines = [
+        f"- `{e.file}` ({', '.join(e.functions)}): {e.hint} Page: `{PAGES[e.name]}`" for e in chosen
+    ]
+    return "\n".join(["", "Hints, and pages of miniconvit's `tutorials/`:", "", *lines])
 
 
 def _notes(chosen):
@@ -250,6 +287,7 @@ def _notes(chosen):
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
             f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            f"The page of the tutorials: `tutorials/{PAGES[exercise.name]}`",
             "Common mistakes:",
             "\n".join(f"- {story}" for story in stories),
         ]

@@ -119,6 +119,22 @@ NO_FORMULA = {
 }
 """The docstring of each pair's backward pass where its formula is the exercise."""
 
+PAGES = {
+    "linear": "01-linear.md",
+    "softmax": "02-softmax.md",
+    "layernorm": "04-layernorm.md",
+    "gelu": "05-gelu.md",
+    "cross_entropy": "03-cross-entropy.md",
+    "patch_embed": "06-patches.md",
+    "mhsa": "07-attention.md",
+    "position_attention": "08-positions.md",
+    "gpsa": "10-gpsa.md",
+    "mlp": "05-gelu.md",
+    "block": "11-block.md",
+    "adamw": "13-adamw.md",
+}
+"""Exercise to the page of the tutorials that derives its layer."""
+
 
 def exercises(names=None):
     """The exercises of these names, or all. Raises UserError for an unknown name."""

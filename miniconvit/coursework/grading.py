@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,13 +26,19 @@ from .task import Exercise, Size
 from .work import row
 
 STUDENT_FILE, INSTRUCTOR_FILE, TABLE = "coursework.json", "hidden.json", "grades.csv"
+VISIBILITIES = ("visible", "hidden", "after_due_date", "after_published")
 LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
+SMALL = replace(LIMITS, seconds=20.0, memory=512 << 20)
+"""On Gradescope: endless loops everywhere fit into 10 minutes, and this process beside one of
+student code into 768 MB, which are what it usually gives."""
+
 ARCHIVES = (".zip", *OTHER_ARCHIVES)  # the others cannot be read, but some student's work is in it
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What is graded, and on which inputs. The secret is text; visibility is Gradescope's word."""
+    """What is graded, and on which inputs. The secret is text; visibility is Gradescope's word for
+    who sees what hidden tests say: one of VISIBILITIES."""
 
     exercises: tuple[Exercise, ...]
     secret: str
@@ -40,6 +46,12 @@ class Assignment:
     skeleton: str = ""
     visibility: str = "visible"
     limits: Limits = LIMITS
+
+    def __post_init__(self):
+        if self.visibility not in VISIBILITIES:
+            raise UserError(
+                f"visibility is one of {', '.join(VISIBILITIES)}, not {self.visibility!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,8 +126,9 @@ def grade_submission(path, assignment, student="", keeper=None):
 def grade(submissions, instructor, out, jobs=None):
     """Grades every folder and archive in `submissions`, `jobs` at a time (all cores where None).
 
-    Writes out/STUDENT/results.json and feedback.txt for each, and out/grades.csv. Returns the
-    Graded, by name. Raises UserError where there is nothing to grade.
+    Writes out/STUDENT/results.json, feedback.txt for the student and details.txt for the instructor
+    alone, and out/grades.csv. Returns the Graded, by name. Raises UserError where there is nothing
+    to grade.
     """
     assignment = load_assignment(instructor)
     if assignment.sizes is not HIDDEN:
@@ -142,7 +155,9 @@ def grade(submissions, instructor, out, jobs=None):
                 folders[one.student].mkdir(exist_ok=True)
                 folder = folders[one.student]
                 write_results(one, assignment, folder / "results.json")
-                _write(folder / "feedback.txt", feedback(one, assignment))
+                seen = report(one, lambda result: _seen(result, assignment))
+                _write(folder / "feedback.txt", f"{seen}\n")
+                _write(folder / "details.txt", report(one, lambda result: result.text) + "\n")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             keeper.stop()
@@ -229,8 +244,7 @@ def _grade_safely(path, assignment, student="", keeper=None):
 
 
 def write_results(graded, assignment, path):
-    """results.json as Gradescope reads it: what each exercise earned, seen by the student, and what
-    the hidden tests say, seen by whom the assignment's visibility names."""
+    """results.json as Gradescope reads it, with what the student may see, and when."""
     tests = []
     for number, result in enumerate(graded.results, 1):
         test = {
@@ -239,20 +253,18 @@ def write_results(graded, assignment, path):
             "score": result.score,
             "max_score": result.exercise.points,
             "status": "passed" if result.is_full else "failed",
-            "output": result.brief,
+            "output": _seen(result, assignment),
             "tags": [result.exercise.module],
             "visibility": "visible",
         }
-        detail = {
-            "name": f"{result.exercise.name}, in detail",
-            "number": f"{number}.1",
-            "output": result.text,
-            "visibility": assignment.visibility,
-        }
-        tests += [test, detail] if result.text != result.brief else [test]
+        tests.append(test)
+        if assignment.visibility.startswith("after") and result.text != result.brief:
+            detail = {"name": f"{result.exercise.name}, in detail", "number": f"{number}.1"}
+            tests.append(detail | {"output": result.text, "visibility": assignment.visibility})
     content = {
         "score": graded.score,
         "output": graded.remark or f"{graded.score:g} of {graded.max_score} points",
+        "output_format": "text",
         "visibility": "visible",
         "stdout_visibility": "hidden",
         "execution_time": round(graded.seconds, 1),
@@ -261,18 +273,15 @@ def write_results(graded, assignment, path):
     _write(path, json.dumps(content, indent=2) + "\n")
 
 
-def feedback(graded, assignment):
-    """What a student may read: the same, without what is hidden."""
-    rows = [
-        row(
-            result.exercise.name,
-            result.score,
-            result.exercise.points,
-            result.text if assignment.visibility == "visible" else result.brief,
-        )
-        for result in graded.results
-    ]
-    return "\n".join([*rows, row("total", graded.score, graded.max_score, graded.remark), ""])
+def _seen(result, assignment):
+    """What a student sees of a Result at once."""
+    return result.text if assignment.visibility == "visible" else result.brief
+
+
+def report(graded, describe):
+    """A row for each exercise; describe(result) is the text on it."""
+    rows = [row(r.exercise.name, r.score, r.exercise.points, describe(r)) for r in graded.results]
+    return "\n".join([*rows, row("total", graded.score, graded.max_score, graded.remark)])
 
 
 def _write(path, text):
@@ -302,11 +311,15 @@ def _cell(text):
 
 
 def autograde(root):
-    """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out."""
+    """What Gradescope's run_autograder calls: root/submission in, root/results/results.json out.
+
+    It prints what hidden tests say: only the instructor sees that.
+    """
     root = Path(root)
-    assignment = load_assignment(root / "source")
+    assignment = replace(load_assignment(root / "source"), limits=SMALL)
     require_open_folder()
     with ending_when_asked():
         graded = _grade_safely((root / "submission").resolve(), assignment)
     (root / "results").mkdir(exist_ok=True)
     write_results(graded, assignment, root / "results" / "results.json")
+    print(report(graded, lambda result: result.text))

@@ -2,7 +2,8 @@
 
 A fence ```python is code; a fence ```text directly below it shows what that code prints. Code that
 is not meant to run, because it needs minutes, a download or a GPU, stands under an HTML comment
-`<!-- no-run: reason -->` and stays part of the prose.
+`<!-- no-run: reason -->` and stays part of the prose. Code under `<!-- check -->` runs once the
+reader has written an answer to the exercise above it.
 """
 
 import json
@@ -18,8 +19,12 @@ from ..errors import UserError
 FOLDER = Path("tutorials")
 """The pages of the checkout in which one stands; an installed package has none."""
 
+ANSWER = "# Write your answer here, and run the check below."
+"""What stands in a notebook where a reader answers an exercise."""
+
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NO_RUN = re.compile(r"<!-- no-run: .+ -->\s*$")
+_CHECK = re.compile(r"<!-- check -->\s*$")
 _IMAGE = re.compile(r"!\[([^\]]*)\]\(([^):]+\.(?:png|svg))\)")
 _LINK = re.compile(r"\]\(([^):#]+)(#[^)]*)?\)")
 
@@ -28,12 +33,14 @@ _LINK = re.compile(r"\]\(([^):#]+)(#[^)]*)?\)")
 class Cell:
     """Prose, or a piece of code with the output that the page shows below it, if it shows any.
 
+    is_check: the code checks a reader's answer, and fails where there is none.
     line and output_line: the number of lines of the page above source and output.
     """
 
     source: str
     line: int
     is_code: bool = False
+    is_check: bool = False
     output: str | None = None
     output_line: int = 0
 
@@ -54,7 +61,8 @@ def split_page(markdown):
         before = markdown[start : fence.start()]
         if language == "python" and not _NO_RUN.search(before):
             add_prose(fence.start())
-            cells.append(Cell(body, line(fence.start(2)), is_code=True))
+            is_check = bool(_CHECK.search(before))
+            cells.append(Cell(body, line(fence.start(2)), is_code=True, is_check=is_check))
             start = fence.end()
         elif language == "text" and cells and cells[-1].is_code and not before.strip():
             cells[-1] = replace(cells[-1], output=body, output_line=line(fence.start(2)))
@@ -115,14 +123,15 @@ def notebook(page, folder, all_pages=False):
     """The page as a notebook of format 4.5, with links that are right in the folder: a dict for
     JSON."""
     cells = split_page(page.read_text(encoding="utf-8"))
-    contents = [
-        _code_cell(cell) if cell.is_code else _prose_cell(cell, page, folder, all_pages)
-        for cell in cells
-    ]
+    contents = []
+    for cell in cells:
+        if cell.is_check:
+            contents.append(_code_cell(Cell(ANSWER, cell.line, is_code=True)))
+        contents.append(
+            _code_cell(cell) if cell.is_code else _prose_cell(cell, page, folder, all_pages)
+        )
     return {
-        "cells": [
-            {"id": f"cell-{i}", "metadata": {}} | content for i, content in enumerate(contents)
-        ],
+        "cells": [{"id": f"cell-{i}"} | content for i, content in enumerate(contents)],
         "metadata": {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
@@ -140,8 +149,10 @@ def _code_cell(cell):
     outputs = []
     if cell.output is not None:
         outputs = [{"output_type": "stream", "name": "stdout", "text": _lines(cell.output)}]
+    metadata = {"tags": ["raises-exception"]} if cell.is_check else {}  # the cells below still run
     source = _lines(cell.source)
-    return {"cell_type": "code", "execution_count": None, "source": source, "outputs": outputs}
+    code = {"cell_type": "code", "execution_count": None, "source": source, "outputs": outputs}
+    return code | {"metadata": metadata}
 
 
 def _prose_cell(cell, page, folder, all_pages):
@@ -160,7 +171,7 @@ def _prose_cell(cell, page, folder, all_pages):
 
     text = _IMAGE.sub(embedded, text)
     text = _LINK.sub(lambda link: _moved(link, page, folder, all_pages), text)
-    prose = {"cell_type": "markdown", "source": _lines(text)}
+    prose = {"cell_type": "markdown", "metadata": {}, "source": _lines(text)}
     return prose | ({"attachments": attachments} if attachments else {})
 
 

@@ -70,7 +70,13 @@ check_max_norm = None  # clipping is no exercise
 def __getattr__(name):
     if name not in FILES:
         raise AttributeError(name)
-    return getattr(import_module(FILES[name]), name)
+    try:
+        return getattr(import_module(FILES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != FILES[name]:
+            raise
+        text = f"{error.name}.py is missing in this folder: put your own there, or a given one"
+        raise ImportError(text) from None
 '''
 
 

@@ -6,7 +6,7 @@ from .dataset import Dataset, Split, fingerprint, load_dataset, on_device
 from .feed import feed
 from .image_sets import ImageArray, ImageFiles
 from .images import BrokenImage
-from .mixing import draw_mix, mix_images, mix_targets
+from .mixing import draw_mix, draw_patch_mix, mix_images, mix_patch_labels, mix_targets
 
 __all__ = [
     "PRESETS",
@@ -17,12 +17,14 @@ __all__ = [
     "Split",
     "augment",
     "draw_mix",
+    "draw_patch_mix",
     "epoch_order",
     "erase",
     "feed",
     "fingerprint",
     "load_dataset",
     "mix_images",
+    "mix_patch_labels",
     "mix_targets",
     "normalize",
     "on_device",

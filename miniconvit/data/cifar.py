@@ -74,6 +74,11 @@ class Cifar:
                     "in the folder that MINICONVIT_DATA names or in the user's cache; put it there "
                     "or allow the download"
                 )
+            if folders[0] and not folders[0].is_dir():  # a typing error is no place to fill
+                raise UserError(
+                    f"there is no folder {folders[0]}, and {self.TITLE} was found nowhere else: "
+                    "check the name, or make that folder to download into it"
+                )
             folder = self._download(target)
         records = {
             name: self._records(folder / name) for name in self.FILES if name.endswith(".bin")

@@ -56,16 +56,21 @@ def split_folders(root, to_train):
             raise UserError(f"{root} holds {names}, both to be {split}: keep one of them there")
         if named:
             places[split] = next((folder for folder in named if folder.name == split), named[0])
-    if not places and _are_classes(root, folders):
+    if places:
+        problem = f"; beside {next(iter(places.values()))} the classes must lie in train"
+    else:
+        problem = _problem_of_classes(root, folders)
+    if problem is None:
         notes.append(f"{root} has no folder train: its {len(folders)} folders are the classes")
         return {"train": root}, notes
     needed = ("train",) if to_train else ("train", "val")
     if not any(split in places for split in needed):
         missing = f"there is no folder {' or '.join(needed)} in {root}"
+        missing = missing if root else "--data-dir is missing"
         raise UserError(
-            "imagefolder reads train/CLASS/NAME.jpg (or png, webp ...) and val/CLASS/NAME.jpg, but "
-            f"{missing if root else '--data-dir is missing'}: name the folder above train with "
-            f"--data-dir{_elsewhere(root, folders)}"
+            "imagefolder reads train/CLASS/NAME.jpg (or png, webp ...) and val/CLASS/NAME.jpg, or "
+            f"CLASS/NAME.jpg, but {missing}: name the folder above train, or above the classes, "
+            f"with --data-dir{_elsewhere(root, folders)}{problem}"
         )
     notes += [
         f"{place} is used as {split}" for split, place in places.items() if place.name != split
@@ -114,7 +119,22 @@ def list_splits(root, places):
             paths += images
             labels += [label] * len(images)
         splits[split] = paths, labels
-    return classes, splits, ignored, notes + _alike(classes) + _trained_on(splits)
+    notes += _alike(classes) + _like_parts(next(iter(places.values())), classes)
+    return classes, splits, ignored, notes + _trained_on(splits)
+
+
+def _like_parts(place, names):
+    """A note on class folders that hold the same two folders or more, as parts of a set would."""
+    holders = {}
+    for name in names:
+        inner = tuple(folder.name for folder in _folders(place / name))
+        holders.setdefault(inner, []).append(name)
+    return [
+        f"the class folders {alike[0]} and {alike[1]} in {place} hold the same folders: if "
+        f"{inner[0]} and {inner[1]} are the classes, move them up into {place}"
+        for inner, alike in holders.items()
+        if len(inner) > 1 and len(alike) > 1
+    ][:1]
 
 
 def _trained_on(splits):
@@ -200,13 +220,23 @@ def _count_leftover(path, ignored):
     ignored[os.path.basename(path)] += sum(len(files) for _, _, files in os.walk(path))
 
 
-def _are_classes(root, folders):
-    """Whether these folders in root are classes: two or more that hold images and no folders, and
-    root is no split beside others."""
-    if len(folders) < 2 or _splits_beside(root):
-        return False
-    images = [[name for name in os.listdir(folder) if _is_image(name)] for folder in folders]
-    return all(images) and not any(map(_folders, folders))
+def _problem_of_classes(root, folders):
+    """None where these folders in root are its classes: two or more that hold images and no
+    folders, and root is no split beside others. Else the end of a sentence that says why not, or
+    nothing where none of them looks like a class."""
+    empty = [folder for folder in folders if not any(map(_is_image, os.listdir(folder)))]
+    if len(empty) == len(folders) or _splits_beside(root):
+        return ""
+    nested = [folder for folder in folders if _folders(folder)]
+    if empty:
+        why = f"{empty[0].name} holds no image"
+    elif nested:
+        why = f"{nested[0].name} holds folders too"
+    elif len(folders) == 1:
+        why = f"{folders[0].name} is alone"
+    else:
+        return None
+    return f"; the folders in {root} are not taken for the classes, because {why}"
 
 
 def _splits_beside(root):
@@ -224,6 +254,8 @@ def _elsewhere(root, folders):
             return f"; did you mean --data-dir {folder}?"
     if folders and _split_of(root.resolve().name):
         return f"; did you mean --data-dir {root.resolve().parent}?"
+    if len(folders) == 1 and _problem_of_classes(folders[0], _folders(folders[0])) is None:
+        return f"; did you mean --data-dir {folders[0]}?"
     return ""
 
 

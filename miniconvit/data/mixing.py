@@ -47,6 +47,24 @@ def draw_mix(mixup, cutmix, seed, step, size):
     return Mix(1.0 - area / (size[0] * size[1]), tuple(ends))
 
 
+def draw_patch_mix(seed, step, grid, patch):
+    """The Mix of a step whose box falls on the borders of patches: CutMix with Beta(1, 1) on a grid
+    (rows, cols) of patches (height, width)."""
+    mix = draw_mix(0.0, 1.0, seed, step, grid)
+    top, bottom, left, right = mix.box
+    height, width = patch
+    return Mix(mix.share, (height * top, height * bottom, width * left, width * right))
+
+
+def mix_patch_labels(labels, partners, mix, grid, patch):
+    """The label of each patch, int64 (b, N): the partner's inside of the box of draw_patch_mix."""
+    xp = array_module(labels)
+    (rows, cols), (top, bottom, left, right) = grid, mix.box
+    inside = xp.zeros(grid, bool)
+    inside[top // patch[0] : bottom // patch[0], left // patch[1] : right // patch[1]] = True
+    return xp.where(inside.reshape(rows * cols), partners[:, None], labels[:, None])
+
+
 def mix_images(images, partners, mix):
     """images (b, 3, H, W), changed in place and returned; partners: as many others."""
     if mix.box is None:

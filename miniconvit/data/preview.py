@@ -83,7 +83,7 @@ def _write_sheet(note, columns, path):
 
     rows, _, height, width = columns[0][1].shape
     lines = max(caption.count("\n") + 1 for _, _, captions in columns for caption in captions)
-    scale = max(1, CELL // width)
+    scale = -(-CELL // width)
     wide, tall = width * scale + GAP, height * scale + GAP + LINE * lines
     head = 2 * LINE + GAP
     sheet = Image.new("RGB", (GAP + wide * len(columns), head + tall * rows), "white")

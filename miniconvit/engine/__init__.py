@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .cuda import check_precision
 from .gpu import DeviceEngine
 from .objective import Classification
 from .processes import ProcessEngine, can_fork
@@ -9,15 +10,17 @@ from .ranks import Ranks
 from .threads import Engine
 
 
-def make_engine(objective, xp, workers=None, ranks=None):
+def make_engine(objective, xp, workers=None, precision="float32", ranks=None):
     """The engine of an Objective for arrays of the module xp, of one of several Ranks or alone.
 
     workers, by default all cores, by the ranks on them, are for the CPU alone: processes where
-    these can be forked.
+    these can be forked. precision: of a GPU's products, a name of PRECISIONS. Raises UserError
+    where it has none such.
     """
+    check_precision(precision, xp)
     ranks = ranks or Ranks()
     if xp is not np:
-        return DeviceEngine(objective, xp, ranks)
+        return DeviceEngine(objective, xp, precision)
     workers = workers or ranks.workers()
     kind = ProcessEngine if workers > 1 and can_fork() else Engine
     return kind(objective, workers, ranks=ranks)

@@ -20,6 +20,10 @@ OLDEST_DRIVER = {12: 525, 13: 580}
 """The first driver that serves a major version of CUDA."""
 OLDEST_CUPY = 14, 1
 """Older ones add float32 and large integers in float64, or sort and compare wrongly."""
+PRECISIONS = ("float32", "tf32", "bf16")
+"""Of matrix products: float32 in all bits, or its operands rounded to TF32 or bfloat16."""
+OF_TENSOR_CORES = 80
+"""The least compute capability, times ten, with products in TF32 and bfloat16."""
 OF_CUDA_13 = 75
 """The least compute capability, times ten, that CUDA 13 compiles for."""
 _MEMORY = ("OUT_OF_MEMORY", "ALLOC_FAILED", "cudaErrorMemoryAllocation")
@@ -52,6 +56,28 @@ def resolve_device(name="auto"):
     if name == "auto":
         return np, f"on the CPU: {problem.finding}"
     raise UserError(f"--device cuda cannot be used: {problem.finding}; {problem.remedy}")
+
+
+def check_precision(precision, xp):
+    """Raises UserError where there are no products of this precision for arrays of the module xp,
+    or where it has another name."""
+    if precision not in PRECISIONS:
+        raise UserError(unknown_name("precision", precision, PRECISIONS))
+    if precision == "float32":
+        return
+    if xp is np:
+        raise UserError(f"--precision {precision} is for --device cuda: a CPU takes float32 alone")
+    capability = _compute_capability() or OF_TENSOR_CORES
+    if capability < OF_TENSOR_CORES:
+        raise UserError(
+            f"--precision {precision} needs a GPU of compute capability {OF_TENSOR_CORES / 10} or "
+            f"newer, and this one has {capability / 10}: leave it at float32"
+        )
+
+
+def without_reason(place):
+    """What resolve_device says of the place alone: for tables and JSON."""
+    return "on the CPU" if place.startswith("on the CPU") else place.removesuffix(_COMPILING)
 
 
 def examine_cuda():

@@ -15,7 +15,7 @@ import weakref
 from contextlib import closing, contextmanager, suppress
 from copy import copy
 from itertools import accumulate
-from math import prod
+from math import inf, prod
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 
@@ -107,7 +107,7 @@ class ProcessEngine(Engine):
         self._shared[GRADS] = grads
         return *numbers, grads
 
-    def hold(self, params, optimizer):
+    def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """As Engine's: they are laid into the shared memory. There is room for the first ones."""
         self._require_open()
         state = {PARAMS: params, EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}

@@ -12,22 +12,23 @@ from ..arrays import to_device
 from ..model import init_params
 from ..optim import AdamW
 from . import Classification, make_engine
-from .cuda import resolve_device
+from .cuda import resolve_device, without_reason
 
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
 
 
 @contextmanager
-def stepper(config, batch_size, inference=False, workers=None, device="cpu"):
+def stepper(config, batch_size, inference=False, workers=None, device="cpu", precision="float32"):
     """Gives (step, facts): step() makes a training step (forward, backward, AdamW), or with
     inference=True a forward, and returns its seconds; facts() is what measure says beside them."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch_size, config.in_chans, *config.image), dtype="float32")
     labels = rng.integers(config.num_classes, size=batch_size)
     xp, place = resolve_device(device)
+    place = without_reason(place)
     images, labels, params = to_device((images, labels, init_params(config)), xp)
     optimizer = None if inference else AdamW(params, lr=1e-3)
-    with make_engine(Classification(config), xp, workers) as engine:
+    with make_engine(Classification(config), xp, workers, precision) as engine:
         if optimizer:
             engine.hold(params, optimizer)
         numbers = count()
@@ -53,19 +54,25 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu"):
                 peak = peak and peak + engine.memory_mb()
             else:
                 peak = xp.get_default_memory_pool().total_bytes() / 2**20
-            return {"peak_memory_mb": peak, "workers": engine.workers, "computed": place}
+            return {
+                "peak_memory_mb": peak,
+                "workers": engine.workers,
+                "computed": without_reason(place),
+            }
 
         yield step, facts
 
 
-def measure(config, batch_size, steps, inference=False, workers=None, device="cpu"):
+def measure(
+    config, batch_size, steps, inference=False, workers=None, device="cpu", precision="float32"
+):
     """Times `steps` training steps (forward, backward, AdamW), or with inference=True forwards.
 
     Returns a dict: images_per_second and step_ms_median from the median step, peak_memory_mb of
     all processes or, on a GPU, of the arrays there, step_ms of every counted step, workers, and
     where that was.
     """
-    with stepper(config, batch_size, inference, workers, device) as (step, facts):
+    with stepper(config, batch_size, inference, workers, device, precision) as (step, facts):
         seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]
         return {
             "images_per_second": batch_size / median(seconds),

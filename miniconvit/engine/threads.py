@@ -6,6 +6,7 @@ from collections import ChainMap, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import reduce
+from math import inf
 from operator import add, itemgetter
 from threading import Lock
 
@@ -13,6 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..errors import UserError
+from ..optim import clip_grad_norm, update_average
 from ..system import available_threads
 from .pieces import Layout, Tree, cut, inference, kernels
 from .ranks import Ranks
@@ -185,10 +187,22 @@ class Engine:
         for name, grad in right.items():
             left[name] += grad
 
-    def hold(self, params, optimizer):
+    takes_whole_steps = False
+
+    def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of
-        the same numbers, or keep theirs."""
+        the same numbers, or keep theirs. average: update_average's, or None; trained: the names of
+        the parameters that will be, by default all; max_norm, decay: what clip and average will be
+        told."""
         self._require_open()
+
+    def clip(self, grads, max_norm):
+        """clip_grad_norm."""
+        return clip_grad_norm(grads, max_norm)
+
+    def average(self, average, params, decay):
+        """update_average."""
+        update_average(average, params, decay)
 
     def update(self, optimizer, params, grads, lr=None):
         """optimizer.step."""

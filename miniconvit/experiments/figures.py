@@ -22,6 +22,8 @@ def draw(plan, outcomes, entries, out):
     path = out / f"{plan.experiment}.png"
     if plan.experiment == "escape":
         return _draw_escape(plan, outcomes, path)
+    if plan.experiment == "diversity":
+        return _draw_diversity(plan, outcomes, entries, path)
     function = {"sample-efficiency": _draw_sample_efficiency, "locality": _draw_locality}
     figure = function.get(plan.experiment, _draw_dots)(plan, entries)
     if len(plan.seeds) > 1:
@@ -122,6 +124,36 @@ def _draw_locality(plan, entries):
     bar = figure.colorbar(shown, ax=axis)
     bar.set_label(YLABEL)
     return figure
+
+
+def _draw_diversity(plan, outcomes, entries, path):
+    """How alike patches are after each layer, and accuracy, of every row."""
+    figure, ((left, right),) = style.new_figure(1, 2, height=3.0, width_ratios=(3, 2))
+    labels = []
+    for i, row in enumerate(plan.rows):
+        color = style.CONVIT if row.name.startswith("convit") else style.VIT
+        losses = row.name.partition("-")[2]
+        line, marker = {"": ("-", "o"), "cosine": ("--", "s"), "all": (":", "D")}[losses]
+        options = {"color": color, "linestyle": line, "marker": marker}
+        found = np.array([o.history for o in outcomes if o.row == row.name and o.history])
+        if len(found):
+            layers = range(1, found.shape[1] + 1)
+            spread = found.std(axis=0, ddof=1) if len(found) > 1 else None
+            left.errorbar(layers, found.mean(axis=0), spread, label=row.label, **options)
+        (top1,) = (e for e in entries if (e["row"], e["quantity"]) == (row.name, "top1"))
+        labels.append(row.label)
+        if top1["mean"] is not None:
+            right.errorbar(top1["mean"], -i, xerr=top1["spread"], fmt=marker, color=color)
+    left.set(xlabel="layer", ylabel="similarity of patches", ylim=(0, None))
+    style.whole_numbers(left)
+    left.legend()
+    right.set_yticks([-i for i in range(len(labels))], labels)
+    right.set(xlabel=YLABEL, ylim=(0.5 - len(labels), 0.5))
+    if len(plan.seeds) > 1:
+        note = f"±: sample standard deviation over {len(plan.seeds)} seeds"
+        figure.supxlabel(note, fontsize=7)
+    style.save(figure, path)
+    return [path.name]
 
 
 def _draw_escape(plan, outcomes, path):

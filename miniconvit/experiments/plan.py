@@ -13,7 +13,7 @@ from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
 PLAN = "plan.json"
-SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0}
+SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0}
 EXPERIMENTS = ("sample-efficiency", *SUBSETS)
 FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
 FIRST = (0.1, 1.0)  # of the fractions, to be trained before the others
@@ -27,6 +27,16 @@ ABLATION = {
     "g": ("GPSA frozen, no convolutional init", {"freeze": "attention", "local_init": False}),
 }
 """Table 3: row to its label and to what it changes; e is the twin."""
+LOSSES = {"cosine": 1.0, "contrastive": 1.0, "patch_mixing": 1.0}
+DIVERSITY = {
+    "vit": ("ViT", "vit", ()),
+    "vit-cosine": ("ViT + cosine", "vit", ("cosine",)),
+    "vit-all": ("ViT + all three losses", "vit", tuple(LOSSES)),
+    "convit": ("ConViT", "convit", ()),
+    "convit-cosine": ("ConViT + cosine", "convit", ("cosine",)),
+}
+"""Patch Diversification: row to its label, its model and its losses, of weight 1."""
+DEEP = "convit_deep32"  # of which diversity is trained: similarity is a matter of depth
 KINDS = {"convit": "ConViT", "vit": "ViT"}
 STRENGTHS = (0.01, 0.1, 1.0)
 GPSA_SHARES = (0.0, 0.25, 0.5, 0.75)  # figure 8a: 0, 3, 6 and 9 of 12 blocks
@@ -38,6 +48,7 @@ LEAST_STEPS = 200  # fewer show nothing
 MOST_SEEDS = 1000
 VALIDATIONS = 10  # of a run, at most
 READINGS = 20  # in their place where an experiment draws what changes over training
+FEW = 2  # in their place where an experiment looks at the end alone
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ def complete(experiment, given):
     asked = {
         "experiment": experiment,
         "data": data,
-        "model": RECIPES[DEFAULT_RECIPE[data]]["model"],
+        "model": DEEP if experiment == "diversity" else RECIPES[DEFAULT_RECIPE[data]]["model"],
         **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
         own: list(FRACTIONS) if own == "fractions" else SUBSETS[experiment],
@@ -247,6 +258,11 @@ def rows_of(asked):
         ]
     if experiment == "locality":
         return _locality_rows(asked)
+    if experiment == "diversity":
+        return [
+            _row(asked, name, label, kind, **{loss: LOSSES[loss] for loss in losses})
+            for name, (label, kind, losses) in DIVERSITY.items()
+        ]
     masks = {"convit": [], "vit": []}
     if experiment == "masking":
         depths = sorted(set(masked_layers(VARIANTS[asked["model"]]).values()))
@@ -292,7 +308,7 @@ def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
         seed=0,
         **changes,
     )
-    validations = READINGS if asked["experiment"] == "escape" else VALIDATIONS
+    validations = {"escape": READINGS, "diversity": FEW}.get(asked["experiment"], VALIDATIONS)
     return Row(name, label, settings, list(masks), validations)
 
 
@@ -304,7 +320,8 @@ def _recipe(data, model):
 
 def speed_key(settings):
     """Runs with equal keys are equally fast: only one of them is timed."""
-    return settings.model, settings.local_up_to_layer, settings.attention
+    losses = settings.cosine, settings.contrastive, settings.patch_mixing
+    return settings.model, settings.local_up_to_layer, settings.attention, *map(bool, losses)
 
 
 def make_plan(asked, rows, images, speeds, measured_on):

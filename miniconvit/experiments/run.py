@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from ..analysis.masks import without_branch, without_pos_embed
+from ..analysis.readings import reading_images
 from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint
 from ..data import load_dataset
 from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
+from ..neighbours.diversity import similarities
 from ..system import read_text, write_file
 from ..training.evaluate import evaluate
 from ..training.history import run_history
@@ -29,13 +31,14 @@ FIRST_STEPS = 10  # of an epoch of a run that is only timed, the first time
 TIMED_EPOCHS = 5
 TIMED_SECONDS = 6.0  # of their steps: the speed of a busy machine changes from second to second
 WHEN = "before training", "at the end"  # the experiment `escape` looks
+FIRST_LAYER, LAST_LAYER = (f"similarity in the {which} layer" for which in ("first", "last"))
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one run came to. values: {quantity: number, None where it is not finite}, None where it
     diverged (the reason); trained_on: the device; was_finished: nothing was left to do; history:
-    run_history's list, for the experiment that looks at it."""
+    run_history's list, or the similarities of patches, for the experiment that looks at it."""
 
     row: str
     seed: int
@@ -92,7 +95,8 @@ def new_plan(asked, say, **where):
         kinds.setdefault(speed_key(row.settings), row.settings)
     say(f"timing a few seconds of {len(kinds)} models")
     speeds = {key: measure(settings, images[1.0], **where) for key, settings in kinds.items()}
-    return make_plan(asked, rows, images, speeds, resolve_device(where["device"])[1])
+    _, place = resolve_device(where["device"])
+    return make_plan(asked, rows, images, speeds, without_reason(place))
 
 
 class _Part:
@@ -162,8 +166,18 @@ def _run(plan, row, seed, out, report, where):
         dataset = _dataset(settings, where)
         history = tuple(run_history(folder.path, settings.model_config(dataset), dataset))
         values |= _escaped(history)
+    if plan.experiment == "diversity":
+        history = _similarities(folder, settings, where)
+        values |= {FIRST_LAYER: history[0], LAST_LAYER: history[-1]}
     about = {"trained_on": _trained_on(folder), "was_finished": result.was_finished}
     return Outcome(row.name, seed, values, history=history, **about)
+
+
+def _similarities(folder, settings, where):
+    """How alike patches are after each layer, on the images of the readings."""
+    model = load_checkpoint(folder.last)
+    images = reading_images(_dataset(settings, where))
+    return similarities(images, model.params, model.config)
 
 
 def _trained_on(folder):

@@ -24,10 +24,35 @@ def _spectral(rng, functions, s):
     )
 
 
+def _cosine(rng, functions, s):
+    yield Case(functions.cosine_forward, functions.cosine_backward, draw(rng, h=s.x))
+
+
+def _contrastive(rng, functions, s):
+    first = rng.standard_normal(s.x)
+    yield Case(
+        lambda h: functions.contrastive_forward(h, first.astype(h.dtype)),
+        functions.contrastive_backward,
+        draw(rng, h=s.x),
+    )
+
+
+def _patch_mixing(rng, functions, s):
+    labels = rng.integers(s.classes, size=s.x[:2])
+    yield Case(
+        lambda h, weight, bias: functions.patch_mixing_forward(h, weight, bias, labels),
+        functions.patch_mixing_backward,
+        draw(rng, h=s.x, weight=(s.classes, s.dim), bias=(s.classes,)),
+    )
+
+
 NEIGHBOURS = {
     "l2_attention": at_every_size(_l2_attention),
     "tied_attention": at_every_size(_tied_attention),
     "kim_attention": at_every_size(_kim_attention),
     "spectral": at_every_size(_spectral),
+    "cosine": at_every_size(_cosine),
+    "contrastive": at_every_size(_contrastive),
+    "patch_mixing": at_every_size(_patch_mixing),
 }
 """Layer to the function (rng, functions) that yields its cases."""

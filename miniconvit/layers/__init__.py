@@ -1,21 +1,22 @@
 """The lesson: every layer as a pair of pure functions, `x_forward` followed by `x_backward`.
 
-y, cache = x_forward(x, ...)        dx, d... = x_backward(dy, cache)
+    y, cache = x_forward(x, ...)
+    dx, d... = x_backward(dy, cache)
 
 Read the files in this order, and `model.py` after them:
 
-linear        a product and a sum, of which most gradients are made
-softmax       shares of one
-layernorm     statistics that the gradient goes through, too
-gelu, mlp     each token by itself
-loss          cross-entropy: where the backward pass begins
-patch_embed   an image becomes tokens
-attention     heads, content attention, plain self-attention
-position      where a patch is, as attention: dense, and by rows and columns
-gpsa          content and position, mixed by a gate: the heart of ConViT
-psa           the same without gates, for comparison
-drop_path     a branch left out for some images
-block         attention and MLP on residual branches; names, for parts of a dict
+- `linear`: a product and a sum, of which most gradients are made
+- `softmax`: shares of one
+- `layernorm`: statistics that the gradient goes through, too
+- `gelu`, `mlp`: each token by itself
+- `loss`: cross-entropy, where the backward pass begins
+- `patch_embed`: an image becomes tokens
+- `attention`: heads, content attention, plain self-attention
+- `position`: where a patch is, as attention, dense or by rows and columns
+- `gpsa`: content and position, mixed by a gate, the heart of ConViT
+- `psa`: the same without gates, for comparison
+- `drop_path`: a branch left out for some images
+- `block`: attention and MLP on residual branches; names, for parts of a dict
 """
 
 from .attention import (

@@ -1,8 +1,18 @@
 """Papers beside ConViT, made of its pieces. Each file is one of them, as pairs of functions.
 
+diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diversification)
 lipschitz     attention by distance, and weights of a given spectral norm (Lee et al. 2021: ViTGAN)
 """
 
+from .diversity import (
+    Taps,
+    contrastive_backward,
+    contrastive_forward,
+    cosine_backward,
+    cosine_forward,
+    patch_mixing_backward,
+    patch_mixing_forward,
+)
 from .lipschitz import (
     kim_attention_backward,
     kim_attention_forward,

@@ -3,15 +3,25 @@
 from contextlib import closing
 
 from ..arrays import to_device
-from ..data import draw_mix, epoch_order, erase, feed, mix_images, mix_targets, normalize
+from ..data import (
+    draw_mix,
+    draw_patch_mix,
+    epoch_order,
+    erase,
+    feed,
+    mix_images,
+    mix_patch_labels,
+    mix_targets,
+    normalize,
+)
 
 
 def batches(run, step, end):
     """For each step from `step` to `end` of an epoch, its batch: a function load(start, stop).
 
     load gives that part of the batch where the engine computes: images (b, 3, H, W), normalised,
-    and labels (b,), or where images are mixed targets (b, C). run: a Run. Closing the generator
-    ends the threads that load ahead.
+    and labels (b,), or where images are mixed targets (b, C), and with patch mixing labels of the
+    patches (b, N). run: a Run. Closing the generator ends the threads that load ahead.
     """
     while step < end:
         number = step // run.schedule.steps_per_pass
@@ -35,7 +45,7 @@ def _batches_of_a_pass(run, number, steps):
     def spans(n):
         """What this rank computes, and where images are mixed their partners."""
         first, last = run.engine.span(n)
-        if not (s.mixup or s.cutmix):
+        if not (s.mixup or s.cutmix or s.patch_mixing):
             return [(first, last)]
         if max(first, n - last) < min(last, n - first):  # they overlap
             return [(min(first, n - last), max(last, n - first))]
@@ -52,7 +62,11 @@ def _batch(run, step, draws, pixels):
     that gives a part of these images, augmented."""
     s, n, xp = run.settings, len(draws), run.engine.xp
     number = step // run.schedule.steps_per_pass
-    mix = draw_mix(s.mixup, s.cutmix, s.seed, step, run.data.train.images.shape[2:])
+    mix = (
+        draw_patch_mix(s.seed, step, run.config.grid, run.config.patch)
+        if s.patch_mixing
+        else draw_mix(s.mixup, s.cutmix, s.seed, step, run.config.image)
+    )
 
     def part(start, stop):
         indices, copies = divmod(to_device(draws[start:stop], xp), s.repeats)
@@ -67,6 +81,10 @@ def _batch(run, step, draws, pixels):
         others, other_labels = (x[::-1] for x in part(n - stop, n - start))
         classes = run.config.num_classes
         targets = mix_targets(labels, other_labels, mix, classes, s.label_smoothing)
-        return mix_images(images, others, mix), targets
+        images = mix_images(images, others, mix)
+        if not s.patch_mixing:
+            return images, targets
+        grid, patch = run.config.grid, run.config.patch
+        return images, targets, mix_patch_labels(labels, other_labels, mix, grid, patch)
 
     return load

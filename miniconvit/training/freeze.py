@@ -3,7 +3,8 @@
 from ..arrays import Params
 from ..config import ConViTConfig
 from ..errors import UserError
-from ..model import init_params, param_shapes
+from ..model import param_shapes
+from ..neighbours.models import MODELS
 
 FREEZE = ("gates", "attention")
 
@@ -30,8 +31,8 @@ def frozen_names(config: ConViTConfig, freeze: str | None) -> set[str]:
 
 
 def initial_params(config: ConViTConfig, seed: int, freeze: str | None = None) -> Params:
-    """init_params, with the gates that are frozen at 0: content and position have equal shares."""
-    params = init_params(config, seed)
+    """Fresh ones, with the gates that are frozen at 0: content and position have equal shares."""
+    params = MODELS[type(config)].init(config, seed)
     for name in frozen_names(config, freeze):
         if name.endswith("gating_param"):
             params[name][...] = 0.0

@@ -20,7 +20,6 @@ from ..data import BrokenImage
 from ..engine.processes import LostWorker
 from ..engine.ranks import find_ranks
 from ..errors import UserError
-from ..optim import clip_grad_norm, update_average
 from .batches import batches
 from .evaluate import evaluate
 from .interrupt import Diverged, Interrupted, diverged, note_signals
@@ -114,16 +113,23 @@ def train_epoch(run: Run, state: TrainingState) -> None:
 def train_step(run: Run, state: TrainingState, load: Callable[[int, int], tuple]) -> None:
     """One update from a batch, of which load(start, stop) gives a part."""
     s, engine, n = run.settings, run.engine, run.schedule.batch_size
+    lr = run.schedule.lr(state.step)
+    if engine.takes_whole_steps:  # all of what follows, on a GPU
+        state.unread.append((state.step, *engine.step(load, n, lr, s.seed, state.step)))
+        state.step += 1
+        if len(state.unread) == engine.steps_between_reads:
+            count(run, state)
+        return
     loss, correct, grads = engine.loss_and_grads(load, n, state.params, s.seed, state.step)
     grads = {name: grad for name, grad in grads.items() if name not in run.frozen}
-    norm = clip_grad_norm(grads, s.clip_grad or inf)
+    norm = engine.clip(grads, s.clip_grad or inf)
     state.unread.append((state.step, loss, correct, norm))
     if len(state.unread) == engine.steps_between_reads:
         count(run, state)
     params = {name: state.params[name] for name in grads}
-    engine.update(state.optimizer, params, grads, run.schedule.lr(state.step))
+    engine.update(state.optimizer, params, grads, lr)
     if state.ema is not None:
-        update_average(state.ema, state.params, s.ema)
+        engine.average(state.ema, state.params, s.ema)
     state.step += 1
 
 

@@ -1,16 +1,20 @@
 """What a training run shows: a progress bar, a line per epoch, a summary, curves."""
 
 import errno
+import re
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
+from shutil import get_terminal_size
+from textwrap import wrap
 
 from tqdm import tqdm
 
 from ..analysis import style
 
-COLUMNS = "epoch   train loss   train acc   val loss   val acc        lr   images/s      time"
-BAR = "{desc} |{bar:20}| {percentage:3.0f} %, {rate_noinv_fmt}, {remaining} left"
+COLUMNS = "epoch  train loss  train acc  val loss  val acc       lr  images/s     time"
+BAR = "{desc}, {remaining} left |{bar}| {percentage:.0f} %, {rate_noinv_fmt}"
+"""What matters most comes first: where the line is too long, its end is cut off."""
 PLOT_ROWS, PLOT_COLUMNS = 8, 60
 
 
@@ -24,7 +28,7 @@ class Report:
         self.quiet, self.epochs = quiet, epochs
         hidden = True if quiet else None  # None: tqdm shows itself on terminals only
         self._bar = tqdm(
-            total=total, initial=done, disable=hidden, unit=" images", bar_format=BAR, leave=False
+            total=total, initial=done, disable=hidden, unit=" img", bar_format=BAR, leave=False
         )
 
     def lines(self, *texts):
@@ -32,7 +36,7 @@ class Report:
         if not self.quiet:
             with _terminal_may_be_gone():
                 for text in texts:
-                    self._bar.write(text, file=sys.stdout)
+                    self._bar.write(folded(text), file=sys.stdout)
                 sys.stdout.flush()
 
     def epoch(self, row):
@@ -42,7 +46,7 @@ class Report:
     def step(self, images, epoch, loss, accuracy):
         """Moves the bar on by one step; loss and accuracy (0 to 1) are the epoch's so far."""
         self._bar.set_description_str(
-            f"epoch {epoch}/{self.epochs}, loss {loss:.4f}, accuracy {100 * accuracy:.1f} %",
+            f"epoch {epoch}/{self.epochs}, loss {loss:.4f}, acc {100 * accuracy:.1f} %",
             refresh=False,
         )
         with _terminal_may_be_gone():
@@ -69,9 +73,9 @@ def epoch_line(row):
     speed = row["images_per_second"]  # 0 where a resume had no step left to time
     per_second = f"{speed:.0f}" if speed else "-"
     return (
-        f"{row['epoch']:5d}   {row['train_loss']:10.4f}   {100 * row['train_top1']:7.1f} %"
-        f"   {row['val_loss']:8.4f}   {100 * row['val_top1']:5.1f} %   {row['lr']:7.1e}"
-        f"   {per_second:>8}   {duration(row['seconds']):>7}"
+        f"{row['epoch']:5d}  {row['train_loss']:10.4f}  {100 * row['train_top1']:7.1f} %"
+        f"  {row['val_loss']:8.4f}  {100 * row['val_top1']:5.1f} %  {row['lr']:7.1e}"
+        f"  {per_second:>8}  {duration(row['seconds']):>7}"
     )
 
 
@@ -88,7 +92,22 @@ def duration(seconds):
 def table(rows):
     """Lines of two aligned columns."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}   {value}" for name, value in rows)
+    return "\n".join(folded(f"{name:<{width}}   {value}", width + 3) for name, value in rows)
+
+
+def folded(text, indent=0):
+    """The text as it is or, for a terminal, its long lines folded between words.
+
+    What follows begins below the line's own beginning, or `indent` further to the right.
+    """
+    if not sys.stdout.isatty():
+        return text
+    width, lines = get_terminal_size().columns, []
+    for line in text.split("\n"):
+        begin = len(re.match(r" *(- )?", line)[0]) + indent
+        whole = {"break_long_words": False, "break_on_hyphens": False}  # paths, names of files
+        lines += wrap(line, width, subsequent_indent=" " * begin, **whole) or [line]
+    return "\n".join(lines)
 
 
 def draw_curves(rows, path):

@@ -3,15 +3,18 @@
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from io import StringIO
+from math import inf
 from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import Classification, make_engine
-from ..engine.cuda import resolve_device
+from ..engine import make_engine
+from ..engine.cuda import check_precision, resolve_device, without_reason
+from ..engine.ranks import Ranks
 from ..errors import UserError
 from ..system import arithmetic
 from .freeze import frozen_names
+from .objectives import objective_of
 from .report import Report
 from .run_folder import RunFolder, UnwrittenFolder, describe
 from .schedule import Schedule, make_schedule
@@ -41,12 +44,8 @@ class Run:
     folder: RunFolder
     frozen: set
     report: Report
+    ranks: Ranks
     requests: list = field(default_factory=list)
-
-    @property
-    def ranks(self):
-        """The processes that train together."""
-        return self.engine.ranks
 
     @property
     def config(self):
@@ -79,16 +78,17 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
     if workers is not None and workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = ranks.agree(resolve_device, device)
+    ranks.agree(check_precision, s.precision, xp)
     dataset = _loaded(ranks, s, data_dir, download and not has_begun)
     hashes = {"data_sha256": fingerprint(dataset)}
     ranks.same(hashes, "the images of {1} are not those of {0}: put the same files on both")
     ranks.first(_refuse_other_images, folder, hashes["data_sha256"])
     config, schedule = s.model_config(dataset), make_schedule(s, len(dataset.train.labels))
     frozen = frozen_names(config, s.freeze)
-    objective = Classification(config, s.label_smoothing)
+    objective = objective_of(s, config)
     ranks.first(folder.open, resume)
     try:
-        with ranks.agree(make_engine, objective, xp, workers, ranks) as engine:
+        with ranks.agree(make_engine, objective, xp, workers, s.precision, ranks) as engine:
             ranks.weigh(engine.workers)
 
             def first_state():
@@ -110,16 +110,18 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
                 state = begin_state(s, config, xp, start)
                 folder.cut_metrics(0)
                 known = {name: value for name, value in hashes.items() if value}
-                about = describe(s, config, data_dir, engine.workers, place)
+                about = describe(s, config, data_dir, engine.workers, without_reason(place))
                 folder.write_config(about | known)
                 return state, lines
 
             state, notes = ranks.first(first_state)
             data = on_device(dataset, xp)
-            engine.hold(state.params, state.optimizer)
+            trained = [name for name in state.params if name not in frozen]
+            limits = s.clip_grad or inf, s.ema
+            engine.hold(state.params, state.optimizer, state.ema, trained, *limits)
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet or ranks.rank > 0)
-            run = Run(s, schedule, dataset, data, engine, folder, frozen, shown)
+            run = Run(s, schedule, dataset, data, engine, folder, frozen, shown, ranks)
             lines = [*_ranks_lines(ranks), *_introduction(run, state), *notes, place]
             if state.step:
                 lines.append(f"resumed after step {state.step} of {schedule.total_steps}")
@@ -187,6 +189,8 @@ def _introduction(run, state):
     """What is trained, on what, for how long and where it is kept."""
     dataset, schedule, workers = run.dataset, run.schedule, run.engine.workers
     parameters = sum(p.size for p in state.params.values())
+    asked, most = run.settings.batch_size, schedule.batch_size
+    smaller = f"there are fewer images than --batch-size {asked}: a step takes all {most}"
     on_workers = f" on {workers} worker{'s' * (workers > 1)}" if workers else ""  # none: a GPU
     on_workers *= run.ranks.size == 1  # else it has been said
     return (
@@ -195,4 +199,5 @@ def _introduction(run, state):
         f"to validate, {len(dataset.classes)} classes",
         f"{schedule.total_steps:,} steps of {schedule.batch_size} images in {schedule.epochs} "
         f"epoch{'s' * (schedule.epochs > 1)}{on_workers}, kept in {run.folder.path}",
+        *([smaller] if asked > most else []),
     )

@@ -13,6 +13,7 @@ from zlib import crc32
 from ..checkpoints.checkpoint import BEST, LAST, load_checkpoint
 from ..config import is_number
 from ..errors import UserError
+from ..neighbours.models import config_to_dict
 from ..system import arithmetic, cannot_write, parse_json, read_json, write_file
 
 try:
@@ -47,7 +48,7 @@ def describe(settings, config, data_dir, workers, place):
     """For config.json: what decides a run, and where it was made."""
     return {
         "settings": asdict(settings),
-        "model": config.to_dict(),
+        "model": config_to_dict(config),
         "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
         "place": place,
         "workers": workers,
@@ -154,6 +155,18 @@ class RunFolder:
             ) from None
         except OSError:
             pass  # a file system without locks
+
+    def is_training(self):
+        """Whether a process trains here now, as far as the file system has locks."""
+        if fcntl is not None:
+            with suppress(FileNotFoundError), open(self.path / LOG, "rb") as log:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                except OSError:
+                    pass  # a file system without locks
+        return False
 
     def write_config(self, values):
         """Writes config.json, which makes the folder a run."""

@@ -14,7 +14,9 @@ from ..config import VARIANTS, ConViTConfig, is_count, is_number
 from ..data.augment import PRESETS
 from ..data.dataset import SOURCES, Dataset
 from ..data.imagefolder import BROKEN
+from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
+from ..neighbours.diversity import PatchHeadConfig
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
@@ -216,7 +218,12 @@ class Settings:
         None,
         shown="no average",
     )
-    passes: int = setting(TRAINING, COUNT, "Number of passes over the images in an epoch.", 1)
+    passes: int = setting(
+        TRAINING,
+        COUNT,
+        "How many times an epoch goes through the images. More makes short epochs longer.",
+        1,
+    )
     init_from: str | None = setting(
         MODEL,
         TEXT,
@@ -226,6 +233,32 @@ class Settings:
         None,
         shown="random parameters",
     )
+    cosine: float = setting(
+        AUGMENTATION,
+        NOT_NEGATIVE,
+        "Weight of a loss that keeps the last patch tokens of an image apart, by their cosines.",
+        0.0,
+    )
+    contrastive: float = setting(
+        AUGMENTATION,
+        NOT_NEGATIVE,
+        "Weight of a loss by which each last patch token must tell its own beginning from others'.",
+        0.0,
+    )
+    patch_mixing: float = setting(
+        AUGMENTATION,
+        NOT_NEGATIVE,
+        "Weight of a loss on each patch. Images are pasted into each other along patches, and each "
+        "patch must tell its image's class.",
+        0.0,
+    )
+    precision: str = setting(
+        TRAINING,
+        _one_of(PRECISIONS),
+        "Precision of a GPU's matrix products. tf32 keeps 10 bits after the point and bf16 keeps "
+        "7. Sums, parameters and all else stay float32.",
+        "float32",
+    )
 
     def __post_init__(self):
         for name in FIELDS:
@@ -234,6 +267,8 @@ class Settings:
             check_setting(name, getattr(self, name))
         if (self.epochs is None) == (self.steps is None):
             raise UserError("give the length of the run by --epochs or by --steps, not by both")
+        if self.patch_mixing and (self.mixup or self.cutmix):
+            raise UserError("--patch-mixing mixes the images itself: add --mixup 0 --cutmix 0")
 
     def model_config(self, dataset: Dataset) -> ConViTConfig:
         """The ConViTConfig for this data set. Raises UserError where they do not fit."""
@@ -245,6 +280,8 @@ class Settings:
             in_chans=dataset.train.images.shape[1],
             num_classes=len(dataset.classes),
         )
+        if self.patch_mixing:
+            config = PatchHeadConfig(**config.to_dict())
         image = dataset.train.images.shape[2:]
         if config.image != image:
             expected, found = (

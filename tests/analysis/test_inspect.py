@@ -326,9 +326,9 @@ def test_numbers_come_without_matplotlib(run, tmp_path, program, monkeypatch):
     monkeypatch.setattr("miniconvit.analysis.style.find_spec", lambda name: None)
     assert program("inspect", run, "--json")[0] == 0
     status, out, err = program("inspect", run, "--out", tmp_path / "x")
-    assert status == 2
-    assert "gpsa" in out
-    assert re.fullmatch(r"Error: pictures need matplotlib[^\n]*pip install matplotlib\n", err)
+    assert status == 0
+    assert "gpsa" in out and out.endswith(f"\nin {tmp_path / 'x'}: inspect.json\n")
+    assert re.fullmatch(r"no picture will be drawn: [^\n]*pip install matplotlib\n", err)
     assert [file.name for file in (tmp_path / "x").iterdir()] == ["inspect.json"]
 
 
@@ -376,3 +376,62 @@ def test_mistakes(run, tmp_path, program):
         status, out, err = program("inspect", *argv)
         assert (status, out) == (2, "")
         assert re.fullmatch(r"Error: [^\n]+\n", err) and words in err
+
+
+def test_a_page_of_a_run(run, tmp_path, program, browser):
+    """It needs no matplotlib, and shows an image of each class and what training recorded."""
+    page = tmp_path / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("miniconvit.analysis.style.find_spec", lambda name: None)
+        status, out, err = program("inspect", run, "--page", page)
+    assert (status, err) == (0, "")
+    assert out.endswith(f"to open in a browser: {page}\n")
+    browser.open(page)
+    data = browser.execute_script("return data")
+    assert data["classes"] == ["reddish", "greenish", "bluish"]
+    assert [(image["name"], image["truth"]) for image in data["images"]] == [
+        ("image 1", 0), ("image 2", 1), ("image 3", 2),
+    ]  # fmt: skip
+    assert "run/best.safetensors: 4 heads" in browser.find_element("id", "model").text
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert data["history"]["epochs"] == [0, 1, 2, 3]
+    assert data["history"]["gates"][3] == rows[-1]["gates"]
+    link = browser.execute_script("return document.querySelector('#knobs a').href")
+    assert link.endswith("/tutorials/10-gpsa.md")
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_beside_json(run, tmp_path, program):
+    page = tmp_path / "page.html"
+    status, out, err = program("inspect", run, "--json", "--images", "2", "--page", page)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["images"] == 2
+    assert page.exists()
+
+
+def test_a_page_needs_images_and_a_folder(run, tmp_path, program):
+    params = init_params(CONFIG)
+    save_checkpoint(tmp_path / "bare.safetensors", params, CONFIG, mean=[0.5] * 3, std=[0.2] * 3)
+    status, _, err = program(
+        "inspect", tmp_path / "bare.safetensors", "--page", tmp_path / "p.html"
+    )
+    assert status == 2
+    assert err == "Error: a page needs images: add --data, or image files\n"
+    status, _, err = program("inspect", run, "--page", tmp_path / "none" / "p.html")
+    assert status == 2
+    assert re.match(r"Error: cannot write .*p.html: No such file or directory", err)
+
+
+def test_a_page_of_files(run, tmp_path, program, browser):
+    image = pytest.importorskip("PIL.Image")
+    file, page = tmp_path / "<a>.png", tmp_path / "page.html"
+    image.fromarray(np.full((9, 8, 3), 200, "uint8")).save(file)
+    assert program("inspect", run, file, "--page", page)[0] == 0
+    browser.open(page)
+    labels = [
+        label.get_attribute("title")
+        for label in browser.find_elements("css selector", "#images label")
+    ]
+    assert labels == ["<a>.png"]
+    assert "no time line" in browser.find_element("id", "no-history").text
+    assert browser.get_log("browser") == []

@@ -56,6 +56,11 @@ def test_a_copy_that_differs_from_the_checkout_is_refused(checkout, installed, t
     setup = checkout / "setup.cfg"
     setup.write_text(setup.read_text().replace("name = miniconvit", "name = another"))
     check_copy(checkout, installed)  # a project of somebody else
+    setup.write_bytes(b"\xff\xfe name \x00")
+    check_copy(checkout, installed)
+    setup.unlink()
+    setup.mkdir()  # what no one can read as a file
+    check_copy(checkout, installed)
 
 
 def test_the_command_says_that_it_runs_another_copy(checkout, installed, tmp_path):

@@ -73,7 +73,7 @@ def test_a_text_that_is_no_sentence_is_found():
 def test_every_help_fits_and_is_whole_sentences(help_of, path):
     out = help_of(path)
     assert max(len(line) for line in out.splitlines()) <= 80
-    assert "..." not in re.sub(r"IMAGE\]?\.\.\.|\[ARGS\]\.\.\.|X,Y,\.\.\.", "", out)
+    assert "..." not in re.sub(r"IMAGE\]?\.\.\.|RUN\.\.\.|\[ARGS\]\.\.\.|X,Y,\.\.\.", "", out)
     assert ";" not in out
     assert help_of(path, "-h") == out
     command = EVERY[path]

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from small_run import FLAGS
 
+from miniconvit.experiments.tables import on_screen
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     "TERM": "xterm-256color",
-    "COLUMNS": "100",
 }
+ENVIRONMENT.pop("COLUMNS", None)  # the terminal says itself how wide it is
 TRAIN = [sys.executable, ROOT / "tests" / "small_run.py", "train", *FLAGS, "--epochs", "2"]
 CONTROL = re.compile(rb"[^\n\t -~\x80-\xff]")  # carriage returns and escapes among them
 
@@ -69,10 +71,11 @@ with planted(softmax_backward=lambda dy, cache: 2 * dy):
 RED = re.compile(rb"\x1b\[31m(.*?)\x1b\[0m")
 
 
-def on_a_terminal(command, typed=b"", **variables):
+def on_a_terminal(command, typed=b"", columns=100, **variables):
     """(exit status, what a command printed) on a terminal, where somebody typed this before."""
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
+    pytest.importorskip("termios").tcsetwinsize(theirs, (24, columns))
     os.write(ours, typed)
     terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = subprocess.Popen(command, **terminal, env=ENVIRONMENT | variables)
@@ -109,6 +112,59 @@ def test_a_printed_report_is_red_at_the_prompt_alone():
     prompt = [sys.executable, "-q", "-i"]
     assert not RED.search(on_a_terminal(prompt, typed, PYTHON_BASIC_REPL="1", NO_COLOR="1")[1])
     assert not RED.search(on_a_terminal([sys.executable, "-c", code])[1])
+
+
+COMMANDS = """
+train --epochs 2 --out run --workers 1
+train --resume --out run
+train --batch-size 500 --epochs 1 --out other --workers 1
+eval run
+eval run --split test --out mistakes
+inspect run
+trace run
+gradcheck --layer gpsa
+bench --model convit_micro32 --batch-size 2 --steps 1 --device auto
+data shapes
+export run model.safetensors
+experiment lipschitz --seeds 1 --out norms
+doctor
+"""
+SESSION = f"""
+import small_run
+from miniconvit import cli
+small_run.use_small_data()
+for line in {COMMANDS.strip().splitlines()!r}:
+    print("$", line, flush=True)
+    words = line.split()
+    flags = small_run.FLAGS if words[0] == "train" and words[1] != "--resume" else []
+    try:
+        cli.main([words[0], *flags, *words[1:]])
+    except SystemExit as end:
+        assert end.code == 0, line
+"""
+
+
+def test_at_80_columns_nothing_wraps_and_the_time_left_is_seen(tmp_path):
+    """What is longer is a command to copy, which stands alone, or one word, such as a path."""
+    (tmp_path / "session.py").write_text(SESSION)
+    path = os.pathsep.join([str(ROOT / "tests"), ENVIRONMENT["PYTHONPATH"]])
+    command = ["sh", "-c", f"cd {tmp_path} && {sys.executable} session.py"]
+    status, seen = on_a_terminal(command, columns=80, PYTHONPATH=path)
+    print(seen.decode())
+    assert status == 0
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", seen.decode())
+    lines = re.split(r"[\r\n]+", plain)
+    assert not [line for line in lines if len(line) > 80]
+    frames = [line for line in lines if line.startswith("epoch 1/2, loss")]
+    assert frames and all(re.search(r"acc [\d. ]+%, [\d:?]+ left \|", frame) for frame in frames)
+    assert "there are fewer images than --batch-size 500: a step takes all 100" in plain
+
+
+def test_a_table_fits_80_columns_though_its_markdown_does_not():
+    for path in (ROOT / "docs" / "results" / "experiments").glob("*/table.md"):
+        lines = on_screen(path.read_text(), 80).split("\n")
+        rows = [line for line in lines if re.search(r"\S  +\S", line)]
+        assert len(rows) > 4 and max(map(len, rows)) <= 80
 
 
 def test_every_bar_asks_whether_there_is_a_terminal():

@@ -28,12 +28,17 @@ LIMITS = Limits(seconds=20.0, memory=1 << 29, output=100_000)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="limits and signals of POSIX systems")
 
 
+def gelu(body):
+    """A file whose gelu_forward has this body, or a whole text as it is."""
+    if body.startswith("#"):
+        return body
+    return "def gelu_forward(x):\n    " + body.replace("\n", "\n    ") + "\n"
+
+
 def run(body, exercise=GELU, limits=LIMITS):
-    """The Result of a file whose gelu_forward has this body, or of a whole text."""
-    if not body.startswith("#"):
-        body = "def gelu_forward(x):\n    " + body.replace("\n", "\n    ")
+    """The Result of a whole text, or of a file whose gelu_forward has this body."""
     assignment = Assignment((exercise,), "secret", VISIBLE[:1], limits=limits)
-    return grade_exercise(body, exercise, assignment)
+    return grade_exercise(gelu(body), exercise, assignment)
 
 
 FATAL = {
@@ -166,14 +171,17 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_wrong_values(name):
-    value, sentence = VALUES[name]
-    text = (
+def returning(value):
+    return (
         "# values\nimport numpy as np\ndeep = []\nfor _ in range(5000): deep = [deep]\n"
         f"def gelu_forward(x): return {value}, x\ndef gelu_backward(dy, x): return {value}"
     )
-    result = run(text)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_wrong_values(name):
+    value, sentence = VALUES[name]
+    result = run(returning(value))
     assert sentence in result.text
     assert result.score == 0
 
@@ -198,11 +206,9 @@ RUBBISH = {
 }
 
 
-@POSIX
-@pytest.mark.parametrize("name", RUBBISH)
-def test_rubbish_in_the_pipe(name):
-    """The student writes into the pipe of the results itself."""
-    text = (
+def sending(rubbish):
+    """A file that writes into the pipe of the results itself."""
+    return (
         "# rubbish\nimport json, os, struct\n"
         "def message(value):\n"
         "    return raw(json.dumps(['return', value]).encode())\n"
@@ -210,11 +216,16 @@ def test_rubbish_in_the_pipe(name):
         "    return struct.pack('<II', len(header), len(header)) + header\n"
         "def gelu_forward(x):\n"
         "    for fd in range(3, 20):\n"
-        f"        try: os.write(fd, {RUBBISH[name]})\n"
+        f"        try: os.write(fd, {rubbish})\n"
         "        except OSError: pass\n"
         "    while True: pass\n"
     )
-    result = run(text, limits=Limits(seconds=2.0))
+
+
+@POSIX
+@pytest.mark.parametrize("name", RUBBISH)
+def test_rubbish_in_the_pipe(name):
+    result = run(sending(RUBBISH[name]), limits=Limits(seconds=2.0))
     assert result.score == 0
     assert result.text
 

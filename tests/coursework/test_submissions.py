@@ -197,8 +197,8 @@ def test_a_file_of_another_ending_is_to_be_renamed(hand_in, name):
 @pytest.mark.parametrize("name", [*MISNAMED, "mlp.py.txt"])
 def test_check_says_so_too(tmp_path, name):
     put(tmp_path, {name: MLP, "mlp2.py": MLP, "mlp.pdf": "", "mlp.d/mlp": MLP})
-    _, problems = read_work(tmp_path, exercises(["mlp"]))
-    assert problems == {"mlp": f"mlp.py is missing: {name} is there, rename it to mlp.py"}
+    copy = read_work(tmp_path, exercises(["mlp"]))["mlp"]
+    assert copy.problem == f"is missing: {name} is there, rename it to mlp.py"
 
 
 def test_a_misspelt_function_is_still_work(hand_in):
@@ -328,16 +328,62 @@ def test_names_of_builtins_cost_nothing(name):
         ("def g():\n    x = 1\n    return open('x')", "uses open in line 3"),
         ("class A:\n    y = eval('1')", "uses eval in line 2"),
         ("y = [compile(s, s, s) for s in '1']", "uses compile in line 1"),
-        ("if __name__ == '__main__':\n    pass\nimport pandas", "imports pandas in line 3"),
-        ("if __name__ != '__main__':\n    import pandas", "imports pandas in line 2"),
+        ("if __name__ == '__main__':\n    pass\nimport pandas\npandas", "imports pandas in line 3"),
+        ("if __name__ != '__main__':\n    import pandas\n    pandas.x", "imports pandas in line 2"),
         (
-            "if __name__ == '__main__':\n    pass\nelse:\n    import pandas",
+            "if __name__ == '__main__':\n    pass\nelse:\n    import pandas\n    pandas.x",
             "imports pandas in line",
         ),
     ],
 )
 def test_builtins_themselves_are_named(text, sentence):
     assert sentence in describe_source(text.encode())["problem"]
+
+
+IDLE = {
+    "a module": ("import time\nx = 1\n", "pass\nx = 1\n", "time in line 1"),
+    "one of two": ("import os, numpy as np\n", "import numpy as np\n", "os in line 1"),
+    "in a function": ("def f():\n    import torch\n", "def f():\n    pass\n", "torch in line 2"),
+    "under another name": ("x = 1; import os.path as p; y = 2", "x = 1; pass; y = 2", "os.path"),
+    "of many lines": (
+        "from turtle import (\n    a,\n    b,\n)\nx = 1",
+        "pass\n\n\n\nx = 1",
+        "turtle",
+    ),
+    "after letters": ("é = 'ü'; import time; x = é", "é = 'ü'; pass; x = é", "time in line 1"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_an_import_that_nothing_uses_is_left_out_and_said(name):
+    """What runs is the text without it, so it can do nothing; what is packed is the text."""
+    text, runs, said = IDLE[name]
+    described = describe_source(text.encode())
+    assert (described["text"], described["runs"], described["problem"]) == (text, runs, "")
+    assert described["remark"].startswith(said)
+    assert described["remark"].endswith("is imported but not used, and left out")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import time\ndef f(): time.sleep(1)",
+        "from os import *",
+        "import os.path\nos",
+        "import time\ndel time",
+        "import time\ndef f():\n    global time\n    time = 3",
+    ],
+)
+def test_an_import_that_may_be_used_is_refused(text):
+    assert "allowed are numpy, " in describe_source(text.encode())["problem"]
+
+
+def test_an_idle_import_costs_no_points(tmp_path):
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / "mlp.py").write_text(f"import time\n{MLP}")
+    graded = grade_submission(tmp_path / "anna", Assignment((MLP_ALONE,), "secret", VISIBLE[:1]))
+    assert graded.score == MLP_ALONE.points
+    assert graded.remark == "mlp.py: time in line 1 is imported but not used, and left out"
 
 
 # What is printed

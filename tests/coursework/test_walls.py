@@ -25,6 +25,7 @@ from miniconvit.coursework import confine, create, files, grade, read_submission
 from miniconvit.coursework.runner import Broken, Failure, Wire
 from miniconvit.coursework.sandbox import Keeper, Limits, Sandbox, look_through
 from miniconvit.coursework.skeleton import solution
+from miniconvit.coursework.source import describe_source
 
 ROOT = Path(miniconvit.__file__).parents[1]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="walls that only Linux has")
@@ -72,7 +73,7 @@ def test_a_text_that_takes_too_long(monkeypatch):
     slow = b"# coding: punycode\n" + b"x" * 1000 + b"-" + b"a" * 190_000
     described, light = look_through([slow, b"y = 2"])
     assert described["problem"].startswith("is no valid Python: it takes too much memory or time")
-    assert light == {"text": "y = 2", "problem": "", "functions": {}}
+    assert light == describe_source(b"y = 2")
 
 
 def test_a_list_of_files_as_long_as_memory(tmp_path, monkeypatch):

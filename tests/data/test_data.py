@@ -372,6 +372,10 @@ def test_cifar_download(small_cifar, server, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cifar, "URL", f"{address}/archive.tar.gz")
     monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
     folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"there is no folder .*/new/one, .* check the name"):
+        load_dataset("cifar10", tmp_path / "new" / "one")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "new" / "one").mkdir(parents=True)
     for place, target in ((tmp_path / "new" / "one",) * 2, (None, tmp_path / "cache")):
         data = load_dataset("cifar10", place)
         check_records(data.test, records["test_batch.bin"])
@@ -502,6 +506,7 @@ def test_cifar100_download(small_cifar100, server, tmp_path, monkeypatch, capfd)
     served, address = server
     (served / "archive.tar.gz").write_bytes(buffer.getvalue())
     monkeypatch.setattr(CIFAR100, "URL", f"{address}/archive.tar.gz")
+    (tmp_path / "new").mkdir()
     with pytest.raises(UserError, match="CIFAR-100 could not be downloaded"):  # another MD5
         load_dataset("cifar100", tmp_path / "new")
     monkeypatch.setattr(CIFAR100, "ARCHIVE_MD5", md5(buffer.getvalue()))

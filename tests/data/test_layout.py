@@ -163,6 +163,37 @@ def test_a_folder_that_holds_no_bare_classes_is_not_taken_for_one(tmp_path):
     refused(tmp_path / "b", "no folder train in")
 
 
+def test_what_is_nearly_a_folder_of_classes_is_told_why_it_is_none(tmp_path):
+    root = tmp_path / "photos"
+    fill(root / "owl", 4)
+    refused(root, "not taken for the classes, because owl is alone", "CLASS/NAME.jpg")
+    (root / "newt").mkdir()
+    refused(root, "because newt holds no image")
+    fill(root / "newt", 4)
+    refused(tmp_path, f"did you mean --data-dir {root}?")
+    assert sizes(root) == [[3, 3], [1, 1], None]
+    fill(root / "newt" / "young", 2)
+    refused(root, "because newt holds folders too")
+    fill(root / "val", 2)
+    refused(root, f"beside {root / 'val'} the classes must lie in train")
+    (tmp_path / "train").mkdir()
+    for name in ("owl", "newt"):
+        (root / name).rename(tmp_path / "train" / name)
+    assert sizes(tmp_path) == [[5, 3], [1, 1], None]  # newt, and its young; owl
+
+
+def test_classes_with_the_same_folders_may_be_parts(tmp_path, capsys):
+    """They may be classes too, as day and night are of an owl and a newt: so it is said."""
+    splits(tmp_path / "train", part1=4, part2=4)
+    assert load(tmp_path).classes == ("part1", "part2")
+    sentence = f"the class folders part1 and part2 in {tmp_path / 'train'} hold the same folders: "
+    sentence += f"if newt and owl are the classes, move them up into {tmp_path / 'train'}\n"
+    assert sentence in capsys.readouterr().err
+    (tmp_path / "train" / "part2" / "owl").rename(tmp_path / "train" / "part2" / "bat")
+    assert load(tmp_path).classes == ("part1", "part2")
+    assert "hold the same folders" not in capsys.readouterr().err
+
+
 # what is passed over
 
 

@@ -31,7 +31,7 @@ from miniconvit.experiments.plan import (
     rows_of,
     speed_key,
 )
-from miniconvit.experiments.tables import _pairs, compare, entries_of, write_tables
+from miniconvit.experiments.tables import _halved, _pairs, compare, entries_of, write_tables
 from miniconvit.model import convit_forward
 from miniconvit.training.settings import RECIPES
 
@@ -107,7 +107,7 @@ def planned(name, model="convit_mini32", **given):
 @pytest.mark.parametrize("budget, seeds", [(50.0, 1), (333.0, 3), (10000.0, 2)])
 def test_a_plan_fits_its_budget_and_uses_it(name, budget, seeds):
     plan = planned(name, budget=budget, seeds=seeds)
-    most = 20 if name == "escape" else 10
+    most = {"escape": 20, "diversity": 2}.get(name, 10)
     seconds, steps, warmups = 0.0, set(), []
     for row in plan.rows:
         s, speed = row.settings, row.speed
@@ -184,6 +184,12 @@ def test_table_3_has_its_rows():
     assert {row.settings.subset for row in rows.values()} == {0.1}
 
 
+def back(twin):
+    """From a ViT to its ConViT, the other way round than `twin`."""
+    assert twin == {"model": "vit_mini32", "local_up_to_layer": 0}
+    return {"model": "convit_mini32", "local_up_to_layer": 4}
+
+
 def test_the_other_experiments_have_their_rows():
     twin = {"model": "vit_mini32", "local_up_to_layer": 0}
     rows = planned("sample-efficiency", budget=500.0, fractions=[1.0, 0.05, 0.3]).rows
@@ -200,6 +206,13 @@ def test_the_other_experiments_have_their_rows():
     assert masked_layers(VARIANTS["convit_micro32"]) == {3: 1, 5: 2, 10: 3}
     convit, vit = planned("escape", budget=500.0).rows
     assert (changes(vit, convit), convit.settings.subset) == (twin, 1.0)
+    rows = {row.name: row for row in planned("diversity", budget=500.0).rows}
+    cosine, more = {"cosine": 1.0}, {"contrastive": 1.0, "patch_mixing": 1.0}
+    expected = {"vit": {}, "vit-cosine": cosine, "vit-all": cosine | more, "convit": back(twin)}
+    expected["convit-cosine"] = back(twin) | cosine
+    assert {name: changes(row, rows["vit"]) for name, row in rows.items()} == expected
+    deep = complete("diversity", {})
+    assert deep["model"] == "convit_deep32" and VARIANTS["convit_deep32"].depth == 12
 
 
 def test_a_subset_smaller_than_a_batch_is_refused():
@@ -380,7 +393,7 @@ def test_tables_are_what_the_runs_say(small, tmp_path, program):
     assert [line["paper"] for line in lines.values()] == ["", "", "81.4", "79.9"]
     assert (folder / "sample-efficiency.png").stat().st_size > 10000
     text = (folder / "table.md").read_text()
-    assert text in out and "trained on the CPU, as asked for" in text
+    assert text in out and "trained on the CPU. Each has" in text
     for words in ("recipe shapes-minute: batches of 64, peak learning rate 0.002, augmentation "
                   "none, weight decay 0.05",):  # fmt: skip
         assert words in text and words in out[: out.index("ConViT, 100 %, seed 0")]
@@ -729,3 +742,35 @@ def test_a_spoilt_plan_is_refused(tmp_path, how):
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="is damaged, or no plan"):
         load_plan(path)
+
+
+def test_similarities_are_halved_or_not_seed_by_seed():
+    plan = planned("diversity", budget=500.0, seeds=3)
+    last = {"vit": (0.6, 0.7, 0.8), "vit-cosine": (0.3, 0.36, 0.2), "vit-all": (0.1, 0.1, 0.1)}
+    last |= {"convit": (0.5, 0.5, 0.5), "convit-cosine": (0.5, 0.6, 0.7)}
+    outcomes = [
+        running.Outcome(
+            row.name,
+            seed,
+            {"top1": 0.4, running.FIRST_LAYER: 0.5, running.LAST_LAYER: last[row.name][seed]},
+            history=(0.5, last[row.name][seed]),
+        )
+        for row, seed in plan.runs
+    ]
+    entries = {(e["row"], e["quantity"]): e for e in entries_of(plan, outcomes)}
+    said = list(_halved(plan, entries))
+    assert "in 2 of 3 seeds: to 0.50, 0.51, 0.25 of it" in said[0]
+    assert "in 3 of 3 seeds" in said[1] and "in 0 of 3 seeds: to 1.00, 1.20, 1.40" in said[2]
+
+
+def test_a_small_plan_of_diversity_is_trained_read_and_drawn(small, tmp_path, program):
+    argv = command("diversity", "x", seeds=1, budget=5)
+    status, out, err = program(*argv, "--model", "convit_micro32")
+    assert status == 0, err
+    folder = tmp_path / "x"
+    lines = list(csv.DictReader((folder / "table.csv").open()))
+    found = {(line["row"], line["quantity"]): float(line["mean"]) for line in lines}
+    assert len(found) == 5 * 3
+    alike = [value for (_, quantity), value in found.items() if "similarity" in quantity]
+    assert all(0 < value < 1 for value in alike)
+    assert "of 1 seed: to" in out and (folder / "diversity.png").stat().st_size > 10000

@@ -11,6 +11,9 @@ Everything here is composed anew of torch's own functions. Its keys:
     CASE/in/NAME            an input of the pair CASE
     CASE/y, CASE/dy         its output, and a random weight of it
     CASE/grad/NAME          the gradient of sum(y * dy)
+    diversified_K/...       timm's ConViT with K GPSA blocks, and all three losses:
+                            config, weights (JSON), images, targets, patch_labels, loss,
+                            similarities (of each block), in/NAME and grad/NAME of parameters
     lipschitz/SEED          (layer, ray, scale): 2-norms of Jacobians, in the experiment's order
 """
 
@@ -19,7 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from make_timm_golden import make_config, random_parameter
+from timm.models.convit import ConVit
 from torch import from_numpy as tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from miniconvit.experiments import lipschitz
 
@@ -78,6 +84,61 @@ def make_case(name, rng, inputs, function):
     return {f"{name}/{key}": value for key, value in case.items()}
 
 
+def cosine(h):
+    """The mean over pairs of two tokens, by torch's own cosine."""
+    alike = cosine_similarity(h[:, :, None], h[:, None], dim=-1).abs()
+    pairs = ~torch.eye(h.shape[1], dtype=bool)
+    return alike[:, pairs].mean()
+
+
+def contrastive(h, first):
+    """-log(exp(e.h) / (exp(e.h) + exp(e.m))), m by a loop over the tokens."""
+    losses = []
+    for i in range(h.shape[1]):
+        others = torch.cat([h[:, :i], h[:, i + 1 :]], 1).mean(1)
+        pair = torch.stack([(first[:, i] * h[:, i]).sum(-1), (first[:, i] * others).sum(-1)], -1)
+        losses.append(-pair.log_softmax(-1)[:, 0])
+    return torch.stack(losses).mean()
+
+
+def patch_mixing(h, weight, bias, labels):
+    logits = h @ weight.T + bias
+    return cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def diversified(local_up_to_layer, weights=(0.7, 0.3, 0.9)):
+    """Everything that the file holds about one whole model, by key."""
+    rng = np.random.default_rng(local_up_to_layer)
+    config = make_config(12, 4, 5, 16, 3, 4, local_up_to_layer=local_up_to_layer)
+    model = ConVit(**config | {"embed_dim": 4}).eval()
+    params = {k: random_parameter(rng, k, v.shape) for k, v in model.state_dict().items()}
+    model.load_state_dict({k: tensor(v).double() for k, v in params.items()})
+    params |= {k: v.astype(np.float64) for k, v in params.items()}
+    head = {"weight": rng.standard_normal((5, 16)) / 4, "bias": rng.standard_normal(5) / 4}
+    leaves = {name: tensor(value).requires_grad_() for name, value in head.items()}
+    images, targets = rng.standard_normal((3, 3, 12, 12)), rng.dirichlet(np.ones(5), 3)
+    patch_labels = rng.integers(5, size=(3, 9))
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, y: outputs.append(y[:, -9:]))
+    loss = cross_entropy(model(tensor(images)), tensor(targets))
+    h = outputs[-1]
+    loss = loss + weights[0] * cosine(h) + weights[1] * contrastive(h, outputs[0].detach())
+    loss = loss + weights[2] * patch_mixing(h, **leaves, labels=tensor(patch_labels))
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads |= {f"patch_head.{name}": leaf.grad for name, leaf in leaves.items()}
+    params |= {f"patch_head.{name}": value for name, value in head.items()}
+    case = {"config": json.dumps(config), "weights": json.dumps(weights), "images": images}
+    case |= {"targets": targets, "patch_labels": patch_labels, "loss": loss.item()}
+    case["similarities"] = [cosine(h).item() for h in outputs]
+    case |= {f"in/{name}": value for name, value in params.items()}
+    # where no class token joins, autograd gives none
+    zero = np.zeros_like(params["cls_token"])
+    case |= {f"grad/{k}": zero if g is None else g.numpy() for k, g in grads.items()}
+    return {f"diversified_{local_up_to_layer}/{key}": value for key, value in case.items()}
+
+
 def jacobian_norms(seed):
     """(layer, ray, scale), at the experiment's weights and inputs."""
     params, rays = lipschitz.draw(seed)
@@ -114,11 +175,26 @@ def main():
             {"weight": rng.standard_normal((5, 7))},
             lambda weight: weight / torch.linalg.matrix_norm(weight, 2),
         ),
+        "cosine": ({"h": rng.standard_normal((3, 6, 4))}, cosine),
+        "contrastive": (
+            {"h": rng.standard_normal((3, 6, 4))},
+            lambda h: contrastive(h, tensor(np.sin(np.arange(72.0)).reshape(3, 6, 4))),
+        ),
+        "patch_mixing": (
+            {
+                "h": rng.standard_normal((3, 6, 4)),
+                "weight": rng.standard_normal((5, 4)),
+                "bias": rng.standard_normal(5),
+            },
+            lambda **inputs: patch_mixing(**inputs, labels=torch.arange(18).reshape(3, 6) % 5),
+        ),
     }
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     content = {"versions": json.dumps(versions)}
     for name, (inputs, function) in cases.items():
         content |= make_case(name, rng, inputs, function)
+    for blocks in (0, 2, 3):  # of three: a ViT, a ConViT, and no class token at all
+        content |= diversified(blocks)
     content |= {f"lipschitz/{seed}": jacobian_norms(seed) for seed in range(3)}
     np.savez_compressed(OUTPUT, **content)
     print(f"{OUTPUT.name}: {OUTPUT.stat().st_size} bytes, {versions}")

@@ -25,12 +25,15 @@ STORED = {
     "init_from": None,
 }  # fmt: skip
 """The paper's recipe as the checkpoints of earlier runs hold it."""
+SINCE = {"cosine": 0.0, "contrastive": 0.0, "patch_mixing": 0.0, "precision": "float32"}
+"""What was added behind it."""
 
 
 def test_what_is_stored_keeps_its_keys_their_order_and_their_types():
     now = asdict(make_settings("paper32"))
-    assert json.dumps(now) == json.dumps(STORED)
-    assert [type(value) for value in now.values()] == [type(value) for value in STORED.values()]
+    assert json.dumps(now) == json.dumps(STORED | SINCE)
+    expected = (STORED | SINCE).values()
+    assert [type(value) for value in now.values()] == [type(value) for value in expected]
     assert Settings(**STORED) == make_settings("paper32")
 
 
@@ -62,6 +65,8 @@ OUT_OF_LIMITS = {
     "clip_grad": 0, "label_smoothing": 1.0, "drop_path": -0.1, "augment": "blur", "seed": 2**63,
     "attention": "soft", "local_init": 1, "freeze": "head", "broken": "mend", "repeats": 0,
     "mixup": -1.0, "cutmix": float("inf"), "ema": 1.0, "passes": 0, "init_from": "",
+    "precision": "fp16",
+    "cosine": -0.1, "contrastive": float("nan"), "patch_mixing": -1.0,
 }  # fmt: skip
 
 
@@ -114,7 +119,7 @@ def test_a_new_setting_needs_one_place(tmp_path):
     assert (err, "best checkpoint" in out) == ("", True)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert stored.pop("patience") == 7
-    assert list(stored) == list(STORED)
+    assert list(stored) == [*STORED, *SINCE]
     resumed = with_a_new_setting(small, "train", "--resume", "--out", tmp_path / "run")
     assert "is finished" in resumed[0]
     _, err = with_a_new_setting(

@@ -34,7 +34,8 @@ const headOf = (tokens, h, d, start = 0) =>
 
 // Token row * cols + col is its patch, flattened as (channel, y, x), times the weight.
 function patchEmbed(pixels, model, params) {
-  const { grid: [rows, cols], size: [height, width], mean, std } = model;
+  const { mean, std } = model;
+  const [[rows, cols], [height, width]] = [model.grid, model.size];
   const [ph, pw] = [height / rows, width / cols];
   const patches = Array.from({ length: rows * cols }, (_, n) => {
     const patch = [];
@@ -44,41 +45,54 @@ function patchEmbed(pixels, model, params) {
           patch.push((pixels[(c * height + y) * width + x] / 255 - mean[c]) / std[c]);
     return Float64Array.from(patch);
   });
-  return linear(patches, params["patch_embed.proj.weight"], params["patch_embed.proj.bias"]);
+  return dense(patches, (name) => params[name], "patch_embed.proj");
+}
+
+// p gives the parameters of a block by their short names.
+const dense = (x, p, name) => linear(x, p(`${name}.weight`), p(`${name}.bias`));
+const norm = (x, p, name) => layernorm(x, p(`${name}.weight`), p(`${name}.bias`));
+
+// q, k and v of all heads side by side: of MHSA one layer makes them, of GPSA and PSA two.
+function project(x, p, kind) {
+  if (kind === "mhsa") return dense(x, p, "attn.qkv");
+  const values = dense(x, p, "attn.v");
+  return dense(x, p, "attn.qk").map((qk, n) => Float64Array.of(...qk, ...values[n]));
+}
+
+// {q, k} of each head, and what all heads read, side by side.
+function attention(x, p, i, model, knobs) {
+  const d = x[0].length / model.heads;
+  const qkv = project(x, p, model.layers[i].kind);
+  const read = x.map((token) => new Float64Array(token.length));
+  const heads = Array.from({ length: model.heads }, (_, h) => {
+    const [q, k, v] = [0, 1, 2].map((part) => headOf(qkv, h, d, part * d * model.heads));
+    const head = headWith(model, i, h, { q, k }, knobs);
+    read.forEach((y, query) =>
+      attend(head, query).mixture.forEach((share, key) => {
+        for (let j = 0; j < d; j++) y[h * d + j] += share * v[key][j];
+      }),
+    );
+    return { q, k };
+  });
+  return [heads, read];
 }
 
 // q and k of each head of each layer, and the logits; knobs: each layer's gates and the factors of
 // its position weights, head by head.
 function convit(pixels, model, params, knobs) {
-  const d = params["norm.weight"].length / model.heads;
   let x = patchEmbed(pixels, model, params);
   if (params["pos_embed"]) x = add(x, params["pos_embed"]);
-  const layers = model.layers.map(({ kind }, i) => {
+  const layers = model.layers.map((_, i) => {
     const p = (name) => params[`blocks.${i}.${name}`];
     if (i === model.classTokenJoins) x = [params["cls_token"][0], ...x];
-    const normed = layernorm(x, p("norm1.weight"), p("norm1.bias"));
-    const qkv = kind === "mhsa" ? ["attn.qkv"] : ["attn.qk", "attn.v"];
-    const bias = p(`${qkv[0]}.bias`) && qkv.flatMap((name) => [...p(`${name}.bias`)]);
-    const projected = linear(normed, qkv.flatMap((name) => p(`${name}.weight`)), bias);
-    const heads = [];
-    const y = x.map((token) => new Float64Array(token.length));
-    for (let h = 0; h < model.heads; h++) {
-      const [q, k, v] = [0, 1, 2].map((part) => headOf(projected, h, d, part * d * model.heads));
-      heads.push({ q, k });
-      const head = headWith(model, i, h, heads[h], knobs);
-      y.forEach((out, query) =>
-        attend(head, query).mixture.forEach((share, key) => {
-          for (let j = 0; j < d; j++) out[h * d + j] += share * v[key][j];
-        }),
-      );
-    }
-    x = add(x, linear(y, p("attn.proj.weight"), p("attn.proj.bias")));
-    const hidden = linear(layernorm(x, p("norm2.weight"), p("norm2.bias")), p("mlp.fc1.weight"), p("mlp.fc1.bias"));
-    x = add(x, linear(hidden.map((token) => token.map(gelu)), p("mlp.fc2.weight"), p("mlp.fc2.bias")));
+    const [heads, read] = attention(norm(x, p, "norm1"), p, i, model, knobs);
+    x = add(x, dense(read, p, "attn.proj"));
+    const hidden = dense(norm(x, p, "norm2"), p, "mlp.fc1").map((token) => token.map(gelu));
+    x = add(x, dense(hidden, p, "mlp.fc2"));
     return heads;
   });
-  const [token] = layernorm(x.slice(0, 1), params["norm.weight"], params["norm.bias"]);
-  const [logits] = linear([token], params["head.weight"], params["head.bias"]);
+  const whole = (name) => params[name];
+  const [logits] = dense(norm(x.slice(0, 1), whole, "norm"), whole, "head");
   return { layers, logits };
 }
 

@@ -1,0 +1,124 @@
+"""A training's tensors in flat buffers: one kernel for all parameters in place of a dozen for each.
+
+Every tensor begins at a multiple of CHUNK elements, so that a byte for each chunk says what happens
+to it. What lies between tensors is 0 and stays so.
+"""
+
+from math import prod, sqrt
+
+import numpy as np
+
+from ....arguments import check_max_norm
+from ....optim import NEVER_DECAYED
+from .launch import WARPS
+
+CHUNK = 1024  # as in kernels.cu
+TRAINED, DECAYED = 1, 2
+
+
+class Buffers:
+    """The gradients of tensors of `shapes`, name to shape, and once they are held also the
+    parameters, AdamW's moments and an average, each in a buffer."""
+
+    def __init__(self, kernels, shapes):
+        self.kernels, self.shapes = kernels, shapes
+        self._starts, self._size, self._kinds = {}, 0, {}
+        for name, shape in shapes.items():
+            self._starts[name] = self._size
+            self._size += -(-prod(shape) // CHUNK) * CHUNK
+        self._grads, self.grads = self._zeros()
+        self.number = kernels.xp.zeros((1,), kernels.xp.int64)
+        self._rates = kernels.empty(3)
+        self._held = {}
+
+    def _zeros(self):
+        """(buffer, its tensors by name, which are views)."""
+        buffer, views = self.kernels.xp.zeros((self._size,), self.kernels.dtype), {}
+        for name, shape in self.shapes.items():
+            start = self._starts[name]
+            views[name] = buffer[start : start + prod(shape)].reshape(shape)
+        return buffer, views
+
+    def hold(self, params, optimizer, average=None, trained=None):
+        """Gives these dictionaries new arrays of the same numbers, views of buffers. trained: the
+        names that will be, by default all."""
+        held = {"params": params, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+        if average is not None:
+            held["average"] = average
+        for kind, tensors in held.items():
+            buffer, views = self._zeros()
+            for name, view in views.items():
+                view[...] = tensors[name]
+            tensors.update(views)
+            self._held[kind] = buffer, tensors
+        self._kinds_of(self.shapes if trained is None else trained)
+
+    def are_held(self, **dictionaries):
+        """Whether these dictionaries' tensors are those in the buffers, of this `kind=tensors`."""
+        return all(
+            kind in self._held
+            and all(self._held[kind][1].get(name) is value for name, value in tensors.items())
+            for kind, tensors in dictionaries.items()
+        )
+
+    def _kinds_of(self, names):
+        """A byte for each chunk: whether its tensor is among these names, and decayed."""
+        key = tuple(names)
+        if key not in self._kinds:
+            kinds = np.zeros(self._size // CHUNK, np.uint8)
+            for name in key:
+                shape, first = self.shapes[name], self._starts[name] // CHUNK
+                is_decayed = len(shape) >= 2 and name not in NEVER_DECAYED
+                chunks = slice(first, first + -(-prod(shape) // CHUNK))
+                kinds[chunks] = DECAYED if is_decayed else TRAINED
+            self._kinds[key] = self.kernels.xp.asarray(kinds)
+        return self._kinds[key]
+
+    def note(self, step):
+        """Tells the device the number of a step, from which chance is drawn."""
+        self.kernels.launch("note_number", 1, self.number, step, warps=1)
+
+    def clip(self, names, max_norm):
+        """As clip_grad_norm of the gradients of these names; the norm stays on the device."""
+        check_max_norm(max_norm)
+        k, kinds, norm = self.kernels, self._kinds_of(names), self.kernels.empty()
+        sums = k.empty(k.blocks(self._size))
+        shared = WARPS * sums.dtype.itemsize
+        k.flat("squares", self._size, self._grads, kinds, sums, self._size, shared=shared)
+        k.flat("clip", self._size, self._grads, kinds, sums, norm, self._size, len(sums), max_norm)
+        return norm
+
+    def collect(self, loss, correct, norm):
+        """(3,): three scalars."""
+        numbers = self.kernels.empty(3)
+        self.kernels.launch("collect", 1, loss, correct, norm, numbers, warps=1)
+        return numbers
+
+    def state(self):
+        """Copies of all that an update changes."""
+        return [buffer.copy() for buffer, _ in self._held.values()]
+
+    def restore(self, state):
+        """Puts such copies back."""
+        for (buffer, _), saved in zip(self._held.values(), state, strict=True):
+            buffer[...] = saved
+
+    def note_rates(self, optimizer, lr):
+        """Counts a step of the optimizer, and tells the device its rates."""
+        optimizer.step_count += 1
+        beta1, beta2 = optimizer.betas
+        correction1, correction2 = (1.0 - beta**optimizer.step_count for beta in (beta1, beta2))
+        rates = lr, lr / correction1, 1.0 / sqrt(correction2)
+        self.kernels.launch("note_rates", 1, self._rates, *rates, warps=1)
+
+    def update(self, optimizer, names):
+        """As optimizer.step for the held parameters of these names, by the rates on the device."""
+        held = [self._held[kind][0] for kind in ("params", "exp_avg", "exp_avg_sq")]
+        self.kernels.flat("adamw", self._size, held[0], self._grads, *held[1:],
+                          self._kinds_of(names), self._rates, self._size, optimizer.weight_decay,
+                          *optimizer.betas, optimizer.eps)  # fmt: skip
+
+    def average(self, decay):
+        """As update_average of the held average."""
+        average, params = self._held["average"][0], self._held["params"][0]
+        self.kernels.flat("average", self._size, average, params, self._size, decay)
