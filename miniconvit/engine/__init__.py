@@ -4,6 +4,7 @@ import numpy as np
 
 from .cuda import check_precision
 from .gpu import DeviceEngine
+from .nccl import SharingEngine, connect
 from .objective import Classification
 from .processes import ProcessEngine, can_fork
 from .ranks import Ranks
@@ -20,6 +21,8 @@ def make_engine(objective, xp, workers=None, precision="float32", ranks=None):
     check_precision(precision, xp)
     ranks = ranks or Ranks()
     if xp is not np:
+        if ranks.size > 1:
+            return SharingEngine(objective, xp, precision, ranks)
         return DeviceEngine(objective, xp, precision)
     workers = workers or ranks.workers()
     kind = ProcessEngine if workers > 1 and can_fork() else Engine

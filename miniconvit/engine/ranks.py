@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arrays import array_module
 from ..errors import UserError
 from ..system import LAUNCHERS, available_cores, launched, limited
 from .pieces import Tree
@@ -41,7 +42,7 @@ class Ranks:
 
     rank, size, line = 0, 1, None
     patience = PATIENCE
-    leads = True  # the first rank on its machine
+    place = 0  # the number of ranks before this one on its machine
 
     def all(self, thing, patience=None):
         """What each rank has given, in order. Nobody goes on before all have come here."""
@@ -107,7 +108,8 @@ class Mpi(Ranks):
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         self._machines = [("", "")] * self.size  # names, and numbers of their own
         self._machines = self.all((socket.gethostname(), _boot()), LONG)
-        self.leads = self._machines.index(self._machines[self.rank]) == self.rank
+        self.machine = self._machines[self.rank]
+        self.place = self._machines[: self.rank].count(self.machine)
         self._weights = [1] * self.size
 
     def workers(self):
@@ -117,7 +119,7 @@ class Mpi(Ranks):
         here = [
             theirs
             for theirs, machine in zip(self.all(cores, LONG), self._machines, strict=True)
-            if machine == self._machines[self.rank]
+            if machine == self.machine
         ]
         return max(1, limited(len(set.union(*here))) // len(here))
 
@@ -170,31 +172,32 @@ class Mpi(Ranks):
         parts = [slice(*pair) for pair in pairwise(ends)]
         mine = parts[self.rank]
         keys = [complete(share) for share in self._shares(count)]
-        got = {rank: self._room(len(keys[rank]), out[mine]) for rank in self._others}
-        self._move(
+        got = {
+            rank: [array_module(out).empty_like(out[mine]) for _ in keys[rank]]
+            for rank in self._others
+        }
+        self.exchange(
             [(rank, x) for rank in self._others for x in got[rank]],
             [(rank, nodes[key][parts[rank]]) for rank in self._others for key in keys[self.rank]],
         )
         got[self.rank] = [nodes[key][mine] for key in keys[self.rank]]
-        tree = Tree(self._add)
+        tree = Tree(_add)
         for rank in range(self.size):
             for key, x in zip(keys[rank], got[rank], strict=True):
                 tree.put(*key, x)
         out[mine] = tree.root()
-        self._move(
+        self.exchange(
             [(rank, out[parts[rank]]) for rank in self._others],
             [(rank, out[mine]) for rank in self._others],
         )
 
-    def _room(self, count, like):
-        return [np.empty_like(like) for _ in range(count)]
-
-    def _add(self, left, right):
-        left += right
-
-    def _move(self, wanted, given, patience=None):
+    def exchange(self, wanted, given):
         """Fills the vectors of `wanted` and sends those of `given`, pairs (rank, vector): between
         two ranks in the order of both lists."""
+        self._move(wanted, given)
+
+    def _move(self, wanted, given, patience=None):
+        """exchange, of NumPy's arrays."""
         try:
             waiting = [
                 (rank, start(part, rank))
@@ -250,6 +253,10 @@ class Mpi(Ranks):
             os._exit(0)
         self._comm.Abort(status)
         os._exit(status)
+
+
+def _add(left, right):
+    left += right
 
 
 def complete(indices):

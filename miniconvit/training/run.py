@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoints.weights import read_start
 from ..data import Dataset, fingerprint, load_dataset, on_device
-from ..engine import make_engine
+from ..engine import connect, make_engine
 from ..engine.cuda import check_precision, resolve_device, without_reason
 from ..engine.ranks import Ranks
 from ..errors import UserError
@@ -79,6 +79,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
         raise UserError(f"--workers must be at least 1, not {workers}")
     xp, place = ranks.agree(resolve_device, device)
     ranks.agree(check_precision, s.precision, xp)
+    ranks = connect(ranks, xp)
     dataset = _loaded(ranks, s, data_dir, download and not has_begun)
     hashes = {"data_sha256": fingerprint(dataset)}
     ranks.same(hashes, "the images of {1} are not those of {0}: put the same files on both")
@@ -149,7 +150,9 @@ def _loaded(ranks, s, data_dir, download):
         with redirect_stderr(StringIO()) if ranks.rank else nullcontext():  # the notes of rank 0
             return load_dataset(s.data, data_dir, download, s.subset, s.img_size, s.broken)
 
-    turns = [ranks.agree(load if ranks.leads == turn else lambda: None) for turn in (True, False)]
+    turns = [
+        ranks.agree(load if (ranks.place == 0) == turn else lambda: None) for turn in (True, False)
+    ]
     return turns[0] or turns[1]
 
 

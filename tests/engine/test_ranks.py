@@ -1,6 +1,7 @@
 """Ranks, on threads with a stand-in for MPI's messages: equal sums, one end for all, and what is
 said where no one can be found. Real ones: tests/training/test_mpi.py."""
 
+import importlib
 import os
 import sys
 import threading
@@ -13,7 +14,10 @@ import pytest
 
 from miniconvit import UserError, init_params
 from miniconvit.config import ConViTConfig
+from miniconvit.engine import gpu as engine_gpu
+from miniconvit.engine import nccl as engine_nccl
 from miniconvit.engine import ranks as engine_ranks
+from miniconvit.engine.nccl import SharingEngine
 from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import Tree
 from miniconvit.engine.ranks import LostRank, Mpi, Ranks, find_ranks
@@ -118,6 +122,99 @@ def test_engines_on_ranks_have_the_bits_of_one(n):
     assert sorted(asked) == alone  # each piece was loaded once
 
 
+def test_a_piece_a_rank_as_on_gpus_adds_up_to_the_whole_batch(monkeypatch):
+    """On NumPy's arrays in float64: the same drop path and, but for rounding, the same sums."""
+    monkeypatch.setattr(engine_gpu, "kernels", None)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((20, CONFIG.in_chans, *CONFIG.image))
+    labels = rng.integers(CONFIG.num_classes, size=20)
+    params, objective = init_params(CONFIG, dtype="float64"), Classification(CONFIG, 0.1)
+
+    def load(start, stop):
+        return images[start:stop], labels[start:stop]
+
+    def step(ranks):
+        engine = SharingEngine(objective, np, "float32", ranks)
+        with pytest.raises(UserError, match="2 images are fewer than 3 ranks: start fewer"):
+            engine.loss_and_grads(load, 2, params)
+        return engine.loss_and_grads(load, 20, params, 3, 8), engine.logits(load, 20, params)
+
+    with Engine(objective, 1) as one:
+        true, logits = one.loss_and_grads(load, 20, params, 3, 8), one.logits(load, 20, params)
+    found = together(3, step)
+    for (loss, correct, grads), answers in found:
+        assert loss == pytest.approx(true[0], rel=1e-12) and correct == true[1]
+        for name, grad in true[2].items():
+            np.testing.assert_allclose(grads[name], grad, rtol=1e-9, atol=1e-14)
+            assert grads[name].tobytes() == found[0][0][2][name].tobytes()
+        np.testing.assert_allclose(answers, logits, rtol=1e-12)
+
+
+class FakeNccl:
+    """cupy.cuda.nccl on threads: groups of send and receive, of NumPy's memory."""
+
+    NCCL_FLOAT32, NCCL_FLOAT64 = 7, 8
+    get_version = staticmethod(lambda: 22700)
+
+    def __init__(self):
+        self.calls = []
+
+    def get_unique_id(self):
+        return "an id"
+
+    def groupStart(self):
+        self.calls.append("start")
+
+    def groupEnd(self):
+        self.calls.append("end")
+
+    def NcclCommunicator(self, size, ident, rank):
+        assert ident == "an id"
+
+        def note(name):
+            return lambda pointer, count, kind, peer, stream: self.calls.append(
+                (name, pointer, count, kind, peer, stream)
+            )
+
+        return SimpleNamespace(send=note("send"), recv=note("recv"))
+
+
+def test_nccl_is_given_the_same_messages_in_groups(monkeypatch):
+    """Two ranks, what is sent and to whom; a GPU each, which they have not in common."""
+    nccl = threading.local()
+    monkeypatch.setattr(engine_nccl, "import_module", lambda name: nccl.module)
+
+    def vector(pointer, size):
+        return SimpleNamespace(data=SimpleNamespace(ptr=pointer), size=size, dtype="float32")
+
+    def talk(ranks, gpus=2):
+        nccl.module, chosen = FakeNccl(), []
+        runtime = SimpleNamespace(
+            setDevice=chosen.append,
+            getDeviceCount=lambda: gpus,
+            getDevice=lambda: chosen[-1],
+            deviceGetPCIBusId=lambda device: f"0000:0{device}",
+        )
+        stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=5))
+        xp = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, **vars(stream)))
+        found = engine_nccl.connect(ranks, xp)
+        other = 1 - ranks.rank
+        found.exchange([(other, vector(1, 10))], [(other, vector(2, 20)), (other, vector(3, 30))])
+        return chosen, nccl.module.calls
+
+    for rank, (chosen, calls) in enumerate(together(2, talk)):
+        assert chosen == [rank]
+        sent = [("send", 2, 20, 7, 1 - rank, 5), ("send", 3, 30, 7, 1 - rank, 5)]
+        assert calls == ["start", *sent, ("recv", 1, 10, 7, 1 - rank, 5), "end"]
+    with pytest.raises(UserError, match=r"two ranks have the same GPU \(0000:00\): start as many"):
+        together(2, lambda ranks: talk(ranks, 1))
+    monkeypatch.setattr(engine_nccl, "import_module", importlib.import_module)
+    monkeypatch.setitem(sys.modules, "cupy.cuda.nccl", None)
+    with pytest.raises(UserError, match=r"need NCCL, .* pip install nvidia-nccl-cu13"):
+        together(2, lambda ranks: engine_nccl.connect(ranks, SimpleNamespace()))
+    assert engine_nccl.connect(alone := Ranks(), SimpleNamespace()) is alone
+
+
 def test_what_one_rank_finds_out_ends_all_alike():
     def fail(ranks):
         def load():
@@ -198,7 +295,8 @@ def test_workers_are_the_cores_of_a_machine_by_the_ranks_on_it(monkeypatch):
     def count(ranks):
         monkeypatch.setattr(engine_ranks, "available_cores", lambda untie: own.cores)
         own.cores = cores[ranks.rank]
-        ranks._machines = ranks.all((machines[ranks.rank], ""))
+        ranks.machine = machines[ranks.rank], ""
+        ranks._machines = ranks.all(ranks.machine)
         found = ranks.workers()
         ranks.weigh(found)
         return found, ranks.line, list(ranks.share(10))
