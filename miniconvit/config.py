@@ -115,11 +115,16 @@ class ConViTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of to_dict. Raises UserError on an unknown field."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(unknown_name("model setting", unknown[0], sorted(known)))
-        return cls(**values)
+        return from_fields(cls, values)
+
+
+def from_fields(cls: type, values: dict[str, Any]) -> Any:
+    """A configuration of the class cls. Raises UserError on an unknown field."""
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(unknown_name("model setting", unknown[0], sorted(known)))
+    return cls(**values)
 
 
 def is_count(value: object, least: int = 0) -> bool:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ..data import normalize
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..layers import softmax_forward
 from ..system import write_file
 from .maps import on_cpu, uniform_nonlocality, visit_attention
@@ -130,12 +130,19 @@ def _image(picture, model, layers):
     """A picture, the model's answer to it, and q and k of these layers: (2, H, M, d) each."""
     dtype = model.params["head.weight"].dtype
     image = normalize(picture.pixels[None], model.mean, model.std, dtype)
-    found = []
-    logits = visit_attention(image, model.params, model.config, found.append)
+    seen = []
+
+    def visit(maps):  # keeps no more than the page needs
+        wanted = len(seen) in layers
+        seen.append(np.stack([on_cpu(maps.q)[0], on_cpu(maps.k)[0]]) if wanted else None)
+
+    logits = visit_attention(image, model.params, model.config, visit)
     probabilities = on_cpu(softmax_forward(logits)[0])[0]
-    qk = {i: np.stack([on_cpu(found[i].q)[0], on_cpu(found[i].k)[0]]) for i in layers}
+    qk = {i: seen[i] for i in layers}
     if not all(np.isfinite(values).all() for values in (probabilities, *qk.values())):
-        raise UserError(f"this model gives no finite answer for {picture.name}: use another")
+        raise UserError(
+            f"this model gives no finite answer for {printable(picture.name)}: use another"
+        )
     return {
         "name": picture.name,
         "truth": picture.truth,

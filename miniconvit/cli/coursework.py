@@ -141,7 +141,7 @@ def grade(submissions, instructor, out, jobs):
         click.echo(f"\n{line}")
     click.echo(f"\n{coursework.walls()}")
     click.echo(f"{out / 'grades.csv'}, and a folder for each student:")
-    click.echo("    feedback.txt for the student, details.txt for you, results.json for Gradescope")
+    click.echo("feedback.txt for the student, details.txt for you, results.json for Gradescope")
 
 
 @command.command(cls=Command)

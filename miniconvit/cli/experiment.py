@@ -11,7 +11,7 @@ from shutil import get_terminal_size
 import click
 
 from ..errors import UserError
-from ..experiments import lipschitz
+from ..experiments import biases, lipschitz
 from ..experiments.figures import draw
 from ..experiments.plan import (
     EXPERIMENTS,
@@ -56,7 +56,7 @@ class _Fractions(click.ParamType):
 
 
 @click.command("experiment", cls=Command)
-@click.argument("name", type=Name((*EXPERIMENTS, "lipschitz")), metavar="NAME")
+@click.argument("name", type=Name((*EXPERIMENTS, "biases", "lipschitz")), metavar="NAME")
 @setting_option("data", "Images to train on.", shown="cifar10")
 @data_dir_option
 @setting_option(
@@ -113,9 +113,11 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
     diversity          losses that keep patches apart (Patch Diversification)
+    biases             mixers of tokens reconstruct hidden patches (Cazenavette)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
-    lipschitz trains nothing: it takes seconds, --seeds and --out. The others do as follows.
+    lipschitz trains nothing: it takes seconds, --seeds and --out. biases has one plan, of --steps.
+    The others do as follows.
 
     It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
     them one by one. Every run sees the same number of images.
@@ -126,6 +128,9 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     given = {key: value for key, value in flags.items() if value is not None}
     if name == "lipschitz":
         return _lipschitz(out or Path("runs", name), plan_file, **given)
+    if name == "biases":
+        where = {"workers": workers, "device": device}
+        return _biases(ctx, out, plan_file, where, data_dir=data_dir, **given)
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)
@@ -158,11 +163,15 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
 def _lipschitz(out, plan_file, seeds=3, **other):
     if other or plan_file:
         raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
+    _check_seeds(seeds)
     text, names = lipschitz.run(out, seeds, can_draw())
     _show(text, out, names)
     return 0
+
+
+def _check_seeds(seeds):
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds must be from 1 to {MOST_SEEDS}, not {seeds}")
 
 
 def _show(text, out, names):
@@ -170,6 +179,23 @@ def _show(text, out, names):
     if sys.stdout.isatty():
         text = on_screen(text, get_terminal_size().columns)
     click.echo(folded(f"\n{text}\nin {out}: {', '.join(names)}"))
+
+
+def _biases(ctx, out, plan_file, where, data_dir=None, **given):
+    for name in given.keys() - {"data", "steps", "seeds"} | ({"plan"} if plan_file else set()):
+        raise UserError(f"biases has one plan: leave out {flag(name)}")
+    _check_seeds(given.get("seeds", 1))
+    out = out or Path("runs", f"biases-{given.get('data', 'cifar10')}")
+    given |= {"data_dir": str(data_dir.expanduser().absolute())} if data_dir else {}
+    asked = biases.open_plan(out, given)
+    try:
+        with _sigterm_too():
+            text, names = biases.run(out, asked, click.echo, pictures=can_draw(), **where)
+    except KeyboardInterrupt as stop:
+        _say_stopped(f"{ctx.command_path} biases", out, where["device"])
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+    _show(text, out, names)
+    return 0
 
 
 def _refuse_flags(plan, name, given):

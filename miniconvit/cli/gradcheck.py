@@ -7,6 +7,7 @@ import click
 from ..gradcheck.cases import ALL_CASES, CASES, PARTS, catch, check_layer
 from ..gradcheck.mutants import MUTANTS, NEIGHBOUR_MUTANTS
 from ..gradcheck.neighbours import NEIGHBOURS
+from ..training.report import folded
 from .options import RUN, Command, Name, json_option, option, print_json, setting_option
 
 
@@ -64,10 +65,10 @@ def _layer_tables(layers, every_entry, seed, as_json):
     else:
         verdict = "all right" if ok else "WRONG, see above"
         click.secho(
-            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}\n"
-            f"largest relative error of a right one: {worst:.0e}",
+            f"layers: {len(layers)}, cases: {len(reports)}, tensors: {len(rows)}: {verdict}",
             fg=None if ok else "red",
         )
+        click.echo(f"largest relative error of a right one: {worst:.0e}")
     return ok
 
 
@@ -91,7 +92,7 @@ def _kill_table(layers, every_entry, seed, as_json):
         results.append({"function": mutant.function, "name": mutant.name, "caught_by": answer})
         if not as_json:
             row = f"| `{mutant.function}` | {mutant.story} | {answer or 'NOBODY'} |"
-            click.secho(row, fg=None if answer else "red")
+            click.secho(folded(row, 2), fg=None if answer else "red")
     if as_json:
         print_json({"mutants": len(chosen), "caught": caught, "results": results})
     else:

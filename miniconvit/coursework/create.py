@@ -42,7 +42,7 @@ You need Python 3.11 and NumPy 2, or newer. In this folder:
 
 ```
 python -m checker                  # what is right, what is wrong, and how
-python -m checker {example}           # one exercise
+python -m checker {example:16} # one exercise
 python -m checker pack             # writes submission.zip, where nothing is missing
 python -m checker pack --partial   # the same with blanks in it, at the deadline
 pytest                             # the check as tests
@@ -286,7 +286,7 @@ def _notes(chosen):
         functions = ", ".join(f"`{name}`" for name in exercise.functions)
         parts += [
             f"## {exercise.name}: {exercise.points} points, {exercise.minutes} minutes",
-            f"{exercise.goal}\n\nStudents write {functions}. Hint in their README: {exercise.hint}",
+            f"{exercise.goal}\n\nStudents write {functions}. Hint: {exercise.hint}",
             f"The page of the tutorials: `tutorials/{PAGES[exercise.name]}`",
             "Common mistakes:",
             "\n".join(f"- {story}" for story in stories),

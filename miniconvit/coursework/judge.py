@@ -88,12 +88,10 @@ class Result:
         lines = []
         for name in dict.fromkeys(row.unit for row in self.rows):
             rows = [row for row in self.rows if row.unit == name]
-            wrong = [row for row in rows if not row.ok]
+            lines += sorted({f"{name}: {row.complaint}" for row in rows if row.is_plain})
+            wrong = [row for row in rows if not row.ok and not row.is_plain]
             tensors = ", ".join(row.tensor for row in wrong)
-            plain = ", ".join({row.complaint for row in wrong if row.is_plain})
-            if plain:
-                lines.append(f"{name}: {plain}")
-            elif wrong and all(row.complaint.startswith(BLANK) for row in wrong):
+            if wrong and all(row.complaint.startswith(BLANK) for row in wrong):
                 lines.append(f"{name}: not written yet ({tensors})")
             elif wrong:
                 lines.append(f"{name}: wrong in {tensors}")
@@ -114,7 +112,7 @@ def judge(call, unit, drawn):
         ledger.blame(ledger.stage, str(error))
     except Broken as error:
         ledger.blame("", str(error))
-        ledger.plain = str(error)
+        ledger.plain.add(str(error))
     return ledger.rows()
 
 
@@ -122,7 +120,7 @@ class _Ledger:
     """Tensor to its first complaint, "" while there is none."""
 
     def __init__(self, unit):
-        self.unit, self.stage, self.plain = unit, "", None
+        self.unit, self.stage, self.plain = unit, "", set()
         self.complaints, self.changed = {}, ""
         self.free, self.gradients = {"arguments"}, {"arguments"}
 
@@ -142,7 +140,7 @@ class _Ledger:
                 name,
                 self._explained(complaint),
                 name in self.free,
-                complaint == self.plain,
+                complaint in self.plain,
             )
             for name, complaint in self.complaints.items()
         ]
@@ -201,6 +199,7 @@ def _judge_arguments(call, case, ledger):
             name = case.parameters[function][position]
             ledger.changed = ledger.changed or f"{function} changes its argument {name} in place"
             ledger.add("arguments", ledger.changed)
+            ledger.plain.add(ledger.changed)
     except (TypeError, ValueError, LookupError, AttributeError):
         ledger.add("arguments", "the process answered with something else")
 

@@ -1,6 +1,9 @@
 """The cases of the papers beside ConViT, drawn as those of the lesson are."""
 
-from .drawing import Case, at_every_size, composite, draw
+import numpy as np
+
+from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
+from .drawing import APART, Case, at_every_size, composite, draw, draw_params
 
 
 def _l2_attention(rng, functions, s):
@@ -46,6 +49,61 @@ def _patch_mixing(rng, functions, s):
     )
 
 
+def _depthwise(rng, functions, s):
+    inputs = draw(rng, x=(s.B, *s.grid, s.dim), weight=(s.dim, 1, 3, 3), bias=(s.dim,))
+    yield Case(functions.depthwise_forward, functions.depthwise_backward, inputs)
+
+
+def _token_conv(rng, functions, s):
+    shapes = {"depthwise.weight": (s.dim, 1, 3, 3), "depthwise.bias": (s.dim,)}
+    shapes |= {"proj.weight": (s.dim, s.dim), "proj.bias": (s.dim,)}
+    yield composite("token_conv", functions, rng, shapes, s.x, s.grid)
+
+
+def _token_mlp(rng, functions, s):
+    shapes = {"fc1.weight": (s.hidden, s.tokens), "fc1.bias": (s.hidden,)}
+    shapes |= {"fc2.weight": (s.tokens, s.hidden), "fc2.bias": (s.tokens,)}
+    yield composite("token_mlp", functions, rng, shapes, s.x)
+
+
+def _hidden(rng, B, N):
+    """A mask (B, N): some patches of each image are hidden, never all, others in each."""
+    return (
+        rng.permuted(np.arange(N) < max(1, N // 2), axis=0)[None] ^ (np.arange(B) % 2 == 1)[:, None]
+    )
+
+
+def _masked_loss(rng, functions, s):
+    mask, patches = _hidden(rng, s.B, s.tokens), rng.standard_normal(s.x)
+    yield Case(
+        lambda predicted: functions.masked_loss_forward(
+            predicted, patches.astype(predicted.dtype), mask
+        ),
+        functions.masked_loss_backward,
+        draw(rng, predicted=s.x),
+    )
+
+
+def _isotropic(rng, functions, s):
+    """Whole networks with each mixer. A bias that all readers normalise away has no gradient."""
+    for mixer in MIXERS if s is APART else ["conv"]:
+        config = IsotropicConfig(
+            mixer, 0.5, img_size=6, patch_size=2,
+            in_chans=s.channels, embed_dim=s.dim, depth=2, num_heads=s.heads, hidden_dim=s.hidden,
+            token_dim=5,
+        )  # fmt: skip
+        images = rng.standard_normal((s.B, config.in_chans, 6, 6))
+        mask = _hidden(rng, s.B, config.num_patches)
+        inputs = draw_params(rng, isotropic_shapes(config))
+        zero = [name for name in inputs if name.endswith(("pos_proj.bias", "mix.fc2.bias"))]
+
+        def forward(images=images, config=config, mask=mask, **params):
+            images = images.astype(params["head.bias"].dtype)
+            return functions.isotropic_forward(images, params, config, mask)
+
+        yield Case(forward, functions.isotropic_backward, inputs, tuple(zero))
+
+
 NEIGHBOURS = {
     "l2_attention": at_every_size(_l2_attention),
     "tied_attention": at_every_size(_tied_attention),
@@ -54,5 +112,10 @@ NEIGHBOURS = {
     "cosine": at_every_size(_cosine),
     "contrastive": at_every_size(_contrastive),
     "patch_mixing": at_every_size(_patch_mixing),
+    "depthwise": at_every_size(_depthwise),
+    "token_conv": at_every_size(_token_conv),
+    "token_mlp": at_every_size(_token_mlp),
+    "masked_loss": at_every_size(_masked_loss),
+    "isotropic": at_every_size(_isotropic),
 }
 """Layer to the function (rng, functions) that yields its cases."""

@@ -35,7 +35,7 @@ def _branch_backward(dy, function_backward, cache):
 def block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
     """x + attention(norm1(x)), then x + mlp(norm2(x)).
 
-    x (B, N, D); params: norm1.*, attn.*, norm2.*, mlp.*. The names below attn. tell the attention:
+    x (B, N, D); params: `norm1.*, attn.*, norm2.*, mlp.*`. Names below attn. tell the attention:
     with gating_param it is GPSA on the patch grid, with pos_proj alone PSA, else MHSA, which needs
     no grid. keep: the drop-path masks (B,) of the two branches, or None. Returns (B, N, D).
     """

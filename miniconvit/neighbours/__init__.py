@@ -1,6 +1,7 @@
 """Papers beside ConViT, made of its pieces. Each file is one of them, as pairs of functions.
 
 diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diversification)
+isotropic     four ways of mixing tokens (Cazenavette, Lucey 2021: the bias against biases)
 lipschitz     attention by distance, and weights of a given spectral norm (Lee et al. 2021: ViTGAN)
 """
 
@@ -12,6 +13,18 @@ from .diversity import (
     cosine_forward,
     patch_mixing_backward,
     patch_mixing_forward,
+)
+from .isotropic import (
+    depthwise_backward,
+    depthwise_forward,
+    isotropic_backward,
+    isotropic_forward,
+    masked_loss_backward,
+    masked_loss_forward,
+    token_conv_backward,
+    token_conv_forward,
+    token_mlp_backward,
+    token_mlp_forward,
 )
 from .lipschitz import (
     kim_attention_backward,

@@ -9,6 +9,7 @@ from ..config import ConViTConfig
 from ..errors import UserError, unknown_name
 from ..model import init_params, param_shapes
 from .diversity import PatchHeadConfig, init_with_patch_head, patch_head_shapes
+from .isotropic import IsotropicConfig, init_isotropic, isotropic_shapes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Model:
 MODELS = {
     ConViTConfig: Model("convit", param_shapes, init_params),
     PatchHeadConfig: Model("convit_patch_head", patch_head_shapes, init_with_patch_head),
+    IsotropicConfig: Model("isotropic", isotropic_shapes, init_isotropic),
 }
 """The class of a configuration to the functions of its model."""
 

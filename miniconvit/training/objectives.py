@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..arrays import array_module
 from ..engine import Classification
 from ..neighbours import (
     Taps,
@@ -9,9 +10,14 @@ from ..neighbours import (
     contrastive_forward,
     cosine_backward,
     cosine_forward,
+    isotropic_backward,
+    isotropic_forward,
+    masked_loss_backward,
+    masked_loss_forward,
     patch_mixing_backward,
     patch_mixing_forward,
 )
+from ..neighbours.isotropic import IsotropicConfig, patches_of
 from ..neighbours.models import shapes_of
 
 
@@ -69,6 +75,52 @@ class Diversified(Classification):
             dh += dtokens
             grads = {"patch_head.weight": dweight, "patch_head.bias": dbias}
         return loss, dh, grads
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Mean squared error of a network's guesses at hidden patches.
+
+    A batch is images (b, C, height, width) and which of their patches are hidden, truth (b, N).
+    """
+
+    config: IsotropicConfig
+
+    @property
+    def shapes(self):
+        return shapes_of(self.config)
+
+    @property
+    def rows(self):
+        return self.config.num_patches
+
+    @property
+    def inputs(self):
+        c = self.config
+        return (c.in_chans, c.img_size, c.img_size), (c.num_patches,)
+
+    @property
+    def output(self):
+        return (1 + self.config.depth * self.config.embed_dim,)
+
+    def step(self, batch, params, share, first, seed, step, blocks):
+        images, mask = batch
+        predicted, cache = isotropic_forward(images, params, self.config, mask)
+        patches = patches_of(images, self.config.patch_size)
+        loss, cache_loss = masked_loss_forward(predicted, patches, mask)
+        dpredicted = masked_loss_backward(share, cache_loss)
+        return (share * loss,), isotropic_backward(dpredicted, cache)
+
+    def answer(self, batch, params, blocks):
+        """(b, 1 + depth * D): the error of each image, and of the whole image, with nothing hidden,
+        the means over the tokens after each block."""
+        images, mask = batch
+        predicted, _ = isotropic_forward(images, params, self.config, mask)
+        wrong = (predicted - patches_of(images, self.config.patch_size)) ** 2  # (b, N, K)
+        error = (wrong.mean(axis=2) * mask).sum(axis=1, keepdims=True)
+        error /= mask.sum(axis=1, keepdims=True)
+        _, (means, *_) = isotropic_forward(images, params, self.config, mask & False)
+        return array_module(images).concatenate([error, *means], axis=1)
 
 
 def objective_of(settings, config):

@@ -390,7 +390,7 @@ def main(door, inbox, instructor, out):
             one | {"problem": ""} if one["functions"] is not None else one
             for one in look_through(files)
         ]
-    load, limits = grading.load_assignment, Limits(seconds=3.0, memory=1 << 29, output=100_000)
+    load, limits = grading.load_assignment, Limits(seconds=10.0, memory=1 << 29, output=100_000)
     grading.load_assignment = lambda folder: replace(load(folder), limits=limits)
     where = ["--instructor", instructor, "--out", out, "--jobs", "2"]
     try:

@@ -16,9 +16,9 @@ from test_coursework import environment, homework, invoke, submission
 import miniconvit
 from miniconvit import UserError
 from miniconvit.coursework import EXERCISES, create, exercises, grade
-from miniconvit.coursework.cases import VISIBLE, cases
-from miniconvit.coursework.grading import SMALL
-from miniconvit.coursework.sandbox import MOST_DEATHS, SOURCE_LIMITS
+from miniconvit.coursework.cases import HIDDEN, VISIBLE, cases
+from miniconvit.coursework.grading import SMALL, Assignment, grade_exercise
+from miniconvit.coursework.sandbox import MOST_DEATHS, SOURCE_LIMITS, Limits
 from miniconvit.coursework.skeleton import skeleton, skeleton_hash, solution, source_module
 from miniconvit.coursework.student import read_tests
 
@@ -113,7 +113,10 @@ def test_no_formula_of_a_backward_pass_is_left(kits):
         text = texts[exercise.file]
         own = text.replace("dx = col", "").replace("dy = row", "")  # offsets, in position
         assert not gradient.search(own), exercise.name
-        assert "_backward(dy, cache" not in text or "return d" not in text, exercise.name
+        forward = [f for f in functions_in(text) if f.name.endswith("_forward")]
+        for node in (ast.parse(text), *forward):
+            said = ast.get_docstring(node) or ""
+            assert exercise.name == "adamw" or not re.search("backward|gradient|derivative", said)
     # The same search finds them where they are meant to be.
     given = formulas_in(handed_out(kits[True]))
     assert given == {e.name for e in EXERCISES} - {"adamw"}  # which has no way back
@@ -395,3 +398,18 @@ def test_limits_on_gradescope_fit_its_usual_ones():
     reading = (MOST_DEATHS + 1) * SOURCE_LIMITS.seconds
     assert units * SMALL.seconds + reading < 0.8 * 600
     assert SMALL.memory < 0.8 * 768e6
+
+
+def test_what_shows_no_input_is_said_of_hidden_tests():
+    """A change in place and an endless loop, beside what is wrong."""
+    (gelu,) = exercises(["gelu"])
+    text = solution(gelu)
+    changed = text.replace("    cdf =", "    x += 0.0\n    x *= 2.0\n    cdf =")
+    loop = text.replace("    x, cdf = cache", "    while True: pass")
+    assert changed != text != loop
+    assignment = Assignment((gelu,), "secret", HIDDEN[:1], limits=Limits(seconds=3.0))
+    found = [grade_exercise(wrong, gelu, assignment).brief for wrong in (changed, loop)]
+    assert found == [
+        "gelu: gelu_forward changes its argument x in place\ngelu: wrong in y, dx",
+        "gelu: stopped after 3 seconds: is there an endless loop?",
+    ]

@@ -5,6 +5,7 @@ Every number here was counted on CuPy 14.2.0's own binaries, with the driver's c
 
 from dataclasses import replace
 
+import fakecuda
 import fakecupy
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import miniconvit as mc
 from miniconvit import layers
 from miniconvit.arrays import to_device
+from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.objective import Classification
 from miniconvit.layers.names import part
 from miniconvit.optim import clip_grad_norm
@@ -79,6 +81,25 @@ def test_a_step_of_the_reference_launches_what_it_launches_on_cupy(cupy, variant
     assert fakecupy.STATE.products == 311
     assert launches(clip_grad_norm, grads, 1.0)[1] == 723
     assert launches(mc.AdamW(params).step, params, grads)[1] == 2410
+
+
+@pytest.mark.skipif(not fakecuda.COMPILER, reason=fakecuda.REASON)
+@pytest.mark.parametrize(("variant", "most"), [("tiny32", 200), ("tiny", 220)])
+def test_a_step_by_kernels_launches_few(cupy, variant, most):
+    """Fewer than what one layer of the reference does, whatever its widths and the batch are."""
+    config = mc.VARIANTS[f"convit_{variant}"]
+    config = replace(config, embed_dim=8, img_size=4 * config.patch_size)
+    images = np.zeros((2, 3, *config.image), "float32")
+    given = to_device((images, np.zeros(2, "int64"), mc.init_params(config)), cupy)
+    images, labels, params = given
+    engine = DeviceEngine(Classification(config), cupy)
+    engine.records = False
+    engine.hold(params, mc.AdamW(params), max_norm=1.0)
+    _, first = launches(engine.step, lambda *_: (images, labels), 2, 1e-3, 0, 0)
+    fakecupy.STATE.products = 0
+    _, found = launches(engine.step, lambda *_: (images, labels), 2, 1e-3, 0, 1)
+    assert found <= first and found <= most
+    assert fakecupy.STATE.products <= 350
 
 
 def test_bytes_of_kernels(cupy):

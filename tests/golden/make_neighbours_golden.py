@@ -14,6 +14,7 @@ Everything here is composed anew of torch's own functions. Its keys:
     diversified_K/...       timm's ConViT with K GPSA blocks, and all three losses:
                             config, weights (JSON), images, targets, patch_labels, loss,
                             similarities (of each block), in/NAME and grad/NAME of parameters
+    isotropic_MIXER/...     a whole network, a pair of its parameters, with config, images, mask
     lipschitz/SEED          (layer, ray, scale): 2-norms of Jacobians, in the experiment's order
 """
 
@@ -23,11 +24,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from make_timm_golden import make_config, random_parameter
-from timm.models.convit import ConVit
+from timm.models.convit import GPSA, ConVit
 from torch import from_numpy as tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.func import functional_call
+from torch.nn.functional import (
+    conv2d,
+    cosine_similarity,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    linear,
+    scaled_dot_product_attention,
+)
 
 from miniconvit.experiments import lipschitz
+from miniconvit.neighbours.isotropic import IsotropicConfig, isotropic_shapes
 
 OUTPUT = Path(__file__).with_name("neighbours.npz")
 HEADS = 3
@@ -139,6 +150,61 @@ def diversified(local_up_to_layer, weights=(0.7, 0.3, 0.9)):
     return {f"diversified_{local_up_to_layer}/{key}": value for key, value in case.items()}
 
 
+def below(p, prefix):
+    return {name.removeprefix(prefix): v for name, v in p.items() if name.startswith(prefix)}
+
+
+def perceptron(x, p):
+    return linear(gelu(linear(x, p["fc1.weight"], p["fc1.bias"])), p["fc2.weight"], p["fc2.bias"])
+
+
+def normed(x, p, name):
+    return layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
+
+
+def mixed(x, p, config):
+    """One of the four mixers, by torch's and timm's own functions."""
+    B, N, D = x.shape
+    if config.mixer == "mlp":
+        return perceptron(x.transpose(1, 2), p).transpose(1, 2)
+    if config.mixer == "conv":
+        image = x.transpose(1, 2).reshape(B, D, *config.grid)
+        y = conv2d(image, p["depthwise.weight"], p["depthwise.bias"], padding=1, groups=D)
+        y = y.flatten(2).transpose(1, 2)
+    elif config.mixer == "gpsa":
+        return functional_call(GPSA(D, config.num_heads), p, x)
+    else:
+        qkv = linear(x, p["qkv.weight"]).reshape(B, N, 3, config.num_heads, -1)
+        y = scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        y = y.transpose(1, 2).flatten(2)
+    return linear(y, p["proj.weight"], p["proj.bias"])
+
+
+def isotropic(mixer):
+    """Everything that the file holds about the network with this mixer, by key."""
+    rng = np.random.default_rng(len(mixer))
+    config = IsotropicConfig(mixer, 0.5, 12, 4, 2, 16, 2, 4, 10, 7)
+    images = rng.standard_normal((3, 2, 12, 12))
+    mask = rng.permuted(np.tile(np.arange(9) < 4, (3, 1)), axis=1)
+    shapes = isotropic_shapes(config)
+    inputs = {k: random_parameter(rng, k, s).astype(np.float64) for k, s in shapes.items()}
+
+    def function(**p):
+        x = conv2d(tensor(images), p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], 4)
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.where(tensor(mask)[..., None], p["mask_token"], x) + p["pos_embed"]
+        for i in range(config.depth):
+            block = below(p, f"blocks.{i}.")
+            x = x + mixed(normed(x, block, "norm1"), below(block, "mix."), config)
+            x = x + perceptron(normed(x, block, "norm2"), below(block, "mlp."))
+        return linear(normed(x, p, "norm"), p["head.weight"], p["head.bias"])
+
+    name = f"isotropic_{mixer}"
+    more = {"config": json.dumps(vars(config)), "images": images, "mask": mask}
+    case = make_case(name, rng, inputs, function)
+    return case | {f"{name}/{key}": value for key, value in more.items()}
+
+
 def jacobian_norms(seed):
     """(layer, ray, scale), at the experiment's weights and inputs."""
     params, rays = lipschitz.draw(seed)
@@ -193,6 +259,8 @@ def main():
     content = {"versions": json.dumps(versions)}
     for name, (inputs, function) in cases.items():
         content |= make_case(name, rng, inputs, function)
+    for mixer in ("attention", "mlp", "conv", "gpsa"):
+        content |= isotropic(mixer)
     for blocks in (0, 2, 3):  # of three: a ViT, a ConViT, and no class token at all
         content |= diversified(blocks)
     content |= {f"lipschitz/{seed}": jacobian_norms(seed) for seed in range(3)}

@@ -31,7 +31,7 @@ class Kernels:
     """
 
     def __init__(self, xp, dtype, precision):
-        self.xp, self.precision = xp, precision
+        self.xp, self.precision, self._array = xp, precision, xp.ndarray
         self.dtype = xp.float32 if dtype == "float32" else xp.float64
         self.operand = xp.uint16 if precision == "bf16" else self.dtype
         self._module = xp.RawModule(code=source(dtype, precision), options=("-std=c++17",))
@@ -44,9 +44,9 @@ class Kernels:
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = self._module.get_function(name)
-        args = tuple(0 if arg is None else arg for arg in args)
+        args = tuple([0 if arg is None else arg for arg in args])
         for arg in args:
-            if hasattr(arg, "flags") and not arg.flags.c_contiguous:
+            if type(arg) is self._array and not arg.flags.c_contiguous:
                 raise ValueError(f"{name} is given an array of strides {arg.strides}")
         function((blocks,), (LANES, warps), args, shared_mem=shared)
 

@@ -31,13 +31,17 @@ class Products:
     def __init__(self, xp, precision):
         self.xp, self.precision = xp, precision
         self._library, self._handle, self._stream = load_cublas(), ctypes.c_void_p(), None
+        self._product, self._plans = self._library.cublasGemmStridedBatchedEx, {}
         self._call("cublasCreate_v2", ctypes.byref(self._handle))
         self._workspace = xp.empty((WORKSPACE,), xp.uint8)
 
     def _call(self, name, *args):
         if status := getattr(self._library, name)(*args):
-            status = {3: "CUBLAS_STATUS_ALLOC_FAILED"}.get(status, f"status {status}")
-            raise RuntimeError(f"{name} of cuBLAS: {status}")
+            self._fail(name, status)
+
+    def _fail(self, name, status):
+        status = {3: "CUBLAS_STATUS_ALLOC_FAILED"}.get(status, f"status {status}")
+        raise RuntimeError(f"{name} of cuBLAS: {status}")
 
     def _follow(self):
         """Makes cuBLAS work on the current stream, with memory of its own for it."""
@@ -55,36 +59,39 @@ class Products:
         One of the last two axes of each lies element by element; the axes before them are one or
         two with a common stride. out has the last axis so. Nothing is copied.
         """
-        (m, k), n = a.shape[-2:], b.shape[-1]
         if out is None:
             kind = self.xp.float64 if a.dtype == self.xp.float64 else self.xp.float32
-            out = self.xp.empty((*a.shape[:-1], n), kind)
-        is_double = out.dtype == self.xp.float64
-        compute = COMPUTE_FLOAT64 if is_double else COMPUTE_FLOAT32
-        if self.precision == "tf32" and a.dtype == self.xp.float32:
-            compute = COMPUTE_TF32
-        number = ctypes.c_double if is_double else ctypes.c_float
-        operation_a, lda, stride_a = _layout(a)
-        operation_b, ldb, stride_b = _layout(b)
-        operation_out, ldc, stride_out = _layout(out)
-        if operation_out or a.shape[:-2] != b.shape[:-2] or b.shape[-2] != k:
-            raise ValueError(f"no product of {a.shape} and {b.shape} into strides {out.strides}")
+            out = self.xp.empty((*a.shape[:-1], b.shape[-1]), kind)
+        key = a.shape, a.strides, b.shape, b.strides, out.strides, a.dtype
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(a, b, out)
+        number, sizes, of_b, of_a, of_out = plan
         self._follow()
-        kind = self._kind(a)
-        self._call(  # cuBLAS counts down columns: it computes the transpose, b^T a^T
-            "cublasGemmStridedBatchedEx", self._handle, operation_b, operation_a, n, m, k,
-            ctypes.byref(number(alpha)), ctypes.c_void_p(b.data.ptr), kind, ldb, stride_b,
-            ctypes.c_void_p(a.data.ptr), kind, lda, stride_a,
-            ctypes.byref(number(1.0 if add else 0.0)), ctypes.c_void_p(out.data.ptr),
-            FLOAT64 if is_double else FLOAT32, ldc, stride_out, prod(a.shape[:-2]), compute,
-            AUTOMATIC,
+        status = self._product(
+            self._handle, *sizes, ctypes.byref(number(alpha)), ctypes.c_void_p(b.data.ptr), *of_b,
+            ctypes.c_void_p(a.data.ptr), *of_a, ctypes.byref(number(add)),
+            ctypes.c_void_p(out.data.ptr), *of_out, AUTOMATIC,
         )  # fmt: skip
+        if status:
+            self._fail("cublasGemmStridedBatchedEx", status)
         return out
 
-    def _kind(self, x):
-        if x.dtype == self.xp.uint16:
-            return BFLOAT16
-        return FLOAT64 if x.dtype == self.xp.float64 else FLOAT32
+    def _plan(self, a, b, out):
+        """What a product of these forms tells cuBLAS beside its addresses. cuBLAS counts down
+        columns, so it is asked for the transpose, b^T a^T."""
+        (m, k), n, float64 = a.shape[-2:], b.shape[-1], self.xp.float64
+        (turn_a, *of_a), (turn_b, *of_b), (turn_out, *of_out) = map(_layout, (a, b, out))
+        if turn_out or a.shape[:-2] != b.shape[:-2] or b.shape[-2] != k:
+            raise ValueError(f"no product of {a.shape} and {b.shape} into strides {out.strides}")
+        kind = BFLOAT16 if a.dtype == self.xp.uint16 else FLOAT32
+        kind, kind_out = (FLOAT64, FLOAT64) if a.dtype == float64 else (kind, FLOAT32)
+        compute = COMPUTE_FLOAT64 if a.dtype == float64 else COMPUTE_FLOAT32
+        if self.precision == "tf32" and kind == FLOAT32:
+            compute = COMPUTE_TF32
+        number = ctypes.c_double if a.dtype == float64 else ctypes.c_float
+        of_out += prod(a.shape[:-2]), compute
+        return number, (turn_b, turn_a, n, m, k), (kind, *of_b), (kind, *of_a), (kind_out, *of_out)
 
 
 def _layout(x):
