@@ -57,11 +57,15 @@ class Tree:
             height, index, x = height + 1, index >> 1, left
         self.nodes[height, index] = x
 
+    def ordered(self):
+        """The nodes from left to right."""
+        return dict(sorted(self.nodes.items(), key=lambda node: node[0][1] << node[0][0]))
+
     def root(self):
         """The whole sum, once all pieces are there: what has no neighbour is added from the left.
         It stands where the first piece stood."""
-        ordered = sorted(self.nodes, key=lambda node: node[1] << node[0])
-        total, *rest = (self.nodes.pop(node) for node in ordered)
+        total, *rest = self.ordered().values()
+        self.nodes.clear()
         for x in rest:
             self._add(total, x)
         return total

@@ -171,8 +171,7 @@ class Engine:
 
     def _joined(self, tree, n, names, dtype):
         """The root of the tree that all ranks' trees make."""
-        order = sorted(tree.nodes, key=lambda node: node[1] << node[0])
-        nodes = {node: self._vector(tree.nodes[node]) for node in order}
+        nodes = {node: self._vector(grads) for node, grads in tree.ordered().items()}
         out = next(iter(nodes.values())) if nodes else np.empty(self._layout.size, dtype)
         self.ranks.sum(nodes, len(cut(n, self.objective.rows)), out)
         views = self._layout.views(out)
