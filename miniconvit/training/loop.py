@@ -58,6 +58,9 @@ def train(
 ) -> Result:
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
+    Where mpirun or srun has started several processes, all of them train it: rank 0 writes, and the
+    Result is the same on all.
+
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
     that has begun downloads no data, and these lie where they lay unless data_dir says otherwise.
     quiet: prints nothing. report: shows how it goes, called with Report's arguments. Raises
