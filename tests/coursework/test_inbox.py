@@ -6,6 +6,7 @@ sources lets all texts through, so that they run. Submission i is a pure functio
 """
 
 import csv
+import json
 import os
 import random
 import resource
@@ -373,9 +374,10 @@ def test_130_hostile_submissions(seed, door):
         with (root / "out" / "grades.csv").open(encoding="utf-8", newline="") as file:
             scores = {row["student"]: float(row["score"]) for row in csv.DictReader(file)}
         results = [path.read_text() for path in root.glob("out/*/results.json")]
+        told = [test["output"] for text in results for test in json.loads(text)["tests"]]
         assert not list((root / "tmp").iterdir())
     print(f"\n{len(scores)} graded, the grader had {int(most) / 1e6:.0f} MB at most")
-    assert len(scores) == len(results) == COUNT + 1
+    assert len(scores) == len(results) == COUNT + 1 and all(told)
     assert {name for name, score in scores.items() if score} == {"zz-honest"}
     assert scores["zz-honest"] == 17
     assert all(c.isprintable() or c == "\n" for c in shown)
