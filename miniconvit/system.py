@@ -18,10 +18,33 @@ from .errors import UserError
 MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
 MOST_JSON_DEPTH = 20
 
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun"),
+    ("PMI_SIZE", "PMI_RANK", "mpirun"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
+)
+"""Variables that say how many processes a launcher has started, and which of them this one is."""
+"""Variables that say how many processes a launcher has started, and which of them this one is."""
+
 
 def available_threads(cgroup="/sys/fs/cgroup"):
-    """Cores that this process may use: its affinity, and a container's quota rounded up."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """How many cores this process may use: its affinity, and a container's quota rounded up."""
+    return limited(len(available_cores()), cgroup)
+
+
+def available_cores(untie=False):
+    """The numbers of the cores that this process may use: its affinity. untie: first takes back
+    what its launcher has tied it to, as far as the system allows."""
+    if not hasattr(os, "sched_getaffinity"):
+        return set(range(os.cpu_count()))
+    if untie:
+        with suppress(OSError):
+            os.sched_setaffinity(0, range(os.cpu_count()))
+    return os.sched_getaffinity(0)
+
+
+def limited(count, cgroup="/sys/fs/cgroup"):
+    """A number of cores, or a container's quota, rounded up, where that is less."""
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
         with suppress(OSError, ValueError):  # not this version, or no limit: the word "max"
             words = " ".join(Path(cgroup, file).read_text() for file in files).split()
@@ -29,6 +52,15 @@ def available_threads(cgroup="/sys/fs/cgroup"):
             if quota > 0:  # else no limit: -1
                 count = min(count, max(1, ceil(quota / period)))
     return count
+
+
+def launched():
+    """(how many processes a launcher has started, which of them this is, the launcher's name);
+    (1, 0, None) where there was none."""
+    for size, rank, launcher in LAUNCHERS:
+        if os.environ.get(size, "").isdecimal() and int(os.environ[size]) > 1:
+            return int(os.environ[size]), int(os.environ.get(rank, 0)), launcher
+    return 1, 0, None
 
 
 def numpy_blas():

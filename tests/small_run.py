@@ -3,7 +3,8 @@
 `python small_run.py train ...` is `miniconvit train ...` on 8x8 images. Environment: SAVE_SECONDS
 is the time between saves; KILL_AT=k makes the process kill itself at its k-th disk event. These are
 the moments before a flush to the disk (with the file's last bytes cut off, as a crash may leave it)
-and before and after a rename.
+and before and after a rename. SIGNAL_AT=r:k:s sends rank r, of several that were started together,
+the signal s after step k.
 """
 
 import os
@@ -17,6 +18,7 @@ import miniconvit.training.loop as training
 from miniconvit.cli import data, main
 from miniconvit.cli import eval as evaluation
 from miniconvit.data import ImageArray, Split
+from miniconvit.system import launched
 from miniconvit.training import run
 
 OPTIONS = {
@@ -44,6 +46,12 @@ def stop_after(patch, step, signum=signal.SIGINT):
             signal.raise_signal(signum)
 
     patch.setattr(training, "train_step", stopping)
+
+
+def signal_at(rank, step, signum):
+    """Sends one rank a signal after the given step."""
+    if launched()[1] == rank:
+        stop_after(SimpleNamespace(setattr=setattr), step, signum)
 
 
 def small_dataset(*_args, **_kwargs):
@@ -113,5 +121,7 @@ def command(argv, save_seconds=training.SAVE_SECONDS):
 
 
 if __name__ == "__main__":
+    if "SIGNAL_AT" in os.environ:
+        signal_at(*map(int, os.environ["SIGNAL_AT"].split(":")))
     kill_at(int(os.environ.get("KILL_AT", "0")))
     command(sys.argv[1:], float(os.environ.get("SAVE_SECONDS", training.SAVE_SECONDS)))

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ..errors import UserError, missing, unusable
 try:
     import click
 
+    from ..system import launched
     from .checkout import check_copy
     from .options import Group
 except ImportError as error:
@@ -34,6 +35,8 @@ COMMANDS = (
     "coursework",
     "doctor",
 )
+TOGETHER = ("train", "doctor")
+"""What may be started several times at once, by a launcher of ranks."""
 
 
 class Program(Group):
@@ -43,6 +46,12 @@ class Program(Group):
         return COMMANDS
 
     def get_command(self, ctx, cmd_name):
+        size, _, launcher = launched()
+        if size > 1 and cmd_name in COMMANDS and cmd_name not in TOGETHER:
+            raise UserError(
+                f"started {size} times by {launcher}, and only train shares its work: start "
+                f"{cmd_name} without {launcher}"
+            )
         if cmd_name in COMMANDS:
             return import_module(f".{cmd_name}", __name__).command
         return None
@@ -63,7 +72,11 @@ def main(argv=None, name="miniconvit"):
 
     name: how the program was called, for its help and hints.
     """
-    sys.exit(_run(argv, name))
+    if launched()[1] == 0:
+        sys.exit(_run(argv, name))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        status = _run(argv, name)  # rank 0 speaks for all
+    sys.exit(status)
 
 
 def _run(argv, name):

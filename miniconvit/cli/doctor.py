@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
@@ -12,6 +12,8 @@ import numpy as np
 
 from .. import __version__
 from ..engine.cuda import examine_cuda
+from ..engine.ranks import import_mpi
+from ..errors import UserError
 from ..system import available_threads, numpy_blas
 from ..training.report import table
 from .options import Command, json_option, print_json
@@ -50,6 +52,7 @@ def examine():
         "memory_gb": _memory_gb(),
         "matmul_ms": round(milliseconds, 2),
         "matmul_gflops": round(2 * MATMUL**3 / milliseconds / 1e6, 1),
+        "mpi": _mpi(),
     }
     found |= examine_cuda()
     return found | {"verdict": _verdict(found)}
@@ -64,6 +67,17 @@ def _matmul_ms():
         a @ a
         times.append(time.perf_counter() - began)
     return 1000 * min(times)
+
+
+def _mpi():
+    """The MPI that ranks would use, or None. It is not initialised: that may leave files behind."""
+    try:
+        MPI = import_mpi("doctor needs none")
+        number = version("mpi4py")
+    except (UserError, PackageNotFoundError):
+        return None
+    vendor, numbers = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, numbers))} (mpi4py {number})"
 
 
 def _memory_gb():

@@ -8,6 +8,7 @@ from shlex import quote
 
 import click
 
+from ..engine.ranks import find_ranks
 from ..training.interrupt import Diverged, Interrupted
 from ..training.loop import train
 from ..training.report import draw_curves, duration, table, text_curve
@@ -48,14 +49,13 @@ def command(ctx, data_dir, no_download, device, workers, out, resume, quiet, **f
     train/CLASS/NAME.jpg and val/CLASS/NAME.jpg. Without val, a tenth of train is held out.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    if "init_from" in given and Path(given["init_from"]).exists():
-        given["init_from"] = abspath(given["init_from"])  # a published name stays as it is
-    out = out or default_out(make_settings(**given), resume)
-    settings = stored_settings(out) if resume else None
-    if settings is None:
-        settings = make_settings(**given)
-    else:
-        refuse_difference(settings, given, out)
+    ranks = find_ranks()
+    ranks.same(
+        (given, str(out), resume),
+        "{1} has other options than {0}: start all ranks alike, and runs of their own without "
+        "mpirun or srun",
+    )
+    out, settings = ranks.first(_chosen, given, out, resume)
     try:
         result = train(
             settings,
@@ -77,8 +77,21 @@ def command(ctx, data_dir, no_download, device, workers, out, resume, quiet, **f
     except Diverged as reason:
         click.echo(f"Error: {reason}", err=True)
         return 1
-    _summarise(ctx, result, data_dir)
+    if ranks.rank == 0:
+        _summarise(ctx, result, data_dir)
     return 0
+
+
+def _chosen(given, out, resume):
+    """The run's folder and Settings."""
+    if "init_from" in given and Path(given["init_from"]).exists():
+        given["init_from"] = abspath(given["init_from"])  # a published name stays as it is
+    out = out or default_out(make_settings(**given), resume)
+    settings = stored_settings(out) if resume else None
+    if settings is None:
+        return out, make_settings(**given)
+    refuse_difference(settings, given, out)
+    return out, settings
 
 
 def _where(data_dir):

@@ -41,6 +41,9 @@ class BrokenImage(UserError):
         super().__init__(text)
         self.reason = reason
 
+    def __reduce__(self):  # from one process to another
+        return BrokenImage, (str(self), self.reason)
+
 
 def require_pillow(who):
     """Raises UserError, with the line that helps, where Pillow is missing, too old or damaged."""

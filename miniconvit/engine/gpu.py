@@ -63,6 +63,10 @@ class DeviceEngine:
                 self._model = kernels.Model(self.objective.config, found)
         return self._model, self._buffers
 
+    def span(self, n):
+        """(start, stop) of what this engine computes of n images: all."""
+        return 0, n
+
     def loss_and_grads(self, load, n, params, seed=0, step=0):
         """As Engine's, but the numbers are scalar arrays on the device.
 

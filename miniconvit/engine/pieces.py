@@ -4,7 +4,10 @@ The pieces' size and the order of the sum depend on the model and the batch alon
 computes which piece, so any number of workers and machines gives the same bits.
 """
 
-from math import ceil
+from itertools import accumulate
+from math import ceil, prod
+
+import numpy as np
 
 from .. import layers
 from ..errors import UserError
@@ -54,11 +57,44 @@ class Tree:
             height, index, x = height + 1, index >> 1, left
         self.nodes[height, index] = x
 
+    def ordered(self):
+        """The nodes from left to right."""
+        return dict(sorted(self.nodes.items(), key=lambda node: node[0][1] << node[0][0]))
+
     def root(self):
         """The whole sum, once all pieces are there: what has no neighbour is added from the left.
         It stands where the first piece stood."""
-        ordered = sorted(self.nodes, key=lambda node: node[1] << node[0])
-        total, *rest = (self.nodes.pop(node) for node in ordered)
+        total, *rest = self.ordered().values()
+        self.nodes.clear()
         for x in rest:
             self._add(total, x)
         return total
+
+
+class Layout:
+    """How arrays of these shapes lie in one vector: in their order, each at the begin of a line of
+    the cache. size: the vector's length."""
+
+    LINE = 16  # numbers
+
+    def __init__(self, shapes):
+        self._shapes = shapes
+        spaces = [ceil(prod(shape) / self.LINE) * self.LINE for shape in shapes.values()]
+        *self._begins, self.size = accumulate(spaces, initial=0)
+
+    def views(self, vector):
+        """{name: array} of what lies in a vector."""
+        named = zip(self._begins, self._shapes.items(), strict=True)
+        return {
+            name: vector[begin : begin + prod(shape)].reshape(shape)
+            for begin, (name, shape) in named
+        }
+
+    def packed(self, arrays, xp=np):
+        """A vector with copies of some or all of these arrays, and zeros."""
+        dtype = next(iter(arrays.values())).dtype
+        vector = xp.zeros(self.size, dtype)
+        views = self.views(vector)
+        for name, array in arrays.items():
+            views[name][...] = array
+        return vector

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..arguments import check_params
 from ..errors import UserError
-from .pieces import PIECE_ROWS, cut, kernels
+from .pieces import PIECE_ROWS, kernels
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
@@ -47,6 +47,8 @@ class LostWorker(UserError):
 class LostUpdate(UserError):
     """The same in the middle of an update: no one knows which parameters are new."""
 
+    everywhere = False  # other ranks know nothing of it
+
 
 def can_fork():
     """Whether workers can be processes here. macOS has fork, but not beside its own libraries."""
@@ -62,13 +64,13 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, objective, workers, blocks=kernels):
-        super().__init__(objective, 1, blocks)
+    def __init__(self, objective, workers, blocks=kernels, ranks=None):
+        super().__init__(objective, 1, blocks, ranks)
         self.workers = workers
         self._shapes = objective.shapes
         images = max(1, PIECE_ROWS // objective.rows)
         self._in_size = _space([(images, *shape) for shape in objective.inputs])
-        self._out_size = max(_space(self._shapes.values()), _space([(images, *objective.output)]))
+        self._out_size = max(NUMBER * self._layout.size, _space([(images, *objective.output)]))
         self._most_slots = workers + SPARE_PIECES + DEPTH
         self._memory, self._shared = None, {}  # _shared: {place: {name: array}}, given out
         self._workers = {}  # our end of a pipe to the process's id
@@ -97,13 +99,11 @@ class ProcessEngine(Engine):
 
     def loss_and_grads(self, load, n, params, seed=0, step=0):
         """As Engine's."""
-        if len(cut(n, self.objective.rows)) <= 1:
+        if len(self.pieces(n)) <= 1:
             return super().loss_and_grads(load, n, params, seed, step)
         options = n, seed, step
         with closing(self._answers(self._train, options, load, n, params)) as answers:
-            *numbers, (_, grads) = self._summed(answers)
-        dtype = next(iter(grads.values())).dtype.str
-        self._share_out(self._add_shares, grads, self._put_off, dtype)
+            *numbers, grads = self._summed(answers, n)
         self._shared[GRADS] = grads
         return *numbers, grads
 
@@ -146,20 +146,36 @@ class ProcessEngine(Engine):
 
     def logits(self, load, n, params):
         """As Engine's."""
-        if len(cut(n, self.objective.rows)) <= 1:
+        if len(self.pieces(n)) <= 1:
             return super().logits(load, n, params)
         with closing(self._answers(self._infer, (), load, n, params)) as answers:
-            found = {index: y.copy() for index, y in answers}
-        return np.concatenate([found[index] for index in sorted(found)])
+            return self._together(answers)
+
+    def _grow(self, tree, answers):
+        """As Engine's. What was put off, alone the rest of the sum, is done by the workers."""
+        found = super()._grow(tree, answers)
+        grads = next(iter(tree.nodes.values()), None)
+        if isinstance(grads, _Gradients):
+            if self.ranks.size == 1:
+                tree.nodes[0, 0] = tree.root()
+            dtype = next(iter(grads.values())).dtype.str
+            self._share_out(self._add_shares, grads, self._put_off, dtype)
+        return found
 
     def _add(self, left, right):
-        """As Engine's, of pairs (place, gradients). What the last piece completes is put off for
-        the workers, each its share: they have nothing else."""
+        """As Engine's. What the last piece completes is put off for the workers, each its share:
+        they have nothing else."""
         if self._put_off is not None:
-            self._put_off.append((left[0], right[0]))
+            self._put_off.append((left.place, right.place))
         else:
-            super()._add(left[1], right[1])
-            self._slots.append(right[0] - SLOTS)
+            super()._add(left, right)
+            self._slots.append(right.place - SLOTS)
+
+    def _vector(self, node):
+        """As Engine's; what lies in the shared memory is one already."""
+        if not isinstance(node, _Gradients):
+            return super()._vector(node)
+        return self._vector_at(node.place, next(iter(node.values())).dtype)
 
     def _share_out(self, work, params, *arguments):
         """Has each worker do this work for its share of the parameters."""
@@ -173,8 +189,8 @@ class ProcessEngine(Engine):
             raise
 
     def _answers(self, work, options, load, n, params):
-        """(index, what the workers have found) for each piece of n images, as they come: numbers
-        and (place, gradients), until its slot is given back, or answers, until the next one."""
+        """(index, what the workers have found) for each of this rank's pieces, as they come:
+        numbers and gradients, until their slot is given back, or an answer, until the next one."""
         if not self._workers:
             self._start()
         dtype = next(iter(params.values())).dtype
@@ -184,7 +200,7 @@ class ProcessEngine(Engine):
             check_params(params, self._shapes)
             for name, shared in self._tensors(GIVEN, dtype).items():
                 shared[...] = params[name]
-        pieces = cut(n, self.objective.rows)
+        indices, pieces = zip(*self.pieces(n).items(), strict=True)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
         self._slots, self._put_off = list(range(self._most_slots)), None
         sent, found, running = 0, 0, {}  # running: connection to [(index, slot, place)]
@@ -196,7 +212,7 @@ class ProcessEngine(Engine):
                     loaded = load(*pieces[sent])
                     arrays = self._put(slot, loaded if isinstance(loaded, tuple) else (loaded,))
                     place = GRADS if work == self._train and sent == 0 else SLOTS + slot
-                    running.setdefault(connection, []).append((sent, slot, place))
+                    running.setdefault(connection, []).append((indices[sent], slot, place))
                     where = given, slot, arrays, place, dtype.str
                     self._ask(connection, work, options, pieces[sent], *where)
                     sent += 1
@@ -248,9 +264,10 @@ class ProcessEngine(Engine):
             begin += _aligned(np.dtype(dtype).itemsize * prod(shape))
 
     def _tensors(self, place, dtype):
-        described = [(shape, dtype) for shape in self._shapes.values()]
-        views = self._views(place * self._out_size, described)
-        return dict(zip(self._shapes, views, strict=True))
+        return self._layout.views(self._vector_at(place, dtype))
+
+    def _vector_at(self, place, dtype):
+        return np.frombuffer(self._memory, dtype, self._layout.size, place * self._out_size)
 
     def _lie_at(self, place, arrays):
         """Whether these are the arrays of that place that were given out."""
@@ -263,7 +280,7 @@ class ProcessEngine(Engine):
             return next(self._views(place * self._out_size, [(answer[0], dtype)]))
         numbers, names = answer
         tensors = self._tensors(place, dtype)
-        return numbers, (place, {name: tensors[name] for name in names})
+        return numbers, _Gradients(place, {name: tensors[name] for name in names})
 
     # the workers
 
@@ -349,6 +366,14 @@ class ProcessEngine(Engine):
         optimizer.exp_avg_sq = self._tensors(EXP_AVG_SQ, dtype)
         params, grads = self._tensors(PARAMS, dtype), self._tensors(GRADS, dtype)
         optimizer.step({name: params[name] for name in names}, grads, lr)
+
+
+class _Gradients(dict):
+    """Gradients by name that lie at a place in the shared memory."""
+
+    def __init__(self, place, arrays):
+        super().__init__(arrays)
+        self.place = place
 
 
 def _end(workers, owner):

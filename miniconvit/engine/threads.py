@@ -2,12 +2,12 @@
 
 import ctypes
 import weakref
-from collections import deque
+from collections import ChainMap, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import reduce
 from math import inf
-from operator import add
+from operator import add, itemgetter
 from threading import Lock
 
 import numpy as np
@@ -16,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from ..errors import UserError
 from ..optim import clip_grad_norm, update_average
 from ..system import available_threads
-from .pieces import Tree, cut, inference, kernels
+from .pieces import Layout, Tree, cut, inference, kernels
+from .ranks import Ranks
 
 
 def keep_freed_memory():
@@ -60,14 +61,16 @@ class Engine:
 
     workers: threads, by default on all available cores; BLAS runs at one thread inside each.
     blocks: what the model's blocks run on, by default the kernels for the CPU.
+    ranks: with whom this engine shares each batch, by default nobody. They call it alike.
     Use as a context manager, or close() it; after that every use raises UserError.
     """
 
     xp = np
     steps_between_reads = 1
 
-    def __init__(self, objective, workers=None, blocks=kernels):
-        self.objective, self.blocks = objective, blocks
+    def __init__(self, objective, workers=None, blocks=kernels, ranks=None):
+        self.objective, self.blocks, self.ranks = objective, blocks, ranks or Ranks()
+        self._layout = Layout(objective.shapes)
         self._inference = inference if blocks is kernels else blocks
         self.workers = workers or available_threads()
         keep_freed_memory()
@@ -91,13 +94,23 @@ class Engine:
     def __exit__(self, *exception):
         self.close()
 
+    def pieces(self, n):
+        """{index: (start, stop)} of those pieces of n images that this rank computes."""
+        pieces = cut(n, self.objective.rows)
+        return {index: pieces[index] for index in self.ranks.share(len(pieces))}
+
+    def span(self, n):
+        """(start, stop) of all of them."""
+        pieces = list(self.pieces(n).values())
+        return (pieces[0][0], pieces[-1][1]) if pieces else (0, 0)
+
     def _map(self, function, n):
-        """function(start, stop) of every piece of n images, in order.
+        """function(start, stop) of each of this rank's pieces of n images, in order.
 
         Only `workers` + 1 results wait at a time, so that memory does not grow with the batch.
         """
         self._require_open()
-        pieces = cut(n, self.objective.rows)
+        pieces = self.pieces(n).values()
         if self._pool is None:
             for piece in pieces:
                 yield function(*piece)
@@ -126,7 +139,7 @@ class Engine:
         def run(start, stop):
             return self._step(load(start, stop), start, stop, n, params, seed, step)
 
-        return self._summed(enumerate(self._map(run, n)))
+        return self._summed(zip(self.pieces(n), self._map(run, n), strict=True), n)
 
     def _step(self, batch, start, stop, n, params, seed, step):
         """A piece's numbers and gradients."""
@@ -134,18 +147,39 @@ class Engine:
         numbers, grads = self.objective.step(batch, params, share, start, seed, step, self.blocks)
         return [number.item() for number in numbers], grads
 
-    def _summed(self, answers):
-        """The sums of the pieces' numbers, in their order, and of their gradients, up the tree.
+    def _summed(self, answers, n):
+        """The sums of all pieces' numbers, in their order, and of their gradients, up the tree.
 
-        answers: (index, (numbers, gradients)) of every piece.
+        answers: (index, (numbers, gradients)) of each of this rank's pieces of n images.
         """
-        numbers, tree = {}, Tree(self._add)
+        tree = Tree(self._add)
+        found = self.ranks.each(self._grow, tree, answers, patience=None)
+        numbers = dict(ChainMap(*found))
+        columns = zip(*(numbers[index][0] for index in sorted(numbers)), strict=True)
+        grads = tree.root() if self.ranks.size == 1 else self._joined(tree, n, *numbers[0][1:])
+        return *(reduce(add, column) for column in columns), grads
+
+    def _grow(self, tree, answers):
+        """Puts the gradients of this rank's pieces into a tree. Returns {index: (numbers, names of
+        the gradients, their dtype)}."""
+        numbers = {}
         for index, (found, grads) in answers:
-            numbers[index] = found
+            numbers[index] = found, tuple(grads), next(iter(grads.values())).dtype.str
             tree.put(0, index, grads)
             del grads  # before the next piece is waited for
-        columns = zip(*(numbers[index] for index in sorted(numbers)), strict=True)
-        return *(reduce(add, column) for column in columns), tree.root()
+        return numbers
+
+    def _joined(self, tree, n, names, dtype):
+        """The root of the tree that all ranks' trees make."""
+        nodes = {node: self._vector(grads) for node, grads in tree.ordered().items()}
+        out = next(iter(nodes.values())) if nodes else np.empty(self._layout.size, dtype)
+        self.ranks.sum(nodes, len(cut(n, self.objective.rows)), out)
+        views = self._layout.views(out)
+        return {name: views[name] for name in names}
+
+    def _vector(self, node):
+        """A node's gradients as one vector."""
+        return self._layout.packed(node)
 
     def _add(self, left, right):
         """Adds gradients to those of the pieces before."""
@@ -185,7 +219,16 @@ class Engine:
             batch = loaded if isinstance(loaded, tuple) else (loaded,)
             return self.objective.answer(batch, params, self._inference)
 
-        return np.concatenate(list(self._map(run, n)))
+        return self._together(zip(self.pieces(n), self._map(run, n), strict=True))
+
+    def _together(self, answers):
+        """All ranks' answers, in their order. answers: (index, answer) of this rank's pieces."""
+
+        def kept():
+            return sorted(((index, y.copy()) for index, y in answers), key=itemgetter(0))
+
+        found = self.ranks.each(kept, patience=None)
+        return np.concatenate([y for part in found for _, y in part])
 
     def memory_mb(self):
         """What other processes hold for this engine, in MB: there are none."""

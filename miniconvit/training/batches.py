@@ -42,7 +42,17 @@ def _batches_of_a_pass(run, number, steps):
         indices, copies = divmod(draws, s.repeats)
         return images.training_view(indices, s.seed, number, s.augment, copies)
 
-    with closing(feed(view, drawn, images.loaders(run.engine.workers))) as fed:
+    def spans(n):
+        """What this rank computes, and where images are mixed their partners."""
+        first, last = run.engine.span(n)
+        if not (s.mixup or s.cutmix or s.patch_mixing):
+            return [(first, last)]
+        if max(first, n - last) < min(last, n - first):  # they overlap
+            return [(min(first, n - last), max(last, n - first))]
+        return [(first, last), (n - last, n - first)]
+
+    loaders = images.loaders(run.engine.workers)
+    with closing(feed(view, drawn, loaders, spans)) as fed:
         for step, draws, pixels in zip(steps, drawn, fed, strict=True):
             yield _batch(run, step, draws, pixels)
 

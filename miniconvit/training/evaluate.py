@@ -32,7 +32,10 @@ def evaluate(
     n, images = len(split.labels), split.images
     chunks = [range(n)[first : first + images.CHUNK] for first in range(0, n, images.CHUNK)]
     workers = images.loaders(engine.workers)
-    with closing(feed(lambda part: images[part.start : part.stop], chunks, workers)) as fed:
+    fed = feed(
+        lambda part: images[part.start : part.stop], chunks, workers, lambda n: [engine.span(n)]
+    )
+    with closing(fed):
         for chunk, pixels in zip(chunks, fed, strict=True):
             between_chunks()
             labels = split.labels[chunk.start : chunk.stop]

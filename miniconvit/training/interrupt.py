@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and has saved itself. signal: the signal's number."""
 
+    everywhere = True  # raised on all ranks alike
+
     def __init__(self, signum, step):
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
         self.signal, self.step = signum, step
@@ -16,6 +18,8 @@ class Interrupted(KeyboardInterrupt):
 
 class Diverged(ArithmeticError):
     """The loss, a gradient or a parameter is not finite; the last good checkpoint stays."""
+
+    everywhere = True  # raised on all ranks alike
 
 
 def diverged(finding, step, epoch, last):

@@ -5,16 +5,20 @@ import warnings
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+import numpy as np
 
 from ..analysis.readings import reading_images, readings
 from ..arrays import to_cpu
 from ..checkpoints.checkpoint import not_finite
 from ..data import BrokenImage
 from ..engine.processes import LostWorker
+from ..engine.ranks import find_ranks
 from ..errors import UserError
 from .batches import batches
 from .evaluate import evaluate
@@ -54,6 +58,9 @@ def train(
 ) -> Result:
     """Trains a model by these Settings and keeps everything in the folder `out`. Returns a Result.
 
+    Where mpirun or srun has started several processes, all of them train it: rank 0 writes, and the
+    Result is the same on all.
+
     resume: goes on with the run in `out`, to the bit, or begins it where nothing was saved; a run
     that has begun downloads no data, and these lie where they lay unless data_dir says otherwise.
     quiet: prints nothing. report: shows how it goes, called with Report's arguments. Raises
@@ -62,8 +69,9 @@ def train(
     step is done and saved; Diverged where the loss is not finite, which on a GPU is looked for
     every 50 steps.
     """
-    how = resume, data_dir, download, workers, device, quiet, report
-    with open_run(settings, out, *how) as (run, state, lines):
+    ranks = find_ranks()
+    how = resume, data_dir, download, workers, device, quiet, report, ranks
+    with ranks.guard(), open_run(settings, out, *how) as (run, state, lines):
         try:
             was_finished = state.epoch == run.schedule.epochs
             run.say(*lines)
@@ -80,8 +88,8 @@ def train(
             raise
         finally:
             run.report.close()
-        rows = run.folder.rows(state.epoch)
-        run.folder.log(f"finished after step {state.step}")
+        rows = ranks.first(run.folder.rows, state.epoch)
+        ranks.first(run.folder.log, f"finished after step {state.step}")
         best, has_test = rows[state.best["epoch"] - 1], run.dataset.test is not None
         return Result(run.folder.path, state.step, rows, best, was_finished, has_test)
 
@@ -99,9 +107,7 @@ def train_epoch(run: Run, state: TrainingState) -> None:
                 count(run, state)
             images += run.schedule.batch_size
             seconds += time.perf_counter() - step_began
-            stop_if_asked(run, state)
-            if time.perf_counter() - saved_at > SAVE_SECONDS:
-                save(run, state)
+            if stop_if_asked(run, state, time.perf_counter() - saved_at > SAVE_SECONDS):
                 saved_at = time.perf_counter()
             step_began = time.perf_counter()
     finish_epoch(run, state, images / seconds if images else 0.0, began)
@@ -179,24 +185,32 @@ def finish_epoch(run: Run, state: TrainingState, images_per_second: float, began
     }
     if state.best is None or val_top1 > state.best["val_top1"]:
         state.best = {"epoch": state.epoch, "val_top1": val_top1}
-        state.save_best(run.folder.best, run.config, run.about)
-    run.folder.append_metrics(row)
+        run.ranks.first(state.save_best, run.folder.best, run.config, run.about)
+    run.ranks.first(run.folder.append_metrics, row)
     state.sums = no_sums()
     save(run, state)
-    run.folder.log(epoch_line(row))
+    run.ranks.first(run.folder.log, epoch_line(row))
     try:
         run.report.epoch(row)
     except BrokenPipeError:  # a Ctrl-C that stopped the reader too is answered first
-        stop_if_asked(run, state)
+        if run.requests:
+            raise Interrupted(run.requests[0], state.step) from None
         raise
 
 
 def save(run: Run, state: TrainingState) -> None:
-    """Writes last.safetensors. Raises Diverged rather than keep what is not finite."""
+    """Writes last.safetensors. Raises Diverged rather than keep what is not finite, and UserError
+    where the parameters of two ranks are not the same."""
     count(run, state)
-    if problem := not_finite(to_cpu(state.params)):
+    params = to_cpu(state.params)
+    if problem := not_finite(params):
         raise diverged(problem, state.step, state.epoch, run.folder.last)
-    state.save(run.folder.last, run.settings, run.config, run.about)
+    run.ranks.same(
+        run.ranks.size > 1 and checksum(params),
+        "the parameters of {1} have become others than those of {0}, and were not saved: a machine "
+        "computes wrongly, or its NumPy is another",
+    )
+    run.ranks.first(state.save, run.folder.last, run.settings, run.config, run.about)
 
 
 @contextmanager
@@ -213,8 +227,21 @@ def saving(run, state):
         ) from reason
 
 
-def stop_if_asked(run: Run, state: TrainingState) -> None:
-    """Saves and raises Interrupted where a signal has come."""
-    if run.requests:
+def stop_if_asked(run: Run, state: TrainingState, is_due: bool = False) -> bool:
+    """Saves where that is due by rank 0's clock, and returns whether it was; saves and raises
+    Interrupted where a signal has come, to whichever rank."""
+    answers = run.ranks.all((run.requests[:1], is_due))
+    requests = [signum for asked, _ in answers for signum in asked]
+    _, is_due = answers[0]
+    if requests or is_due:
         save(run, state)
-        raise Interrupted(run.requests[0], state.step)
+    if requests:
+        raise Interrupted(requests[0], state.step)
+    return is_due
+
+
+def checksum(params: dict[str, Any]) -> int:
+    """A number that changes with any bit of the parameters."""
+    return reduce(
+        lambda found, value: crc32(np.ascontiguousarray(value), found), params.values(), 0
+    )

@@ -253,3 +253,10 @@ class RunFolder:
                 raise OSError("the disk is full")
         except OSError as error:
             raise UserError(cannot_write(file.name, error)) from error
+
+
+class UnwrittenFolder(RunFolder):
+    """The folder of a run for those of its processes that write nothing."""
+
+    def log(self, text):
+        """Nothing: another process does."""

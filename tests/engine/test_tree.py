@@ -42,6 +42,17 @@ def test_whoever_adds_what_in_whatever_order_the_bits_are_the_same(contiguous):
         assert len(whole.nodes) == 0
 
 
+def test_a_sum_stands_where_its_first_piece_stood():
+    """And sums that have no neighbour are in order: here 3, 4 to 7, and 8."""
+    pieces = np.arange(9.0)[:, None]
+    for order in ((8, 7, 3, 6, 4, 5), (3, 4, 5, 6, 7, 8)):
+        tree = Tree(added)
+        for index in order:
+            tree.put(0, index, pieces[index].copy() if index != 4 else (four := pieces[4].copy()))
+        assert list(tree.ordered()) == [(0, 3), (2, 1), (0, 8)]
+        assert tree.nodes[2, 1] is four and four == 4 + 5 + 6 + 7
+
+
 def test_an_even_share_is_one_node():
     """So that as little as possible is sent: the volume of an all-reduce."""
     for n, ranks in ((4, 2), (16, 4), (64, 8), (64, 64)):
