@@ -1,27 +1,33 @@
-"""CUDA against the CPU for correctness, then against timm's ConViT on PyTorch for speed.
+"""CUDA against the CPU for correctness, then against timm's ConViT on PyTorch for speed, then
+CIFAR-10 by the recipe cifar10-gpu.
 
     pip install '.[cuda13,bench]'
-    python benchmarks/cuda.py benchmarks/results/cuda [--minutes 8]
+    python benchmarks/cuda.py FOLDER [--minutes 8] [--data-dir DATA]
 
 Start it again until it says that all is done: a run stops before its time is over and the next one
 picks up where it stopped, on the same machine and versions. The checks come first, and nothing is
-measured where one fails (exit status 1). Then the most telling rows come first. Every result is
-appended to results.jsonl at once; table.md and table.json are written from that file.
+measured where one fails (exit status 1). Then the most telling rows come first, and what is left of
+the time goes to CIFAR-10, which a later run goes on with. Every result is appended to results.jsonl
+at once; table.md and table.json are written from that file.
 
 A check compares the device with the CPU in the same precision, relative in the norm: every case of
-every layer (output and gradients) and the gradients of a whole model to 1e-10 in float64 and 1e-5
-in float32, the losses of ten training steps to 1e-8 and 1e-3. The functions are the reference's,
-which the engine runs on the device. bf16 is not compared: CuPy has no batched bf16 product, so the
-plain path does not offer it.
+every layer (output and gradients, by CuPy's own functions) and the gradients of a whole model (by
+the kernels) to 1e-10 in float64 and 1e-5 in float32, the losses of ten training steps to 1e-8 and
+1e-3. With products in TF32 and bf16 the gradients are compared with float32's, to 4e-3 and 3e-2. A
+step as a graph must give the bits of the step without.
 
-A measurement is the median time of training steps on random images that lie on the device, each
-step waited for, after a warm-up, all in one process; the peer updates by AdamW(fused=True).
+A measurement is the median time of whole training steps on random images that lie on the device,
+each step waited for, after a warm-up, all in one process. Ours is a graph where one can be
+recorded; the peer updates by AdamW(fused=True). Memory is what each holds of the device's.
 
 No figure in this repository comes from this script yet: it has run on a stand-in for CuPy only.
 """
 
 import gc
 import json
+import os
+import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -36,25 +42,32 @@ import numpy as np
 import miniconvit as mc
 from miniconvit.arrays import to_cpu, to_device
 from miniconvit.config import VARIANTS
-from miniconvit.engine.cuda import examine_cuda, resolve_device
+from miniconvit.engine.cuda import check_precision, examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
 from miniconvit.gradcheck.cases import CASES, FUNCTIONS
+from miniconvit.training.interrupt import Diverged, Interrupted
+from miniconvit.training.loop import train
+from miniconvit.training.settings import make_settings
 
 CHECKED_MODEL = "convit_mini32"
 TOLERANCES = {"float64": (1e-10, 1e-8), "float32": (1e-5, 1e-3)}  # of tensors, of losses
 WARM_UP = 5  # steps
-SECONDS = 10.0  # of steps, for each measurement, and at least MIN_STEPS of them
+SECONDS = 4.0  # of steps, for each measurement, and at least MIN_STEPS of them
 MIN_STEPS = 10
-SHAPES = {  # row: variant, batch, the peer's heads, whether it is compiled too
-    "Ti 32x32 / 4": ("tiny32", 512, 4, True),
-    "Ti 224x224 / 16": ("tiny", 128, 4, True),
-    "S 224x224 / 16": ("small", 128, 9, False),
-    "B 224x224 / 16": ("base", 64, 16, False),
+SHAPES = {  # row: variant, batch, the peer's heads
+    "Ti 32x32 / 4": ("tiny32", 512, 4),
+    "Ti 224x224 / 16": ("tiny", 128, 4),
+    "S 224x224 / 16": ("small", 128, 9),
 }
-OURS, TWIN = "miniconvit fp32", "miniconvit's ViT twin fp32"
-PRECISIONS = ("fp32", "TF32", "bf16")
+OURS, TWIN = "miniconvit", "miniconvit's ViT twin"
+PRECISIONS = {"bf16": "bf16", "TF32": "tf32", "fp32": "float32"}  # the tables' names: ours
+REDUCED = {"tf32": 4e-3, "bf16": 3e-2}  # tolerance of gradients
+RECIPE = "cifar10-gpu"
+CIFAR = f"CIFAR-10 by {RECIPE}"
+LEAST_OF_CIFAR = 1.0  # minutes for which it is begun or gone on with
+MARGIN = 20.0  # seconds in which it is saved
 
 
 def plan():
@@ -64,14 +77,37 @@ def plan():
             yield f"check {layer} {dtype}", partial(check_layer, layer, dtype), 0.5
         yield f"check the model's gradients {dtype}", partial(check_model, dtype), 1.0
         yield f"check ten losses {dtype}", partial(check_losses, dtype), 1.0
-    for row, (variant, batch, heads, compiled) in SHAPES.items():
-        name = f"convit_{variant}"
-        yield f"{row}: {OURS}", partial(measure_ours, name, batch), 1.0
-        for how in ("eager", "compile") if compiled else ("eager",):
-            for precision in PRECISIONS:
-                peer = partial(measure_timm, name, batch, heads, how, precision)
-                yield f"{row}: timm {how} {precision}", peer, 1.0 if how == "eager" else 3.0
-        yield f"{row}: {TWIN}", partial(measure_ours, f"vit_{variant}", batch), 1.0
+    for precision in REDUCED:
+        check = partial(check_model, "float32", precision=precision)
+        yield f"check the model's gradients {precision}", check, 1.0
+    for precision in PRECISIONS.values():
+        yield f"check the graph {precision}", partial(check_graph, precision), 1.0
+    for row in SHAPES:
+        for precision in PRECISIONS:
+            yield _ours(row, precision)
+            yield _peer(row, "eager", precision)
+        yield _twin(row, "bf16")
+    yield from (_peer(row, "compile", "bf16") for row in SHAPES)
+    yield CIFAR, None, LEAST_OF_CIFAR
+    for row in SHAPES:
+        yield from (_peer(row, "compile", precision) for precision in ("TF32", "fp32"))
+        yield from (_twin(row, precision) for precision in ("TF32", "fp32"))
+
+
+def _ours(row, precision, name="convit", called=OURS):
+    variant, batch, _ = SHAPES[row]
+    function = partial(measure_ours, f"{name}_{variant}", batch, PRECISIONS[precision])
+    return f"{row}: {called} {precision}", function, 0.5
+
+
+def _twin(row, precision):
+    return _ours(row, precision, "vit", TWIN)
+
+
+def _peer(row, how, precision):
+    variant, batch, heads = SHAPES[row]
+    function = partial(measure_timm, f"convit_{variant}", batch, heads, how, precision)
+    return f"{row}: timm {how} {precision}", function, 0.5 if how == "eager" else 2.5
 
 
 # Checks: each returns {"error", "tolerance", "worst"}.
@@ -106,10 +142,31 @@ def _run_case(case, dtype, xp):
     return to_cpu({f"output {i}": part for i, part in enumerate(outputs)} | grads)
 
 
-def check_model(dtype, xp):
+def check_model(dtype, xp, precision="float32"):
     """The gradient of every parameter of a whole model in training mode."""
-    true, found = (_train(dtype, module, 1)[1] for module in (np, xp))
-    return _verdict(_errors(found, true), TOLERANCES[dtype][0])
+    check_precision(precision, xp)
+    true, found = (_train(dtype, module, 1, precision)[1] for module in (np, xp))
+    tolerance = REDUCED.get(precision, TOLERANCES[dtype][0])
+    return _verdict(_errors(found, true), tolerance)
+
+
+def check_graph(precision, xp):
+    """Parameters after eight whole steps as a graph, and without; where none can be recorded, the
+    reason is told."""
+    check_precision(precision, xp)
+    found = {}
+    for records in (False, True):
+        config, images, labels, params = _drawn("float32", xp)
+        engine = DeviceEngine(Classification(config, 0.1), xp, precision)
+        engine.records, optimizer = records, mc.AdamW(params)
+        engine.hold(params, optimizer, max_norm=0.5)
+        for number in range(8):
+            engine.step(lambda *_, b=(images, labels): b, 16, 1e-3, 0, number)
+        found[records] = to_cpu(params)
+    verdict = _verdict(_errors(found[True], found[False]), 0.0)
+    if engine.graph_problem:
+        verdict["worst"] = f"none was recorded: {engine.graph_problem}"
+    return verdict
 
 
 def check_losses(dtype, xp):
@@ -120,17 +177,22 @@ def check_losses(dtype, xp):
     return _verdict(errors, TOLERANCES[dtype][1])
 
 
-def _train(dtype, xp, steps):
-    """(losses, gradients of the last step, on the CPU) of a few steps with random images."""
+def _drawn(dtype, xp):
+    """The checked model's config, random images and labels, and parameters."""
     config = replace(VARIANTS[CHECKED_MODEL], drop_path_rate=0.1)
     rng = np.random.default_rng(2)
     images = rng.standard_normal((16, config.in_chans, *config.image)).astype(dtype)
     labels = rng.integers(config.num_classes, size=16)
     params = mc.init_params(config, dtype=dtype)
-    images, labels, params = to_device((images, labels, params), xp)
+    return config, *to_device((images, labels, params), xp)
+
+
+def _train(dtype, xp, steps, precision="float32"):
+    """(losses, gradients of the last step, on the CPU) of a few steps with random images."""
+    config, images, labels, params = _drawn(dtype, xp)
     optimizer, losses = mc.AdamW(params, lr=1e-3), []
     objective = Classification(config, 0.1)
-    with Engine(objective) if xp is np else DeviceEngine(objective, xp) as engine:
+    with Engine(objective) if xp is np else DeviceEngine(objective, xp, precision) as engine:
         for step in range(steps):
             loss, _, grads = engine.loss_and_grads(
                 lambda a, b: (images[a:b], labels[a:b]), 16, params, 0, step
@@ -161,25 +223,23 @@ def _verdict(errors, tolerance):
 # Measurements: each returns {"images_per_second", "step_ms_median", "peak_memory_mb", "steps"}.
 
 
-def measure_ours(name, batch, xp):
-    """A training step of the plain CuPy path in float32."""
+def measure_ours(name, batch, precision, xp):
+    """Whole training steps by our kernels."""
+    check_precision(precision, xp)
     config = VARIANTS[name]
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch, config.in_chans, *config.image), dtype="float32")
     labels = rng.integers(config.num_classes, size=batch)
     images, labels, params = to_device((images, labels, mc.init_params(config)), xp)
-    optimizer = mc.AdamW(params, lr=1e-3)
-    with DeviceEngine(Classification(config), xp) as engine:
+    with DeviceEngine(Classification(config), xp, precision) as engine:
+        engine.hold(params, mc.AdamW(params))
 
         def step(number):
-            _, _, grads = engine.loss_and_grads(
-                lambda a, b: (images[a:b], labels[a:b]), batch, params, step=number
-            )
-            optimizer.step(params, grads)
+            engine.step(lambda a, b: (images[a:b], labels[a:b]), batch, 1e-3, 0, number)
 
         taken = _times(step, engine.wait)
-        peak = xp.get_default_memory_pool().total_bytes()
-    return _speed(taken, batch, peak)
+        found = _speed(taken, batch, 2**20 * engine.memory_mb())
+    return found | ({"no graph": engine.graph_problem} if engine.graph_problem else {})
 
 
 def measure_timm(name, batch, heads, how, precision, xp):
@@ -212,6 +272,7 @@ def time_timm(config, batch, heads, how, precision, device):
         img_size=config.image[0], patch_size=config.patch[0], num_classes=config.num_classes,
         embed_dim=config.embed_dim // heads, depth=config.depth, num_heads=heads,
         local_up_to_layer=config.local_up_to_layer, qkv_bias=config.qkv_bias,
+        drop_path_rate=config.drop_path_rate,
     ).to(device)  # fmt: skip
     forward = torch.compile(model) if how == "compile" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -249,6 +310,40 @@ def _speed(taken, batch, peak):
     }
 
 
+# CIFAR-10, in what is left of the time.
+
+
+def train_cifar(folder, data_dir, seconds):
+    """Trains by the recipe cifar10-gpu for so many seconds, or goes on with it. Returns what is
+    reached, with "left", or "failed"."""
+    gc.collect()
+    asked_to_stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    asked_to_stop.start()
+    left = True
+    try:
+        train(make_settings(RECIPE), folder, resume=True, data_dir=data_dir, download=False,
+              device="cuda", quiet=True)  # fmt: skip
+        left = False
+    except (Interrupted, KeyboardInterrupt):
+        pass
+    except (mc.UserError, Diverged) as error:
+        return {"failed": str(error)}
+    finally:
+        asked_to_stop.cancel()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        return {"left": True, "epochs": 0}
+    speeds = [row["images_per_second"] for row in rows]
+    return {
+        "left": left,
+        "epochs": rows[-1]["epoch"],
+        "best_val_top1": max(row["val_top1"] for row in rows),
+        "images_per_second": median(speeds),
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+
+
 # The results file and the tables.
 
 
@@ -280,13 +375,15 @@ def read_results(file, about):
 
 def passed(result):
     """Whether a check holds; a failed one has an error above its tolerance, or none at all."""
-    return result.get("error", np.inf) <= result.get("tolerance", 0.0)
+    return "skipped" in result or result.get("error", np.inf) <= result.get("tolerance", 0.0)
 
 
 def attempt(function, xp):
     """The result of one item; what it raises is a result too."""
     try:
         return function(xp)
+    except mc.UserError as error:  # of a precision that this GPU has not
+        return {"skipped": str(error)}
     except Exception as error:  # one row must not stop the others
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
@@ -297,31 +394,36 @@ def table(results, about):
     lines += ["| check | error | at most | worst | |", "| --- | --- | --- | --- | --- |"]
     for item, result in results.items():
         if item.startswith("check "):
-            cells = result.get("failed") or f"{result['error']:.1e}"
+            cells = result.get("failed") or result.get("skipped") or f"{result['error']:.1e}"
             cells += f" | {result.get('tolerance', '')} | {result.get('worst', '')}"
             verdict = "ok" if passed(result) else "**WRONG**"
             lines.append(f"| {item.removeprefix('check ')} | {cells} | {verdict} |")
     lines += ["", "| training step | images/s | ms | peak memory, MB | ours is faster by |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for item, result in results.items():
-        if item.startswith("check "):
+        if item.startswith("check ") or item == CIFAR:
             continue
         if "step_ms_median" not in result:
             lines.append(f"| {item} | {result.get('skipped') or result.get('failed')} | | | |")
             continue
-        ours = results.get(f"{item.partition(':')[0]}: {OURS}", {}).get("images_per_second")
+        row, precision = item.partition(":")[0], item.rpartition(" ")[2]
+        ours = results.get(f"{row}: {OURS} {precision}", {}).get("images_per_second")
         speed = result["images_per_second"]
         cells = f"{speed:.0f} | {result['step_ms_median']:.2f} | {result['peak_memory_mb']:.0f}"
         lines.append(f"| {item} | {cells} | {f'{ours / speed:.2f}' if ours else ''} |")
+    if found := results.get(CIFAR):
+        lines += ["", f"{CIFAR}: {json.dumps(found)}"]
     return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--minutes", default=8.0, show_default=True, help="Greatest length of this run.")
-def main(folder, minutes):
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of CIFAR-10.")
+def main(folder, minutes, data_dir):
     """Checks, then measures; writes results.jsonl, table.md and table.json into FOLDER."""
     end = time.monotonic() + 60 * minutes
+    os.environ.pop("CUPY_TF32", None)  # which would make float32's products TF32's
     try:
         xp, place = resolve_device("cuda")
     except mc.UserError as error:
@@ -346,6 +448,14 @@ def main(folder, minutes):
             in_time = time.monotonic() + 60 * reserve <= end
             if not in_time:
                 break
+            if item == CIFAR:
+                seconds = end - time.monotonic() - MARGIN
+                results[item] = train_cifar(folder / "cifar10", data_dir, seconds)
+                click.echo(f"{item}: {json.dumps(results[item])}")
+                if results[item].get("left"):
+                    break
+                note(item=item, result=results[item])
+                continue
             if begun.get(item, 0) >= 2:
                 results[item] = {"failed": "was begun twice and never finished"}
             else:
@@ -358,7 +468,7 @@ def main(folder, minutes):
     (folder / "table.json").write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
     if not _all_checks_hold(results):
         raise click.ClickException("a check failed: nothing is measured; see table.md")
-    left = len(items) - len(results)
+    left = len(items) - len(results) + results.get(CIFAR, {}).get("left", False)
     click.echo("all is done" if not left else f"{left} items are left: start the script again")
 
 

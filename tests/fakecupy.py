@@ -328,6 +328,9 @@ class DArray:
     def __neg__(self):
         return computed(self._host, result=-self._host)
 
+    def __abs__(self):
+        return computed(self._host, result=abs(self._host))
+
     def __divmod__(self, other):
         return self // other, self % other
 
@@ -443,6 +446,9 @@ FUNCTIONS = {
     "sqrt": elementwise(np.sqrt),
     "tanh": elementwise(np.tanh),
     "sin": elementwise(np.sin),
+    "abs": elementwise(np.abs),
+    "sign": elementwise(np.sign),
+    "logaddexp": elementwise(np.logaddexp),
     "cos": elementwise(np.cos),
     "floor": elementwise(np.floor),
     "rint": elementwise(np.rint),
@@ -457,13 +463,14 @@ FUNCTIONS = {
     "pad": pad,
     "full": full,
     "empty": empty,
+    "eye": lambda n, dtype: computed(result=np.eye(n, dtype=dtype)),
     "ascontiguousarray": ascontiguousarray,
     "asarray": asarray,
     "atleast_1d": atleast_1d,
     "broadcast_to": broadcast_to,
     "stack": joining(np.stack),
     "concatenate": joining(np.concatenate),
-    "arange": lambda n, dtype=None: computed(result=np.arange(n, dtype=dtype)),
+    "arange": lambda *ends, dtype=None: computed(result=np.arange(*ends, dtype=dtype)),
     "full_like": lambda x, value: computed(result=np.full_like(host(x), host(value))),
     "zeros": zeros,
     "zeros_like": lambda x: new(np.zeros_like(host(x))),
@@ -594,7 +601,7 @@ def modules():
         runtime=SimpleNamespace(**RUNTIME),
         get_current_stream=lambda: Stream.current,
         Stream=Stream,
-        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        MemoryPool=lambda: SimpleNamespace(malloc=None, total_bytes=lambda: 0),
         using_allocator=using_allocator,
     )
     special = ModuleType("cupyx.scipy.special")

@@ -52,13 +52,15 @@ class DeviceEngine:
         return kernels and kernels.kernels_for(self.xp, dtype, self.precision)
 
     def _ready(self, params):
-        """The Model and the Buffers of a Classification for parameters of this type, or None."""
+        """The Model of a Classification, or None of another objective, and the Buffers, both for
+        parameters of this type; or None where there are no kernels."""
         found = self._kernels(params)
-        if found is None or type(self.objective) is not Classification:
-            return None  # one that adds to it computes by Blocks
-        if self._model is None or self._model.kernels is not found:
-            self._model = kernels.Model(self.objective.config, found)
+        if found is None:
+            return None
+        if self._buffers is None or self._buffers.kernels is not found:
             self._buffers = kernels.Buffers(found, self.objective.shapes)
+            if type(self.objective) is Classification:  # one that adds to it computes by Blocks
+                self._model = kernels.Model(self.objective.config, found)
         return self._model, self._buffers
 
     def span(self, n):
@@ -74,15 +76,15 @@ class DeviceEngine:
 
         def run(n):
             batch = load(0, n)
-            if ready := self._ready(params):
-                model, buffers = ready
+            model, buffers = self._ready(params) or (None, None)
+            if model:
                 buffers.note(step)
                 smoothing = self.objective.label_smoothing
                 numbers = model.step(batch, params, buffers.grads, smoothing, seed, buffers.number)
                 return *numbers, dict(buffers.grads)
             blocks = self._blocks(params)
             numbers, grads = self.objective.step(batch, params, 1.0, 0, seed, step, blocks)
-            return *numbers, grads
+            return *numbers, buffers.take(grads) if buffers else grads
 
         with suppress(MemoryError), out_of_memory():
             return run(n)
@@ -111,12 +113,14 @@ class DeviceEngine:
         return f"a step of {images} does not fit into the GPU's {total:.1f} GB: {advice}"
 
     def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
-        """As Engine's: each of these dictionaries gets views of one buffer, and step() is there."""
+        """As Engine's: each of these dictionaries gets views of one buffer. A Classification can
+        take a whole step()."""
         is_whole = params.keys() == optimizer.exp_avg.keys() == self.objective.shapes.keys()
         if is_whole and (ready := self._ready(params)):
-            ready[1].hold(params, optimizer, average, trained)
+            model, buffers = ready
+            buffers.hold(params, optimizer, average, trained)
             names = tuple(params if trained is None else trained)
-            self._training = params, optimizer, names, max_norm, decay
+            self._training = (params, optimizer, names, max_norm, decay) if model else None
 
     @property
     def takes_whole_steps(self):
@@ -223,8 +227,9 @@ class DeviceEngine:
         def run(start, stop):
             loaded = load(start, stop)
             batch = loaded if isinstance(loaded, tuple) else (loaded,)
-            if ready := self._ready(params):
-                return ready[0].answer(batch[0], params)
+            model, _ = self._ready(params) or (None, None)
+            if model:
+                return model.answer(batch[0], params)
             return self.objective.answer(batch, params, self._blocks(params))
 
         size = max(1, min(n, INFERENCE_ROWS // self.objective.rows))
@@ -238,6 +243,11 @@ class DeviceEngine:
                     raise
             size = (size + 1) // 2
             self.close()
+
+    def memory_mb(self):
+        """What this process holds of the device's memory for arrays, in MB."""
+        pools = [self.xp.get_default_memory_pool(), *([self._graph[1].pool] if self._graph else [])]
+        return sum(pool.total_bytes() for pool in pools) / 2**20
 
     def wait(self):
         """Until everything is computed."""

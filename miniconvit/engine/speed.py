@@ -53,7 +53,7 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu", pre
                 peak = peak_memory_mb()
                 peak = peak and peak + engine.memory_mb()
             else:
-                peak = xp.get_default_memory_pool().total_bytes() / 2**20
+                peak = engine.memory_mb()
             return {
                 "peak_memory_mb": peak,
                 "workers": engine.workers,

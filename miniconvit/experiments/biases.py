@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..analysis import style
 from ..arrays import to_cpu, to_device
 from ..checkpoints.checkpoint import LAST, load_checkpoint, save_checkpoint
+from ..config import is_count
 from ..data import epoch_order, load_dataset, normalize, on_device
 from ..engine import make_engine
 from ..engine.cuda import resolve_device
@@ -43,9 +44,9 @@ from .plan import PLAN
 
 ARMS = {
     "conv": ("3x3 filters", {"mixer": "conv"}),
-    "gpsa-1": ("GPSA, gate 1 (position)", {"mixer": "gpsa", "gate": 1.0}),
-    "gpsa-half": ("GPSA, gate 1/2", {"mixer": "gpsa", "gate": 0.5}),
-    "gpsa-0": ("GPSA, gate 0 (content)", {"mixer": "gpsa", "gate": 0.0}),
+    "gpsa-1": ("GPSA at gate 1 (position)", {"mixer": "gpsa", "gate": 1.0}),
+    "gpsa-half": ("GPSA at gate 1/2", {"mixer": "gpsa", "gate": 0.5}),
+    "gpsa-0": ("GPSA at gate 0 (content)", {"mixer": "gpsa", "gate": 0.0}),
     "mlp": ("MLP across tokens", {"mixer": "mlp"}),
     "attention": ("attention", {"mixer": "attention"}),
 }
@@ -92,6 +93,9 @@ def open_plan(out, given):
         if stored and name != "data_dir" and asked[name] != value:
             raise UserError(f"{out} was made with --{name} {asked[name]}: choose another --out")
         asked[name] = value
+    counts = is_count(asked["steps"], 1) and is_count(asked["seeds"], 1)
+    if not (counts and isinstance(asked["data_dir"], str | None)):
+        raise UserError(f"{out / PLAN} is damaged: take it away, or choose another --out")
     if asked["data"] not in DATA:
         raise UserError(f"biases takes images of one size: choose --data from {', '.join(DATA)}")
     return asked
@@ -311,7 +315,8 @@ def _draw_curves(asked, found, path):
 @style.look()
 def _draw_strip(dataset, configs, out):
     """Validation images, what is left of them, and what the runs of seed 0 make of that."""
-    images = normalize(dataset.val.images[:SHOWN], dataset.mean, dataset.std)
+    spread = np.linspace(0, len(dataset.val.labels) - 1, SHOWN).astype(int)
+    images = normalize(dataset.val.images[spread], dataset.mean, dataset.std)
     config = configs["conv"]
     mask = hidden_patches(0, 0, np.arange(len(images)), config.num_patches)
     patches = patches_of(images, config.patch_size)

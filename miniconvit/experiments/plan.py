@@ -313,8 +313,9 @@ def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
 
 
 def _recipe(data, model):
-    """The one recipe for this model on this data, or else the data's."""
-    own = [name for name, r in RECIPES.items() if (r["data"], r["model"]) == (data, model)]
+    """The one recipe for this model on this data that needs no GPU, or else the data's."""
+    fitting = {name: recipe for name, recipe in RECIPES.items() if "precision" not in recipe}
+    own = [name for name, r in fitting.items() if (r["data"], r["model"]) == (data, model)]
     return own[0] if len(own) == 1 else DEFAULT_RECIPE[data]
 
 

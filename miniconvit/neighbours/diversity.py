@@ -29,7 +29,7 @@ def cosine_forward(h):
     length = xp.sqrt((h * h).sum(axis=-1, keepdims=True))  # (B, N, 1)
     u = h / length
     S = u @ u.swapaxes(-1, -2) * (1 - xp.eye(N, dtype=h.dtype))  # (B, N, N)
-    return abs(S).sum() / (B * N * (N - 1)), (u, length, S)
+    return xp.abs(S).sum() / (B * N * (N - 1)), (u, length, S)
 
 
 def cosine_backward(dloss, cache):

@@ -223,7 +223,7 @@ def hidden_patches(seed, step, places, num_patches):
     """Half of the patches of each image, truth (b, N), by (seed, step, place in the batch)."""
     xp = array_module(places)
     drawn = uniform(seed, HIDING, step, places[:, None], xp.arange(num_patches), xp=xp)  # (b, N)
-    return drawn <= xp.sort(drawn, axis=1)[:, num_patches // 2 - 1, None]
+    return drawn <= xp.sort(drawn)[:, num_patches // 2 - 1, None]
 
 
 def patches_of(images, patch_size):

@@ -46,5 +46,5 @@ def config_from_dict(values):
     kind = values.pop("kind", "convit")
     classes = {model.kind: cls for cls, model in MODELS.items()}
     if kind not in classes:
-        raise UserError(unknown_name("kind of model", kind, classes))
+        raise UserError(unknown_name("kind of model", str(kind)[:40], classes))
     return classes[kind].from_dict(values)

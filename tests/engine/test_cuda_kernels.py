@@ -3,6 +3,7 @@ the lesson, and CUDA's own compiler takes it for every kind of GPU.
 """
 
 import io
+import re
 from dataclasses import replace
 
 import fakecuda
@@ -17,6 +18,7 @@ from miniconvit.engine import make_engine
 from miniconvit.engine.cuda import check_precision
 from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.engine.kernels.cuda import Blocks, Buffers, Kernels
+from miniconvit.engine.kernels.cuda.block import POSITION_WARPS
 from miniconvit.engine.kernels.cuda.launch import source
 from miniconvit.engine.objective import Classification
 from miniconvit.layers.names import part
@@ -198,11 +200,14 @@ def test_an_objective_that_adds_to_it_computes_by_blocks(cupy):
         by_blocks = fakecupy.STATE.launches - before
         engine.hold(params, optimizer := mc.AdamW(params))
         assert not engine.takes_whole_steps
+        before = fakecupy.STATE.launches
         engine.clip(found, 1.0)
         engine.update(optimizer, params, found)
+        assert fakecupy.STATE.launches - before == 4  # by the flat buffers
     before = fakecupy.STATE.launches
     objective.step(batch, params, 1.0, 0, 3, 8, layers)
-    assert fakecupy.STATE.launches - before > 2 * (by_blocks - 4 * 114)  # beside drop path
+    copies = len(grads)
+    assert fakecupy.STATE.launches - before > 2 * (by_blocks - 4 * 114 - copies)
 
 
 @executed
@@ -449,7 +454,8 @@ def test_the_stand_in_executes_threads_and_notices_those_that_never_come(warps):
     ],
 )
 def test_cudas_compiler_takes_the_kernels(dtype, precision, capability):
-    """NVRTC with the options of CuPy; no kernel keeps registers in memory."""
+    """NVRTC with the options of CuPy; no kernel keeps registers in memory, and the registers of the
+    largest block suffice."""
     compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy is not installed")
     program = compiler._NVRTCProgram(source(dtype, precision), "kernels.cu", (), (), method="cubin")
     log = io.StringIO()
@@ -461,6 +467,8 @@ def test_cudas_compiler_takes_the_kernels(dtype, precision, capability):
     assert len(cubin) > 10_000
     names = fakecuda.signatures(source(dtype, precision))
     assert len(names) > 15 and all(name.encode() in cubin for name in names)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log.getvalue())]
+    assert len(registers) == len(names) and max(registers) <= 65536 // (32 * POSITION_WARPS)
     spills = [line for line in log.getvalue().splitlines() if "spill" in line]
     assert len(spills) == len(names)
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)

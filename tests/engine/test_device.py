@@ -27,6 +27,7 @@ from miniconvit.data import augment, epoch_order, normalize
 from miniconvit.engine import cuda as device
 from miniconvit.engine.cuda import examine_cuda, resolve_device
 from miniconvit.engine.gpu import DeviceEngine
+from miniconvit.engine.kernels.cuda import block as cuda_block
 from miniconvit.engine.kernels.cuda import model as cuda_model
 from miniconvit.engine.objective import Classification
 from miniconvit.engine.threads import Engine
@@ -439,6 +440,25 @@ def test_a_run_is_the_cpus_and_steps_neither_wait_nor_send(cupy, tmp_path, monke
         assert row["train_top1"] == pytest.approx(true["train_top1"], abs=0.02)
     config = json.loads((tmp_path / "device" / "config.json").read_text())
     assert config["place"] == "on the GPU: Stand-in, cupy-cuda13x 14.2.0"
+
+
+def test_losses_that_tap_the_blocks_are_the_cpus(cupy, tmp_path, monkeypatch):
+    """Diversity losses send gradients into the last block, whose blocks are the kernels' here."""
+    weights = {"cosine": 1.0, "contrastive": 1.0, "patch_mixing": 1.0}
+    counted = []
+    forward = cuda_block.Blocks.forward
+
+    def counting(self, *args):
+        counted.append(1)
+        return forward(self, *args)
+
+    monkeypatch.setattr(cuda_block.Blocks, "forward", counting)
+    on_device = run(tmp_path / "device", epochs=1, **weights)
+    assert len(counted) >= 6 * 4 or not fakecuda.COMPILER  # 6 steps of 4 blocks
+    on_cpu = run(tmp_path / "cpu", "cpu", epochs=1, **weights)
+    for key in ("train_loss", "val_loss"):
+        assert on_device.rows[0][key] == pytest.approx(on_cpu.rows[0][key], rel=1e-4)
+    assert largest_error(tensors(tmp_path / "device"), tensors(tmp_path / "cpu")) < 1e-3
 
 
 def test_one_wait_for_an_interval(cupy, tmp_path, monkeypatch):

@@ -177,6 +177,9 @@ def test_the_error_of_a_reading_is_that_of_the_loss(small):
     assert found["error"] == pytest.approx(loss, rel=1e-5) and 0 <= found["probe"] <= 1
 
 
+DAMAGED = '{"experiment": "biases", "steps": "8"}'
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -186,12 +189,14 @@ def test_the_error_of_a_reading_is_that_of_the_loss(small):
         (("--data", "imagefolder"), "choose --data from shapes, cifar10, cifar100"),
         (("--out", "other"), "holds the plan of another experiment"),
         (("--out", "full"), "is not empty and holds no plan"),
+        (("--out", "damaged"), "plan.json is damaged"),
     ],
 )
 def test_what_does_not_fit_is_refused(small, tmp_path, program, arguments, words):
-    for name, file in (("other", "plan.json"), ("full", "diary.txt")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / file).write_text("{}")
+    files = {"other/plan.json": "{}", "full/diary.txt": "", "damaged/plan.json": DAMAGED}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
     status, _, err = run(program, *arguments)
     assert status == 2 and words in err and err.count("\n") == 1
 

@@ -11,7 +11,7 @@ from math import prod
 from .... import layers
 from ....layers.names import part
 
-POSITION_WARPS = 32
+POSITION_WARPS = 16  # 512 threads, which may take 128 registers each
 EPS = 1e-6
 
 

@@ -53,6 +53,12 @@ class Buffers:
             self._held[kind] = buffer, tensors
         self._kinds_of(self.shapes if trained is None else trained)
 
+    def take(self, grads):
+        """These gradients, copied to where the buffer has them."""
+        for name, grad in grads.items():
+            self.grads[name][...] = grad
+        return {name: self.grads[name] for name in grads}
+
     def are_held(self, **dictionaries):
         """Whether these dictionaries' tensors are those in the buffers, of this `kind=tensors`."""
         return all(

@@ -11,9 +11,9 @@ class Graph:
     """
 
     def __init__(self, xp, function):
-        pool, stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
+        self.pool, stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
         xp.cuda.get_current_stream().synchronize()
-        with stream, xp.cuda.using_allocator(pool.malloc), out_of_memory():
+        with stream, xp.cuda.using_allocator(self.pool.malloc), out_of_memory():
             function()  # compiles and allocates what a recording cannot
             stream.synchronize()
             stream.begin_capture()
@@ -21,7 +21,6 @@ class Graph:
                 self.results = function()
             finally:
                 self._graph = stream.end_capture()
-        self._pool = pool
 
     def launch(self, stream):
         """Does it all again. The results of the last time are overwritten."""

@@ -12,7 +12,7 @@ from ....errors import UserError
 from ....model import param_shapes
 from .block import Blocks
 
-LOSS_WARPS = 32
+LOSS_WARPS = 16  # 512 threads, which may take 128 registers each
 
 
 class Model:

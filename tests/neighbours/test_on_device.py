@@ -1,0 +1,77 @@
+"""The papers beside ConViT on the stand-in for CuPy: the same numbers, on the device."""
+
+import numpy as np
+import pytest
+
+import miniconvit as mc
+from miniconvit import layers, neighbours
+from miniconvit.arrays import to_cpu, to_device
+from miniconvit.experiments import lipschitz
+from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
+from miniconvit.neighbours.models import MODELS
+from miniconvit.training.objectives import Diversified, Masked
+
+
+def both(cupy, function, *arrays):
+    """What a function of arrays gives on the device, and on the CPU."""
+    there = function(*to_device(arrays, cupy))
+    return to_cpu(there), function(*arrays)
+
+
+def assert_alike(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = tuple(ours.values()), tuple(theirs.values())
+    if isinstance(ours, tuple | list):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_alike(a, b)
+    else:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def objectives():
+    model = {"img_size": 8, "embed_dim": 16, "depth": 2, "local_up_to_layer": 1}
+    yield Diversified(neighbours.diversity.PatchHeadConfig(**model), 0.1, 1.0, 1.0, 1.0)
+    for mixer in MIXERS:
+        yield Masked(IsotropicConfig(mixer, img_size=8, embed_dim=16, depth=2))
+
+
+@pytest.mark.parametrize(
+    "objective", [*objectives()], ids=lambda o: getattr(o.config, "mixer", "-")
+)
+def test_a_step_is_the_same_on_the_device(cupy, objective):
+    rng = np.random.default_rng(0)
+    params = MODELS[type(objective.config)].init(objective.config, 0)
+    images = rng.standard_normal((3, 3, 8, 8), dtype="float32")
+    batch = images, np.array([1, 0, 2]), np.array([[1, 0, 2, 2]] * 3)
+    if isinstance(objective, Masked):
+        batch = images, hidden_patches(0, 0, np.arange(3), 4)
+        mask, expected = both(cupy, lambda x: hidden_patches(0, 0, x, 4), np.arange(3))
+        assert np.array_equal(mask, expected)
+
+    def step(batch, params):
+        return objective.step(batch, params, 0.5, 0, 0, 0, layers)
+
+    assert_alike(*both(cupy, step, batch, params))
+
+
+@pytest.mark.parametrize("name", ["tied", "kim"])
+def test_attention_by_distance_is_the_same_on_the_device(cupy, name):
+    params, rays = lipschitz.draw(0)
+    forward, backward = (
+        getattr(neighbours, f"{name}_attention_{w}") for w in ("forward", "backward")
+    )
+
+    def run(x, params):
+        y, cache = forward(x, params, lipschitz.HEADS)
+        return y, backward(y, cache)
+
+    assert_alike(*both(cupy, run, rays["null"][1], params["tied"]))
+
+
+def test_similarities_and_the_names_of_gpus_are_there(cupy):
+    config = mc.ConViTConfig(img_size=8, embed_dim=16, depth=2, local_up_to_layer=1)
+    images = np.random.default_rng(0).standard_normal((3, 3, 8, 8), dtype="float32")
+    run = neighbours.diversity.similarities
+    ours, theirs = both(cupy, lambda x, p: run(x, p, config), images, mc.init_params(config))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
