@@ -52,9 +52,10 @@ pytest                             # the check as tests
 
 Rules: import numpy, math and kit only. Leave your arguments as they are. Keep the dtype: float32
 in, float32 out. A function's answer depends on its arguments alone, in any order of calls. Every
-exercise counts by itself, and every tensor by itself. What `kit` gives you of other exercises is
-your own work here, so do the exercises in this order. While you are graded it is right. Grading
-uses other numbers and sizes: one image and three, one head, grids that are not square.
+exercise counts by itself, and every tensor by itself. Leaving the arguments as they are counts as
+one more tensor, called `arguments`. What `kit` gives you of other exercises is your own work here,
+so do the exercises in this order. While you are graded it is right. Grading uses other numbers and
+sizes: one image and three, one head, grids that are not square.
 {given}
 {table}
 {hints}
@@ -165,7 +166,7 @@ def create(out, secret_file, names=None, formulas=True):
     readme = README.format(
         formulas=WITH_FORMULAS if formulas else WITHOUT_FORMULAS,
         example=chosen[0].name,
-        table=_table(chosen),
+        table=_table(chosen, goals=formulas),
         hints=_hints(chosen) if formulas else "",
         given=f"\n{fill(GIVEN.format(', '.join(e.file for e in given)), 100)}\n" if given else "",
     )
@@ -260,9 +261,11 @@ def _zip(folder, path):
     path.chmod(0o600)
 
 
-def _table(chosen):
-    rows = [f"| {e.name} | {e.points} | {e.minutes} | {e.goal} |" for e in chosen]
-    return "\n".join(["| exercise | points | minutes | goal |", "| --- | --- | --- | --- |", *rows])
+def _table(chosen, goals=True):
+    """The exercises as a table; the goals say half of some derivations, and may be left out."""
+    cells = [("exercise", "points", "minutes", "goal"), ("---",) * 4]
+    cells += [(e.name, e.points, e.minutes, e.goal) for e in chosen]
+    return "\n".join(f"| {' | '.join(map(str, row[: 3 + goals]))} |" for row in cells)
 
 
 def _hints(chosen):

@@ -238,7 +238,8 @@ def _grade_safely(path, assignment, student="", keeper=None):
             raise UserError("it is a link, which may lead anywhere")
         return grade_submission(path, assignment, student, keeper)
     except Exception as error:  # one submission must not end the others' grading
-        problem = f"could not be graded, please look at it by hand: {type(error).__name__}: {error}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        problem = f"could not be graded, please look at it by hand: {kind}{error}"
         results = (Result(exercise, problem=problem) for exercise in assignment.exercises)
         return Graded(student, tuple(results), problem)
 

@@ -179,6 +179,9 @@ def _plain(value, length):
     return str(value)[:length].encode(errors="replace").decode()
 
 
+MISSING = "there is no {}"
+
+
 class Watched:
     """Functions by name that remember what they were given, to tell what they changed in it."""
 
@@ -192,7 +195,7 @@ class Watched:
         wanted = "AdamW" if name == "adamw_steps" else name
         function = self._namespace.get(wanted)
         if not callable(function):
-            raise Failure(f"there is no {wanted}")
+            raise Failure(MISSING.format(wanted))
         if name == "adamw_steps":
             function = partial(adamw_steps, function)
 
@@ -236,13 +239,16 @@ def _same(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+PRINTING = "it prints too much, and was stopped there: take the printing out"
+
+
 def describe(error):
     """One line: the exception, and the last line of the student's file that it went through."""
     if isinstance(error, Failure):
         return str(error)
     text = f"{type(error).__name__}: {error}".splitlines()[0][:300].rstrip(": ")
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        text = "it prints too much, and was stopped there: take the printing out"
+        text = PRINTING
     trace, where = error.__traceback__, ""
     while trace is not None:
         name = os.path.basename(trace.tb_frame.f_code.co_filename)

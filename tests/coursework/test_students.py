@@ -413,3 +413,34 @@ def test_what_shows_no_input_is_said_of_hidden_tests():
         "gelu: gelu_forward changes its argument x in place\ngelu: wrong in y, dx",
         "gelu: stopped after 3 seconds: is there an endless loop?",
     ]
+
+
+def test_printing_and_a_missing_function_are_said_of_hidden_tests():
+    """But nothing that the student's process adds to these sentences."""
+    (gelu,) = exercises(["gelu"])
+    text = solution(gelu)
+    body = "    x, cdf = cache"
+    printing = text.replace(body, f"    for _ in range(40000): print('debug', dy.shape)\n{body}")
+    renamed = text.replace("gelu_backward", "geluBackward")
+    forged = text.replace(body, f"    raise OSError(27, str(dy[0]))\n{body}")
+    other = text.replace(body, f"    raise ValueError(str(dy[0]))\n{body}")
+    assert len({text, printing, renamed, forged, other}) == 5
+    assignment = Assignment((gelu,), "secret", HIDDEN[:1])
+    wrongs = (printing, renamed, forged, other)
+    found = [grade_exercise(wrong, gelu, assignment).brief for wrong in wrongs]
+    prints = "gelu: it prints too much, and was stopped there: take the printing out"
+    assert found == [
+        prints,
+        "gelu: there is no gelu_backward",
+        prints,
+        "gelu: wrong in dx, arguments",
+    ]
+
+
+def test_without_formulas_no_goal_is_given(tmp_path):
+    create(tmp_path / "kit", tmp_path / "secret", formulas=False)
+    readme = (tmp_path / "kit" / "student" / "README.md").read_text()
+    notes = (tmp_path / "kit" / "instructor" / "notes.md").read_text()
+    for exercise in EXERCISES:
+        assert f"| {exercise.name} | {exercise.points} | {exercise.minutes} |\n" in readme
+        assert exercise.goal not in readme and exercise.goal in notes
