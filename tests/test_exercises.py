@@ -1,7 +1,7 @@
 """Three exercises a page: every check accepts the solution and refuses a wrong answer."""
 
 import re
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
 
@@ -128,6 +128,17 @@ def answer(page, code, check):
     return printed.getvalue().splitlines()[-1]
 
 
+def printed_at_the_prompt(page, code, check):
+    """What the check prints at the plain prompt, where a failing statement stops no other."""
+    namespace, printed = {"__name__": "tutorial"}, StringIO()
+    with redirect_stdout(printed):
+        exec(IMPORTS + code, namespace)
+        for statement in statements(check.source, page, check.line):
+            with suppress(Exception):
+                exec(statement, namespace)
+    return printed.getvalue()
+
+
 @pytest.mark.parametrize("page", NUMBERED, ids=lambda page: page.name)
 def test_checks_accept_the_solution_and_refuse_a_wrong_answer(page, monkeypatch):
     monkeypatch.setattr("miniconvit.data.load_dataset", shapes)
@@ -143,6 +154,7 @@ def test_checks_accept_the_solution_and_refuse_a_wrong_answer(page, monkeypatch)
             answer(page, code.replace(right, wrong), check)
         with pytest.raises(NameError):
             answer(page, "", check)
+        assert "is right" not in printed_at_the_prompt(page, "", check)
 
 
 def test_pages_and_homework_lead_to_each_other(tmp_path):

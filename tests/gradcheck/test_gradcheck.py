@@ -632,15 +632,6 @@ def test_no_false_alarm_in_10_000_right_layers_and_no_planted_error_missed():
     assert alarms_and_misses(range(10_000)) == ([], [])
 
 
-@pytest.mark.parametrize("every_entry", [False, True])
-@pytest.mark.parametrize("layer", ALL_CASES)
-def test_every_layer_is_right(layer, every_entry):
-    if layer in ("convit", "block", "last_block", "isotropic") and every_entry:
-        pytest.skip("every entry of a whole block is left to the full suite")
-    for report in check_layer(layer, seed=1, every_entry=every_entry):
-        assert report.ok, report
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("layer", ALL_CASES)
 def test_no_false_alarm_over_200_seeds(layer):

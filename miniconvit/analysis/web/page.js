@@ -191,10 +191,8 @@ function drawKnobs() {
   if (kind === "mhsa") return;
   const describe = (id, values, say) => {
     const mean = values.reduce((a, b) => a + b) / values.length;
-    const equal = values.every((value) => value === values[0]);
-    const words = equal
-      ? say(values[0])
-      : `${say(Math.min(...values))} to ${say(Math.max(...values))}`;
+    const [least, most] = [say(Math.min(...values)), say(Math.max(...values))];
+    const words = least === most ? least : `${least} to ${most}`;
     $(id).value = mean;
     $(id).setAttribute("aria-valuetext", words);
     write(`${id}-value`, words);
