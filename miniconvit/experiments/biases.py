@@ -242,7 +242,7 @@ def _markdown(asked, configs, found, place):
     lines = [
         f"# biases: six ways of mixing tokens, on {asked['data']}",
         "",
-        f"Each of {len(found)} runs was trained {place} for {asked['steps']:,} steps of {BATCH} "
+        f"{len(found)} runs were trained {place}. Each has {asked['steps']:,} steps of {BATCH} "
         "images, half of whose patches are hidden. The error is the mean square on hidden patches "
         f"of {VALIDATED:,} validation images, in units of the pixels' deviation. The probe is a "
         f"ridge regression on {PROBED:,} training images, its accuracy that on the same validation "
@@ -300,7 +300,7 @@ def _draw_curves(asked, found, path):
             axis.errorbar(steps, values.mean(axis=1), spread, fmt=form, color=color, label=label)
     left.set_ylabel("mean square error on hidden patches")
     right.set_ylabel("accuracy of a ridge probe (%)")
-    left.legend()
+    left.legend(loc="center right", bbox_to_anchor=(1, 0.56), fontsize=6, labelspacing=0.2)
     for axis in (left, right):
         axis.set_xscale("log")
         axis.set_xticks(steps, [str(step) for step in steps])
