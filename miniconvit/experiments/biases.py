@@ -27,7 +27,7 @@ from ..checkpoints.checkpoint import LAST, load_checkpoint, save_checkpoint
 from ..config import is_count
 from ..data import epoch_order, load_dataset, normalize, on_device
 from ..engine import make_engine
-from ..engine.cuda import resolve_device
+from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..neighbours.isotropic import (
     IsotropicConfig,
@@ -242,7 +242,7 @@ def _markdown(asked, configs, found, place):
     lines = [
         f"# biases: six ways of mixing tokens, on {asked['data']}",
         "",
-        f"{len(found)} runs were trained {place}. Each has {asked['steps']:,} steps of {BATCH} "
+        f"{len(found)} runs were trained {without_reason(place)}. Each has {asked['steps']:,} steps of {BATCH} "
         "images, half of whose patches are hidden. The error is the mean square on hidden patches "
         f"of {VALIDATED:,} validation images, in units of the pixels' deviation. The probe is a "
         f"ridge regression on {PROBED:,} training images, its accuracy that on the same validation "
