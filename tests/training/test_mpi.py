@@ -41,6 +41,7 @@ def mpirun(out, n, *flags, workers=1, mpirun=MPIRUN, **variables):
         [str(word) for word in [*command, "--out", out, *flags]],
         env=env | {name: str(value) for name, value in variables.items()},
         capture_output=True, text=True, timeout=300,
+        start_new_session=True,  # a signal to all of its group does not reach pytest
     )  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def test_other_images_on_one_rank_are_one_sentence(tmp_path):
         | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
         capture_output=True, text=True, timeout=300,
+        start_new_session=True,  # a signal to all of its group does not reach pytest
     )  # fmt: skip
     assert done.returncode != 0
     host = os.uname().nodename
