@@ -318,9 +318,9 @@ def train_cifar(folder, data_dir, seconds):
     reached, with "left", or "failed"."""
     gc.collect()
     asked_to_stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
-    asked_to_stop.start()
     left = True
     try:
+        asked_to_stop.start()
         train(make_settings(RECIPE), folder, resume=True, data_dir=data_dir, download=False,
               device="cuda", quiet=True)  # fmt: skip
         left = False
@@ -330,7 +330,8 @@ def train_cifar(folder, data_dir, seconds):
         return {"failed": str(error)}
     finally:
         asked_to_stop.cancel()
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
     rows = [json.loads(line) for line in lines]
     if not rows:
         return {"left": True, "epochs": 0}

@@ -453,7 +453,7 @@ def test_an_interruption_while_sums_are_made_leaves_no_answer_behind(engine, mon
 
     true = engine.loss_and_grads(load, N, params)
 
-    def interrupted(self, answers):
+    def interrupted(self, answers, n):
         next(answers), next(answers)
         raise KeyboardInterrupt
 
