@@ -107,6 +107,8 @@ def command(
         raise UserError(
             f"{name} has no split {split} here: add a folder {split}, or choose another --split"
         )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, before the work
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
     mean, std = model.mean or dataset.mean, model.std or dataset.std

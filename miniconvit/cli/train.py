@@ -113,7 +113,7 @@ def _summarise(ctx, result, data_dir):
     entries = [
         ("best validation accuracy", f"{100 * best['val_top1']:.1f} %, epoch {best['epoch']}"),
         ("last validation accuracy", f"{100 * last['val_top1']:.1f} %, epoch {last['epoch']}"),
-        ("time", f"{duration(seconds)}, {result.step} steps"),
+        ("time", f"{duration(seconds)}, {result.step} step{'s' * (result.step != 1)}"),
         ("best checkpoint", folder.best),
         *([("curves", folder.curves)] if has_picture else []),
     ]

@@ -37,8 +37,8 @@ PRESETS = {
         magnitude=5.0,
     ),
     "paper": Preset(
-        "adds to crop-flip two such operations at strength 9, and noise boxes in a quarter of "
-        "images",
+        "adds to crop-flip two operations of RandAugment at strength 9, and noise boxes in a "
+        "quarter of images",
         operations=2,
         magnitude=9.0,
         erasing=0.25,

@@ -80,6 +80,8 @@ class Cifar:
                     "check the name, or make that folder to download into it"
                 )
             folder = self._download(target)
+        elif folders[0] and folder not in (folders[0] / self.FOLDER, folders[0]):
+            print(f"{folders[0]} holds no {self.TITLE}: it is read from {folder}", file=sys.stderr)
         records = {
             name: self._records(folder / name) for name in self.FILES if name.endswith(".bin")
         }

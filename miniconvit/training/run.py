@@ -200,7 +200,8 @@ def _introduction(run, state):
         f"{run.settings.model}, {parameters:,} parameters, on {dataset.name}: "
         f"{len(dataset.train.labels):,} images to train, {len(dataset.val.labels):,} "
         f"to validate, {len(dataset.classes)} classes",
-        f"{schedule.total_steps:,} steps of {schedule.batch_size} images in {schedule.epochs} "
+        f"{schedule.total_steps:,} step{'s' * (schedule.total_steps > 1)} of "
+        f"{schedule.batch_size} images in {schedule.epochs} "
         f"epoch{'s' * (schedule.epochs > 1)}{on_workers}, kept in {run.folder.path}",
         *([smaller] if asked > most else []),
     )

@@ -209,6 +209,8 @@ def test_eval_overwrites_nothing(model, program, tmp_path):
     assert {path: path.read_bytes() for path in out.iterdir()}.items() <= before.items()
     status, _, err = program("eval", model[0], "--out", out / "notes.txt")
     assert status == 2 and err.count("\n") == 1 and "notes.txt" in err
+    status, text, err = program("eval", model[0], "--out", out / "notes.txt" / "below")
+    assert (status, text) == (2, "") and "below" in err  # before the work, not after it
     refuse_old_files(tmp_path / "new")
 
 

@@ -295,12 +295,16 @@ def test_cifar_splits_and_layout(small_cifar):
     assert data.augmentation == "crop-flip"
 
 
-def test_cifar_is_found_in_each_place_in_order(small_cifar, tmp_path, monkeypatch):
+def test_cifar_is_found_in_each_place_in_order(small_cifar, tmp_path, monkeypatch, capsys):
     folder, _ = small_cifar
     for place in (folder, folder.parent, str(folder.parent)):
         assert len(load_dataset("cifar10", place, download=False).train.labels) == 70
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("MINICONVIT_DATA", str(folder.parent))
-    assert len(load_dataset("cifar10", tmp_path / "absent", download=False).train.labels) == 70
+    absent = tmp_path / "absent"  # a typing error must not go unsaid
+    assert len(load_dataset("cifar10", absent, download=False).train.labels) == 70
+    said = f"{absent} holds no CIFAR-10: it is read from {folder}\n"
+    assert capsys.readouterr().err == said
     monkeypatch.delenv("MINICONVIT_DATA")
     with pytest.raises(UserError, match="MINICONVIT_DATA"):
         load_dataset("cifar10", download=False)

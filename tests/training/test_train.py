@@ -128,10 +128,11 @@ def test_run_folder(tmp_path):
         "log.txt",
     }
     keys = "epoch step train_loss train_top1 val_loss val_top1 lr nonlocality gates strengths "
-    keys += "centre_norms images_per_second seconds"
+    keys += "centre_norms images_per_second seconds crc32"
     assert [list(row) for row in rows(folder)] == [keys.split()] * 3
     assert [(row["epoch"], row["step"]) for row in rows(folder)] == [(1, 6), (2, 12), (3, 18)]
-    assert rows(folder) == result.rows
+    sums = [{"crc32": row["crc32"]} for row in rows(folder)]
+    assert rows(folder) == [row | crc for row, crc in zip(result.rows, sums, strict=True)]
     assert result.best == max(result.rows, key=lambda row: (row["val_top1"], -row["epoch"]))
 
     best = load_checkpoint(folder / "best.safetensors")
@@ -258,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """With a loss that is: parameters are spoilt at that step, and may not be saved later."""
     norms = iter([1.0] * 7 + [np.inf] + [1.0] * 99)
-    monkeypatch.setattr(training, "clip_grad_norm", lambda grads, limit: next(norms))
+    monkeypatch.setattr(Engine, "clip", lambda engine, grads, limit: next(norms))
     with pytest.raises(Diverged, match=r"step 8 \(epoch 2\): the loss is \d.* norm inf"):
         run(tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "last.safetensors").state["step"] == 6
@@ -367,6 +368,10 @@ OTHER = {
     "ema": 0.9,
     "passes": 2,
     "init_from": "elsewhere",
+    "precision": "tf32",
+    "cosine": 1.0,
+    "contrastive": 1.0,
+    "patch_mixing": 1.0,
 }
 
 
