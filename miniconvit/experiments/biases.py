@@ -243,7 +243,8 @@ def _markdown(asked, configs, found, place):
         f"# biases: six ways of mixing tokens, on {asked['data']}",
         "",
         f"{len(found)} runs were trained {without_reason(place)}. Each has {asked['steps']:,} "
-        f"steps of {BATCH} images, half of whose patches are hidden. The error is the mean square on hidden patches "
+        f"steps of {BATCH} images, half of whose patches are hidden. The error is the mean square "
+        "on hidden patches "
         f"of {VALIDATED:,} validation images, in units of the pixels' deviation. The probe is a "
         f"ridge regression on {PROBED:,} training images, its accuracy that on the same validation "
         "images, after the last step. The protocol is ours, after the paper. "
