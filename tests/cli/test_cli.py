@@ -405,7 +405,7 @@ def test_resume_where_nothing_is_saved_says_so_and_begins(tmp_path, program):
     status, out, _ = program("train", *SHORT, "--resume", "--out", folder)
     assert status == 0
     note = f"nothing is saved in {folder} yet: the run begins at step 1"
-    assert note in out.splitlines()[:2] and note in (folder / "log.txt").read_text()
+    assert note in out.splitlines() and note in (folder / "log.txt").read_text()
     assert note not in program("train", "--resume", "--out", folder)[1]
 
 

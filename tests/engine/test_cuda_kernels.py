@@ -276,7 +276,8 @@ def test_clipping_adamw_and_average_are_the_libraries(warps, dtype):
         assert_close({n: buffers.grads[n] for n in trained}, grads, TOLERANCE[dtype])
         lr = 1e-2 * (number + 1)
         optimizers[0].step({n: params[n] for n in trained}, grads, lr)
-        buffers.update(optimizers[1], trained, lr)
+        buffers.note_rates(optimizers[1], lr)
+        buffers.update(optimizers[1], trained)
         update_average(average, params, 0.9)
         buffers.average(0.9)
     for found, true in ((there, params), (average_there, average)):
