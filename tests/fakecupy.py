@@ -83,7 +83,8 @@ class Memory:
         STATE.reserved = max(STATE.reserved, STATE.used)
 
     def __del__(self):
-        STATE.used -= self.size
+        if STATE is not None:  # as when Python ends
+            STATE.used -= self.size
 
 
 def root(array):
