@@ -104,7 +104,7 @@ def side(model, batch_size, count, workers):
     images = rng.standard_normal((batch_size, config.in_chans, *config.image), dtype="float32")
     labels, params = rng.integers(config.num_classes, size=batch_size), mc.init_params(config)
     optimizer, taken = AdamW(params), []
-    with ranks.guard(), make_engine(Classification(config), np, workers, ranks) as engine:
+    with ranks.guard(), make_engine(Classification(config), np, workers, ranks=ranks) as engine:
         ranks.weigh(workers)
         engine.hold(params, optimizer)
         for step in range(WARM_UP + count):
