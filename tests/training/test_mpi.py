@@ -192,6 +192,7 @@ def namespaces(tmp_path):
             ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "cable")
             for link in ("cable", "lo"):
                 ip("-n", name, "link", "set", link, "up")
+        time.sleep(1)  # until both ends are up
         first = ["ip", "netns", "exec", names[0], "unshare", "--uts", "sh", "-c"]
         launcher = f"hostname machine-1; exec {MPIRUN} -launcher ssh -launcher-exec {ssh} "
         launcher += '-hosts 10.77.0.1,10.77.0.2 -localhost 10.77.0.1 -ppn 1 -n 2 "$@"'
