@@ -63,7 +63,7 @@ SHAPES = {  # row: variant, batch, the peer's heads
 }
 OURS, TWIN = "miniconvit", "miniconvit's ViT twin"
 PRECISIONS = {"bf16": "bf16", "TF32": "tf32", "fp32": "float32"}  # the tables' names: ours
-REDUCED = {"tf32": 4e-3, "bf16": 3e-2}  # tolerance of gradients
+REDUCED = {"tf32": 8 * 2.0**-11, "bf16": 8 * 2.0**-8}  # eight roundings of an operand
 RECIPE = "cifar10-gpu"
 CIFAR = f"CIFAR-10 by {RECIPE}"
 LEAST_OF_CIFAR = 1.0  # minutes for which it is begun or gone on with

@@ -24,7 +24,6 @@ LAUNCHERS = (
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "srun"),
 )
 """Variables that say how many processes a launcher has started, and which of them this one is."""
-"""Variables that say how many processes a launcher has started, and which of them this one is."""
 
 
 def available_threads(cgroup="/sys/fs/cgroup"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from golden_cases import read_parts
 
 import miniconvit as mc
 
@@ -22,17 +23,16 @@ def load_json(key):
 
 def load_case(name):
     """The stored arrays of one case in float64, labels aside; param and grad are dicts by name."""
-    parts = {"param": {}, "grad": {}, "steps": {}}
-    with np.load(GOLDEN) as file:
-        for key in file.files:
-            case, _, rest = key.partition("/")
-            folder, _, leaf = rest.partition("/")
-            if case == name:
-                inside, field = (parts[folder], leaf) if leaf else (parts, folder)
-                value = file[key]
-                inside[field] = value.astype(np.float64) if value.dtype == np.float16 else value
+    parts = read_parts(GOLDEN, name, "param", "grad", "steps")
+    for inside in (parts, parts["param"], parts["grad"], parts["steps"]):
+        halves = {key: value for key, value in inside.items() if is_half(value)}
+        inside |= {key: value.astype(np.float64) for key, value in halves.items()}
     parts["config"] = mc.ConViTConfig(**json.loads(parts["config"].item()))
     return SimpleNamespace(**parts)
+
+
+def is_half(value):
+    return isinstance(value, np.ndarray) and value.dtype == np.float16
 
 
 @pytest.fixture(scope="module", params=load_json("cases"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from ..errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
+KINDS = {".py", ".toml", ".txt", ".cu", ".js", ".css", ".html"}
 
 
 def check_copy(folder, package=PACKAGE):
@@ -33,6 +34,9 @@ def _is_checkout(root):
 
 
 def _files(package):
-    """Name to content of what makes results: the code and its tables."""
-    paths = [path for kind in ("py", "toml", "txt") for path in package.rglob(f"*.{kind}")]
-    return {path.relative_to(package): path.read_bytes() for path in paths}
+    """Name to content of all code and all tables. What an editor leaves beside them is no part."""
+    return {
+        path.relative_to(package): path.read_bytes()
+        for path in package.rglob("*")
+        if path.suffix in KINDS
+    }

@@ -128,20 +128,24 @@ def command(
     masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
     values |= {"masked": ", ".join(masked)} if masked else {}
     answers = Answers(dataset.classes, images.labels, *map(np.concatenate, zip(*said, strict=True)))
-    by_class = answers.by_class()
-    if as_json:
-        values |= {"by_class": by_class, "confusions": answers.confusions()}
-        print_json(values)
-    else:
-        shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
-        click.echo(table((values | {"loss": f"{loss:.4f}"} | shares).items()))
-        click.echo("\n" + "\n".join(_class_lines(by_class)))
+    _show(values, answers, as_json)
     if out is not None:
         written, notes = write_answers(answers, images.images, out)
         if not as_json:
             click.echo(folded(f"\nin {out}: {', '.join(written)}"))
         for line in notes:
             click.echo(line, err=True)
+
+
+def _show(values, answers, as_json):
+    """Prints what was measured, and of the classes in JSON all, else the worst."""
+    by_class = answers.by_class()
+    if as_json:
+        print_json(values | {"by_class": by_class, "confusions": answers.confusions()})
+        return
+    shares = {key: f"{100 * values[key]:.2f} %" for key in ("top1", "top5")}
+    click.echo(table((values | {"loss": f"{values['loss']:.4f}"} | shares).items()))
+    click.echo("\n" + "\n".join(_class_lines(by_class)))
 
 
 MOST_ROWS = 10

@@ -127,7 +127,10 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     """
     given = {key: value for key, value in flags.items() if value is not None}
     if name == "lipschitz":
-        return _lipschitz(out or Path("runs", name), plan_file, **given)
+        here = {"data_dir": data_dir, "workers": workers, "plan": plan_file}
+        here |= {"device": None if device == "auto" else device}
+        given |= {key: value for key, value in here.items() if value is not None}
+        return _lipschitz(out or Path("runs", name), **given)
     if name == "biases":
         where = {"workers": workers, "device": device}
         return _biases(ctx, out, plan_file, where, data_dir=data_dir, **given)
@@ -160,9 +163,9 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     return 0
 
 
-def _lipschitz(out, plan_file, seeds=3, **other):
-    if other or plan_file:
-        raise UserError(f"lipschitz trains nothing: leave out {flag(next(iter(other), 'plan'))}")
+def _lipschitz(out, seeds=3, **other):
+    for name in other:
+        raise UserError(f"lipschitz trains nothing: leave out {flag(name)}")
     _check_seeds(seeds)
     text, names = lipschitz.run(out, seeds, can_draw())
     _show(text, out, names)

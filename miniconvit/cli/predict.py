@@ -61,17 +61,7 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
     xp, place = resolve_device(device)
     path, model = open_weights(checkpoint, variant, img_size)
     config = model.config
-    if model.mean is None or model.std is None:
-        raise UserError(
-            f"{path} does not say how its images, of in_chans {config.in_chans}, are normalised: "
-            "write it again with mc.save_checkpoint(FILE, params, config, mean=[...], std=[...]), "
-            "and give that file"
-        )
-    if config.num_classes == 1:
-        raise UserError(
-            f"{path} has one logit, and a softmax over one class says nothing: give a model of two "
-            "classes or more"
-        )
+    _refuse_no_answers(path, model)
     params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
     answers, failed, drawn = [], [], []
@@ -93,10 +83,9 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
         if saliency is not None and len(drawn) < MOST:
             first = answers[-1]["top"][0]
             gradient = to_cpu(logit_gradient(inputs, [first["index"]], params, config)[0])
-            title = (
-                f"{first['class']}, {100 * first['probability']:.1f} %, {os.path.basename(file)}"
-            )
             slope = gradient / np.reshape(model.std, (-1, 1, 1))  # of pixels from 0 to 1
+            title = f"{first['class']}, {100 * first['probability']:.1f} %"
+            title += f", {os.path.basename(file)}"
             drawn.append((title, pixels[0].transpose(1, 2, 0) / 255.0, slope))
     if as_json:
         found = {"checkpoint": str(path), "images": answers, "computed": without_reason(place)}
@@ -112,6 +101,22 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
             first = f" of the first {MOST} images" if len(answers) > MOST else ""
             click.echo(f"saliency{first} in {saliency}")
     return 1 if failed else 0
+
+
+def _refuse_no_answers(path, model):
+    """Raises UserError where nothing can be said of an image."""
+    config = model.config
+    if model.mean is None or model.std is None:
+        raise UserError(
+            f"{path} does not say how its images, of in_chans {config.in_chans}, are normalised: "
+            "write it again with mc.save_checkpoint(FILE, params, config, mean=[...], std=[...]), "
+            "and give that file"
+        )
+    if config.num_classes == 1:
+        raise UserError(
+            f"{path} has one logit, and a softmax over one class says nothing: give a model of two "
+            "classes or more"
+        )
 
 
 def _files(given):

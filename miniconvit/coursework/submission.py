@@ -68,6 +68,7 @@ def like(name, exercise):
 
 
 def stem(name):
+    """A file's name in small letters without its ending, and what was put behind that."""
     return re.sub(r"\.(pyw?|txt|ipynb)\b.*", "", name.casefold())
 
 

@@ -67,6 +67,7 @@ class Engine:
 
     xp = np
     steps_between_reads = 1
+    takes_whole_steps = False
 
     def __init__(self, objective, workers=None, blocks=kernels, ranks=None):
         self.objective, self.blocks, self.ranks = objective, blocks, ranks or Ranks()
@@ -185,8 +186,6 @@ class Engine:
         """Adds gradients to those of the pieces before."""
         for name, grad in right.items():
             left[name] += grad
-
-    takes_whole_steps = False
 
     def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """Lays a training's state where update is fastest: the dictionaries are given new arrays of

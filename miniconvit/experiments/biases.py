@@ -108,6 +108,7 @@ def run(out, asked, say, workers=None, device="cpu", pictures=True):
     """
     dataset = load_dataset(asked["data"], asked["data_dir"])
     xp, place = resolve_device(device)
+    place = without_reason(place)
     size = dataset.train.images.shape[2]
     configs = {arm: config_of(arm, size) for arm in ARMS}
     out.mkdir(parents=True, exist_ok=True)
@@ -242,12 +243,11 @@ def _markdown(asked, configs, found, place):
     lines = [
         f"# biases: six ways of mixing tokens, on {asked['data']}",
         "",
-        f"{len(found)} runs were trained {without_reason(place)}. Each has {asked['steps']:,} "
+        f"{len(found)} runs were trained {place}. Each has {asked['steps']:,} "
         f"steps of {BATCH} images, half of whose patches are hidden. The error is the mean square "
-        "on hidden patches "
-        f"of {VALIDATED:,} validation images, in units of the pixels' deviation. The probe is a "
-        f"ridge regression on {PROBED:,} training images, its accuracy that on the same validation "
-        "images, after the last step. The protocol is ours, after the paper. "
+        f"on hidden patches of {VALIDATED:,} validation images, in units of the pixels' deviation. "
+        f"The probe is a ridge regression on {PROBED:,} training images. Its accuracy is that on "
+        "the same validation images, after the last step. The protocol is ours, after the paper. "
         f"± is the sample standard deviation over {seeds} seed{'s' * (seeds != 1)}.",
         "",
         f"| mixer | parameters | {' | '.join(f'error, {s}' for s in steps)} | probe (%) |",

@@ -59,8 +59,8 @@ NOTES = {
     "layers keep high gates. Nonlocality is in patches, the mean over heads. For MHSA it leaves "
     "out the class token's row and column, with rows rescaled to sum one.",
     "diversity": "Similarity is the mean of |cos| over all pairs of two patches of an image, after "
-    "the layer. The rule, fixed before the runs: the claim is shown where the cosine loss at least "
-    "halves it in the last layer in every seed. Accuracy stands beside it.",
+    "the layer. The rule was fixed before the runs. The claim is shown where the cosine loss at "
+    "least halves it in the last layer, in every seed. Accuracy stands beside it.",
 }
 
 

@@ -62,15 +62,17 @@ class Report:
 
     def lines(self) -> list[tuple[str, bool]]:
         """The table line by line, each with whether it says that something is wrong."""
+        shapes = ["x".join(map(str, row.shape)) or "scalar" for row in self.rows]
         width = max([len("tensor"), *(len(row.name) for row in self.rows)])
-        head = f"{'tensor':{width}}  {'shape':14} {'|analytic|':>10} {'|numeric|':>10}  error"
+        room = min(14, 37 - width)  # of shapes, for lines of 78 columns
+        wide = max([room, len("shape"), *map(len, shapes)]) if room < 14 else 14
+        head = f"{'tensor':{width}}  {'shape':{wide}} {'|analytic|':>10} {'|numeric|':>10}  error"
         lines = [(head, False)]
         about = "" if self.every_entry else "~"
-        for row in self.rows:
-            shape = "x".join(map(str, row.shape)) or "scalar"
+        for row, shape in zip(self.rows, shapes, strict=True):
             norms = f"{row.analytic_norm:10.3e} {about + format(row.numeric_norm, '.3e'):>10}"
             error = "-" if row.verdict == "zero" else f"{row.error:.1e}"
-            line = f"{row.name:{width}}  {shape:14} {norms}  {error:>7}  {row.verdict}"
+            line = f"{row.name:{width}}  {shape:{wide}} {norms}  {error:>7}  {row.verdict}"
             lines.append((f"{line}  {row.note}".rstrip(), row.verdict in ("WRONG", "unsure")))
         return [*lines, *((problem, True) for problem in self.problems)]
 

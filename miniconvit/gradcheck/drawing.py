@@ -56,6 +56,7 @@ class Case:
 
 
 def draw(rng, **shapes):
+    """{name: standard normal numbers} of these shapes."""
     return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
 
 

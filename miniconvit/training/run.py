@@ -123,11 +123,7 @@ def open_run(settings, out, resume, data_dir, download, workers, device, quiet, 
             images = [steps * schedule.batch_size for steps in (schedule.total_steps, state.step)]
             shown = report(*images, schedule.epochs, quiet or ranks.rank > 0)
             run = Run(s, schedule, dataset, data, engine, folder, frozen, shown, ranks)
-            lines = [*_ranks_lines(ranks), *_introduction(run, state), *notes, place]
-            if state.step:
-                lines.append(f"resumed after step {state.step} of {schedule.total_steps}")
-                lines.extend(_other_arithmetic(folder))
-            yield run, state, lines
+            yield run, state, [*_first_lines(run, state, notes, place)]
     finally:
         folder.close()
 
@@ -162,6 +158,17 @@ def _refuse_other_images(folder, sha256):
             f"the image files are not those with which the run in {folder.path} began: put back "
             "what was added, removed or renamed, or begin another run with another --out"
         )
+
+
+def _first_lines(run, state, notes, place):
+    """What to say before the first step."""
+    yield from _ranks_lines(run.ranks)
+    yield from _introduction(run, state)
+    yield from notes
+    yield place
+    if state.step:
+        yield f"resumed after step {state.step} of {run.schedule.total_steps}"
+        yield from _other_arithmetic(run.folder)
 
 
 def _ranks_lines(ranks):

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from neighbour_golden import assert_equal, load_case
+from golden_cases import assert_equal, load_case
 from small_run import small_dataset
 
 import miniconvit as mc

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from neighbour_golden import assert_equal, load_case
+from golden_cases import assert_equal, load_case
 from small_run import FLAGS, small_dataset, stop_after
 
 import miniconvit as mc

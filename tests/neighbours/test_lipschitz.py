@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from neighbour_golden import GOLDEN, assert_equal, load_case
+from golden_cases import GOLDEN, assert_equal, load_case
 
 import miniconvit as mc
 from miniconvit.experiments import lipschitz

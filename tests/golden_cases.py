@@ -1,4 +1,4 @@
-"""Reads golden/neighbours.npz, which golden/make_neighbours_golden.py wrote."""
+"""Reads the arrays in golden/, which the scripts beside them wrote."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +8,22 @@ import numpy as np
 GOLDEN = Path(__file__).parent / "golden" / "neighbours.npz"
 
 
-def load_case(name):
-    """One pair: inputs and grads by name, y, dy."""
-    parts = {"in": {}, "grad": {}}
-    with np.load(GOLDEN) as file:
+def read_parts(path, name, *folders):
+    """The arrays of one case by name; those in the folders are dicts."""
+    parts = {folder: {} for folder in folders}
+    with np.load(path) as file:
         for key in file.files:
             case, _, rest = key.partition("/")
             folder, _, leaf = rest.partition("/")
             if case == name:
                 inside, field = (parts[folder], leaf) if leaf else (parts, folder)
                 inside[field] = file[key]
+    return parts
+
+
+def load_case(name):
+    """One pair of neighbours: inputs and grads by name, y, dy."""
+    parts = read_parts(GOLDEN, name, "in", "grad")
     inputs = parts.pop("in")
     return SimpleNamespace(inputs=inputs, **parts)
 
