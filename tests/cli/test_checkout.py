@@ -63,6 +63,18 @@ def test_a_copy_that_differs_from_the_checkout_is_refused(checkout, installed, t
     check_copy(checkout, installed)
 
 
+def test_every_file_that_is_installed_counts(checkout, installed):
+    """Kernels, tables and what pages are made of no less than Python."""
+    paths = [path for path in (checkout / "miniconvit").rglob("*") if path.is_file()]
+    for suffix in {path.suffix for path in paths} - {".typed"}:  # which is empty
+        path = next(path for path in paths if path.suffix == suffix)
+        true = path.read_bytes()
+        path.write_bytes(true + b"\n")
+        with pytest.raises(UserError, match="differs from it"):
+            check_copy(checkout, installed)
+        path.write_bytes(true)
+
+
 def test_the_command_says_that_it_runs_another_copy(checkout, installed, tmp_path):
     def gradcheck():
         script = [sys.executable, "-I", tmp_path / "miniconvit", "gradcheck", "--layer", "softmax"]

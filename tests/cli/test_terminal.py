@@ -122,7 +122,7 @@ eval run
 eval run --split test --out mistakes
 inspect run
 trace run
-gradcheck --layer gpsa
+gradcheck --layer convit
 bench --model convit_micro32 --batch-size 2 --steps 1 --device auto
 data shapes
 export run model.safetensors

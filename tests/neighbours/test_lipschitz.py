@@ -155,6 +155,9 @@ def test_the_command_writes_its_tables_and_a_picture(tmp_path, monkeypatch, foun
     [
         (("--budget", "3"), "lipschitz trains nothing: leave out --budget"),
         (("--plan", "plan.json"), "leave out --plan"),
+        (("--device", "cuda"), "leave out --device"),
+        (("--workers", "2"), "leave out --workers"),
+        (("--data-dir", "photos"), "leave out --data-dir"),
         (("--seeds", "0"), "--seeds must be from 1"),
         (("--out", "."), "holds the plan of another experiment"),
     ],
