@@ -73,6 +73,9 @@ WRONG = {
     "18.1": ("np.sqrt(2.0)", "np.sqrt(1.0)"),
     "18.2": ("return 1 + phi, phi", "return phi, phi"),
     "18.3": ("1 / np.sqrt(x.var() + eps)", "1 / np.sqrt(x.var(ddof=1) + eps)"),
+    "19.1": ("np.ceil(", "np.floor("),
+    "19.2": (" * gain + norm", " + norm"),
+    "19.3": ("xhat * (dxhat * xhat).mean(**over)", "xhat * (dxhat * xhat).mean()"),
 }  # fmt: skip
 """Exercise to a piece of its solution, and what a mistaken reader has there."""
 
@@ -101,10 +104,11 @@ def solutions():
 
 IMPORTS = """import numpy as np
 import miniconvit as mc
-from miniconvit import layers
+from miniconvit import layers, neighbours
 from miniconvit.data import normalize
 from miniconvit.gradcheck.mutants import planted
 from miniconvit.layers import attention_forward, linear_forward
+from miniconvit.neighbours import conv_forward
 rng = np.random.default_rng(0)
 """
 """What a reader has at the prompt by the end of a page."""
