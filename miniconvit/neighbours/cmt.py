@@ -7,6 +7,7 @@ path are not here.
 """
 
 from dataclasses import dataclass
+from math import isqrt, nextafter
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class CMTConfig:
     ff_filter: bool = True
 
     def __post_init__(self):
+        if isinstance(self.img_size, list | tuple) and len(set(self.img_size)) == 1:
+            object.__setattr__(self, "img_size", self.img_size[0])
         for name in ("img_size", "in_chans", "num_classes", "stem_channel", "fc_dim"):
             if not is_count(getattr(self, name), 1):
                 raise UserError(f"{name} must be an integer of at least 1")
@@ -421,6 +424,42 @@ def cmt_shapes(config):
                 shapes |= prefixed(entries, f"blocks_{stage}.{j}.{name}")
     shapes |= prefixed(conv(c.fc_dim, into, 1), "_fc.") | prefixed(batchnorm(c.fc_dim), "_bn.")
     return shapes | {"head.weight": (c.num_classes, c.fc_dim), "head.bias": (c.num_classes,)}
+
+
+def is_cmt(tensors):
+    """Whether a dict by name is the state of the authors' CMT."""
+    return "stem_conv1.weight" in tensors and "relative_pos_a" in tensors
+
+
+def recognise_cmt(tensors):
+    """The CMTConfig that the shapes of official tensors (a dict by name) tell. Raises UserError
+    where they tell none."""
+    stages = [stage for stage in STAGES if f"relative_pos_{stage}" in tensors]
+    try:
+        positions = [tensors[f"relative_pos_{stage}"].shape for stage in stages]
+        shapes = [tensors[f"blocks_{stage}.0.mlp.conv1.0.weight"].shape for stage in stages]
+        ratio, M, D = max((M / D, M, D) for M, D, _, _ in shapes)
+        stem, in_chans = tensors["stem_conv1.weight"].shape[:2]
+        classes, fc_dim = tensors["head.weight"].shape
+        return CMTConfig(
+            img_size=4 * isqrt(positions[0][1]),
+            in_chans=in_chans,
+            num_classes=classes,
+            stem_channel=stem,
+            embed_dims=tuple(len(tensors[f"patch_embed_{stage}.proj.bias"]) for stage in stages),
+            depths=tuple(
+                len({name.split(".")[1] for name in tensors if name.startswith(f"blocks_{stage}.")})
+                for stage in stages
+            ),
+            num_heads=tuple(H for H, _, _ in positions),
+            sr_ratios=tuple(isqrt(N // M) for _, N, M in positions),
+            mlp_ratio=ratio if int(D * ratio) == M else nextafter(ratio, M),
+            fc_dim=fc_dim,
+            local="blocks_a.0.proj.weight" in tensors,
+            ff_filter="blocks_a.0.mlp.proj.weight" in tensors,
+        )
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, IndexError) as error:
+        raise UserError(f"its shapes tell no CMT ({error!r:.80})") from None
 
 
 def init_cmt(config, seed=0):

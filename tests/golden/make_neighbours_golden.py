@@ -299,7 +299,9 @@ def feed_forward(x, p, train):
     z = centred(gelu(filtered(x, p, "conv1.0")), p, "conv1.2", train)
     if "proj.weight" in p:
         z = z + filtered(z, p, "proj", padding=1, groups=z.shape[1])
-    return centred(filtered(centred(gelu(z), p, "proj_bn", train), p, "conv2.0"), p, "conv2.1", train)
+    return centred(
+        filtered(centred(gelu(z), p, "proj_bn", train), p, "conv2.0"), p, "conv2.1", train
+    )
 
 
 def cmt_of(x, p, config, train):
@@ -388,7 +390,9 @@ def compare_with_official(folder):
     worst = max(errors, key=errors.get)
     print(f"gradients, worst of {len(errors)}: {errors[worst]:.1e} ({worst})")
     rest = max(np.linalg.norm(grads[n]) for n in zero) / largest
-    print(f"of {len(gradients)} tensors {len(zero)} have none, in both: at most {rest:.1e} of the largest")
+    print(
+        f"of {len(gradients)} tensors {len(zero)} have none, in both: at most {rest:.1e} of the largest"
+    )
     for name in ("cmt_ti", "cmt_xs", "cmt_s", "cmt_b"):
         ours = CMT_VARIANTS[name]
         official = getattr(sys.modules["cmt"], name)(img_size=ours.img_size)
