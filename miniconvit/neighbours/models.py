@@ -3,12 +3,14 @@
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from ..arrays import Array, Params
 from ..config import VARIANTS, ConViTConfig
 from ..errors import UserError, unknown_name
 from ..model import init_params, param_shapes
+from ..optim import is_running
 from .cmt import CMT_VARIANTS, CMTConfig, cmt_backward, cmt_forward, cmt_shapes, init_cmt
 from .diversity import PatchHeadConfig, init_with_patch_head, patch_head_shapes
 from .isotropic import IsotropicConfig, init_isotropic, isotropic_shapes
@@ -51,6 +53,11 @@ def is_convit(config):
 def shapes_of(config):
     """Name to shape of the parameters of any configuration's model."""
     return MODELS[type(config)].shapes(config)
+
+
+def count_parameters(config):
+    """How many numbers of a model are trained: running statistics are not."""
+    return sum(prod(shape) for name, shape in shapes_of(config).items() if not is_running(name))
 
 
 def config_to_dict(config):

@@ -365,8 +365,9 @@ def compare_with_official(folder):
 
     rng = np.random.default_rng(0)
     c = CMTConfig(64, 3, 7, 6, (8, 12, 16, 24), (1, 2, 2, 1), (1, 2, 4, 8), (8, 4, 2, 1), 3.6, 20)
-    model = CMT(c.img_size, 3, c.num_classes, list(c.embed_dims), c.stem_channel, c.fc_dim,
-                c.num_heads, [c.mlp_ratio] * 4, True, depths=c.depths, sr_ratios=c.sr_ratios, dp=0.0)  # fmt: skip
+    widths = list(c.embed_dims), c.stem_channel, c.fc_dim, c.num_heads, [c.mlp_ratio] * 4
+    more = {"depths": c.depths, "sr_ratios": c.sr_ratios, "dp": 0.0}
+    model = CMT(c.img_size, 3, c.num_classes, *widths, True, **more)
     params, running = random_cmt(c, rng)
     params |= running
     found = model.load_state_dict({k: tensor(v) for k, v in params.items()}, strict=False)
@@ -390,9 +391,7 @@ def compare_with_official(folder):
     worst = max(errors, key=errors.get)
     print(f"gradients, worst of {len(errors)}: {errors[worst]:.1e} ({worst})")
     rest = max(np.linalg.norm(grads[n]) for n in zero) / largest
-    print(
-        f"of {len(gradients)} tensors {len(zero)} have none, in both: at most {rest:.1e} of the largest"
-    )
+    print(f"gradients that are 0 in both: {len(zero)}, at most {rest:.1e} of the largest")
     for name in ("cmt_ti", "cmt_xs", "cmt_s", "cmt_b"):
         ours = CMT_VARIANTS[name]
         official = getattr(sys.modules["cmt"], name)(img_size=ours.img_size)

@@ -46,11 +46,13 @@ def test_whole_networks_equal_autograd(name):
     assert_equal(logits, case["y"])
     grads = cmt_backward(case["dy"], cache)
     trained = [name for name in grads if not is_running(name)]
-    assert list(grads) == list(cmt_shapes(config)) and trained == sorted(case["grad"], key=trained.index)
+    assert list(grads) == list(cmt_shapes(config)) and trained == sorted(
+        case["grad"], key=trained.index
+    )
     dead = (*sum(DEAD.values(), ())[:5], "blocks_d.0.mlp.conv2.1.bias")
     for key in trained:
         if key.endswith(dead):  # 0, where autograd has round-off
-            assert np.abs(grads[key]).max() < 1e-12 and np.abs(case["grad"][key]).max() < 1e-12
+            assert max(np.abs(grads[key]).max(), np.abs(case["grad"][key]).max()) < 1e-10
         else:
             assert_equal(grads[key], case["grad"][key])
     evaluated, _ = cmt_forward(case["images"], params, config, False)
