@@ -7,7 +7,7 @@ import numpy as np
 from ..analysis import pictures, style
 from ..analysis.inspection import CLASS_TOKEN
 from ..config import VARIANTS
-from .plan import STRENGTHS
+from .plan import HYBRID, STRENGTHS
 from .tables import name, number
 
 YLABEL = "validation top-1 (%)"
@@ -25,6 +25,7 @@ def draw(plan, outcomes, entries, out):
     if plan.experiment == "diversity":
         return _draw_diversity(plan, outcomes, entries, path)
     function = {"sample-efficiency": _draw_sample_efficiency, "locality": _draw_locality}
+    function["hybrid"] = _draw_hybrid
     figure = function.get(plan.experiment, _draw_dots)(plan, entries)
     if len(plan.seeds) > 1:
         note = f"±: sample standard deviation over {len(plan.seeds)} seeds"
@@ -58,6 +59,27 @@ def _draw_sample_efficiency(plan, entries):
         axis.minorticks_off()
         axis.set_xlabel("images kept of each class (%)")
         axis.legend()
+    return figure
+
+
+def _draw_hybrid(plan, entries):
+    """Accuracy over the share of the images, and on the largest share over the speed."""
+    figure, ((left, right),) = style.new_figure(1, 2, height=3.0)
+    percent = [100 * fraction for fraction in sorted(plan.asked["fractions"])]
+    looks = (("s--", style.VIT), ("o-", style.CONVIT), ("D-", style.BLACK))
+    looks += (("v:", style.GREY), ("^:", style.GREY))
+    for i, (look, color) in enumerate(looks):
+        found = entries[i :: len(HYBRID)]
+        points = [(p, e["mean"], e["spread"] or 0.0) for p, e in zip(percent, found, strict=True)]
+        options = {"fmt": look, "color": color, "label": found[0]["label"].partition(",")[0]}
+        _bars(left, points, **options)
+        _bars(right, [(found[-1]["images_per_second"], *points[-1][1:])], **options)
+    left.set_xscale("log")
+    left.set_xticks(percent, [f"{p:g}" for p in percent])
+    left.minorticks_off()
+    left.set(xlabel="images kept of each class (%)", ylabel=YLABEL)
+    right.set(xlabel="images per second in training", ylabel=f"{YLABEL}, {percent[-1]:g} %")
+    left.legend()
     return figure
 
 

@@ -9,13 +9,15 @@ from math import ceil
 
 from ..config import VARIANTS, is_count, is_number
 from ..errors import UserError, unknown_name
+from ..neighbours.models import ALL_VARIANTS
 from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 
 PLAN = "plan.json"
 SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0}
-EXPERIMENTS = ("sample-efficiency", *SUBSETS)
-FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
+FRACTIONS = {"sample-efficiency": (0.05, 0.1, 0.3, 0.5, 1.0), "hybrid": (0.1, 0.3, 1.0)}
+EXPERIMENTS = (*SUBSETS, *FRACTIONS)
+"""Those that compare on one share of the images, and those on several: their defaults."""
 FIRST = (0.1, 1.0)  # of the fractions, to be trained before the others
 ABLATION = {
     "a": ("ConViT", {}),
@@ -38,6 +40,14 @@ DIVERSITY = {
 """Patch Diversification: row to its label, its model and its losses, of weight 1."""
 DEEP = "convit_deep32"  # of which diversity is trained: similarity is a matter of depth
 KINDS = {"convit": "ConViT", "vit": "ViT"}
+HYBRID = {
+    "vit": ("ViT", "vit", ""),
+    "convit": ("ConViT", "convit", ""),
+    "cmt": ("CMT", "cmt", ""),
+    "cmt-nolocal": ("CMT without LPU", "cmt", "_nolocal"),
+    "cmt-nofilter": ("CMT without IRFFN's filter", "cmt", "_nofilter"),
+}
+"""CMT: row to its label, its model, and how that one's name ends."""
 STRENGTHS = (0.01, 0.1, 1.0)
 GPSA_SHARES = (0.0, 0.25, 0.5, 0.75)  # figure 8a: 0, 3, 6 and 9 of 12 blocks
 MASKED_SHARES = {3: 0.3, 5: 0.5, 10: 1.0}  # table 6: 3, 5 and 10 of 10 GPSA layers
@@ -182,7 +192,7 @@ def complete(experiment, given):
     Raises UserError where an option is not this experiment's or out of range.
     """
     own, other = "subset", "fractions"
-    if experiment == "sample-efficiency":
+    if experiment in FRACTIONS:
         own, other = other, own
     if other in given:
         raise UserError(f"{experiment} takes --{own}, not --{other}")
@@ -197,7 +207,7 @@ def complete(experiment, given):
         "model": DEEP if experiment == "diversity" else RECIPES[DEFAULT_RECIPE[data]]["model"],
         **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
-        own: list(FRACTIONS) if own == "fractions" else SUBSETS[experiment],
+        own: list(FRACTIONS[experiment]) if own == "fractions" else SUBSETS[experiment],
     } | given
     _check_options(asked, own)
     return asked
@@ -212,6 +222,10 @@ def _check_options(asked, own):
         raise UserError(f"--{own} must differ in their first six digits: {asked[own]}")
     if not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
         raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
+    if asked["experiment"] == "hybrid" and asked["model"].replace("convit", "cmt") not in (
+        ALL_VARIANTS
+    ):
+        raise UserError(f"there is no CMT of the size of {asked['model']}: give convit_micro32")
     budget = asked.get("budget", 1.0)
     if not (is_number(budget) and budget > 0):
         raise UserError(f"--budget must be a positive number of minutes, not {budget}")
@@ -244,12 +258,12 @@ def rows_of(asked):
     """The rows of an experiment, their lengths still open. Raises UserError for a model on which it
     cannot be done."""
     experiment = asked["experiment"]
-    if experiment == "sample-efficiency":
-        fractions = sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
+    if experiment in FRACTIONS:
+        kinds = {kind: (label, kind, "") for kind, label in KINDS.items()}
         return [
-            _row(asked, f"{kind}-{_percent(f)}pct", f"{KINDS[kind]}, {_percent(f)} %", kind, f)
-            for f in fractions
-            for kind in KINDS
+            _row(asked, f"{name}-{_percent(f)}pct", f"{label}, {_percent(f)} %", kind, f, end)
+            for f in sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
+            for name, (label, kind, end) in (HYBRID if experiment == "hybrid" else kinds).items()
         ]
     if experiment == "ablation":
         return [
@@ -298,17 +312,18 @@ def _share(share, whole):
     return int(share * whole + 0.5)
 
 
-def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
+def _row(asked, name, label, kind="convit", fraction=None, end="", masks=(), **changes):
     settings = make_settings(
         _recipe(asked["data"], asked["model"]),
         data=asked["data"],
-        model=asked["model"].replace("convit", kind),
+        model=asked["model"].replace("convit", kind) + end,
         subset=asked["subset"] if fraction is None else fraction,
         steps=LEAST_STEPS,
         seed=0,
         **changes,
     )
-    validations = {"escape": READINGS, "diversity": FEW}.get(asked["experiment"], VALIDATIONS)
+    few = {"escape": READINGS, "diversity": FEW, "hybrid": FEW}
+    validations = few.get(asked["experiment"], VALIDATIONS)
     return Row(name, label, settings, list(masks), validations)
 
 

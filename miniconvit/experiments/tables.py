@@ -4,13 +4,13 @@ import csv
 import io
 from itertools import groupby
 from math import hypot
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from scipy.special import stdtr
 
 from ..config import VARIANTS
 from ..system import write_file
-from .plan import STRENGTHS, masked_layers
+from .plan import HYBRID, STRENGTHS, masked_layers
 from .run import LAST_LAYER, WHEN, mask_name
 
 DIGITS = {"%": 1, "patches": 2, "": 3}
@@ -61,6 +61,10 @@ NOTES = {
     "diversity": "Similarity is the mean of |cos| over all pairs of two patches of an image, after "
     "the layer. The rule was fixed before the runs. The claim is shown where the cosine loss at "
     "least halves it in the last layer, in every seed. Accuracy stands beside it.",
+    "hybrid": "The rule was fixed before the runs. The claim is shown where CMT is ahead of ViT "
+    "and of ConViT, beyond the spread, at every share. LPU is the filter at a block's start, IRFFN "
+    "its feed-forward. Running statistics are no parameters. Images per second are those of "
+    "training: the median over a row's runs.",
 }
 
 
@@ -88,8 +92,17 @@ def entries_of(plan, outcomes):
                 "passes": plan.images_seen / row.images,
                 "paper": _paper(plan, row, quantity),
                 "values": [_value(runs.get(seed), quantity, SCALE[unit]) for seed in plan.seeds],
-            })  # fmt: skip
+            } | _costs(plan, runs.values()))  # fmt: skip
     return entries
+
+
+def _costs(plan, runs):
+    """What an entry has beside, where the experiment looks at it: the row's size and speed."""
+    if plan.experiment != "hybrid":
+        return {}
+    costs = [run.cost for run in runs if run.cost]
+    parameters, speeds = zip(*costs, strict=True) if costs else ([None], [])
+    return {"parameters": parameters[0], "images_per_second": median(speeds) if speeds else None}
 
 
 def _by_size(plan):
@@ -139,6 +152,8 @@ def _pairs(plan):
     if plan.experiment == "diversity":
         return [((a, quantity), (b, quantity)) for quantity in (LAST_LAYER, "top1")
                 for a, b in DIVERSIFIED]  # fmt: skip
+    if plan.experiment == "hybrid":
+        return [((a, "top1"), (b, "top1")) for a, b in _of_cmt(plan)]
     if plan.experiment == "sample-efficiency":
         pairs = list(zip(names[::2], names[1::2], strict=True))
     elif plan.experiment == "ablation":
@@ -149,6 +164,14 @@ def _pairs(plan):
         deepest = names[-len(STRENGTHS) :]
         pairs += [(deepest[-1], weaker) for weaker in deepest[:-1]]
     return [((first, "top1"), (second, "top1")) for first, second in pairs]
+
+
+def _of_cmt(plan):
+    """The rows that are compared with CMT, share by share: (CMT's, the other's) of names."""
+    for row in _by_size(plan):
+        name, _, share = row.name.rpartition("-")
+        if name == "cmt":
+            yield from ((row.name, f"{other}-{share}") for other in HYBRID if other != "cmt")
 
 
 def _escape_pairs(plan):
@@ -241,6 +264,22 @@ def _halved(plan, by_name):
             )
 
 
+def _ahead(plan, by_name):
+    """At how many shares CMT is ahead of ViT and ConViT beyond the spread: a sentence."""
+    if plan.experiment != "hybrid":
+        return
+    ahead = {}  # share to whether it is, of each rival
+    for pair in _of_cmt(plan):
+        if pair[1].startswith(("vit", "convit")):
+            cmt, other = (by_name[row, "top1"] for row in pair)
+            if None in (cmt["mean"], other["mean"]) or _spread(cmt, other) is None:
+                return
+            found = cmt["mean"] - other["mean"] > _spread(cmt, other)
+            ahead.setdefault(cmt["images"], []).append(found)
+    shares = sum(map(all, ahead.values()))
+    yield f"CMT is ahead of both beyond the spread at {shares} of {len(ahead)} shares"
+
+
 def name(entry):
     """What a line of the table is called."""
     quantity = entry["quantity"]
@@ -273,7 +312,10 @@ def write_tables(plan, outcomes, out):
         if first in by_name and second in by_name
     ]
     text = _markdown(
-        plan, outcomes, entries, sentences + _gaps(plan, entries) + [*_halved(plan, by_name)]
+        plan,
+        outcomes,
+        entries,
+        sentences + _gaps(plan, entries) + [*_halved(plan, by_name), *_ahead(plan, by_name)],
     )
     write_file(out / "table.md", text.encode())
     lines = io.StringIO()
@@ -301,16 +343,26 @@ def _markdown(plan, outcomes, entries, sentences):
         "| row | ours | seeds | training images | passes over the data | paper | each seed |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    if plan.experiment == "hybrid":
+        lines[-2:] = [lines[-2] + " parameters | images/s |", lines[-1] + " --- | --- |"]
     for entry in entries:
         unit = f" ({entry['unit']})" if entry["unit"] == "patches" else ""
         paper = "" if entry["paper"] is None else f"{entry['paper']:.1f}"
         lines.append(
             f"| {name(entry)}{unit} | {number(entry)} | {entry['seeds']} | {entry['images']:,} "
-            f"| {entry['passes']:.1f} | {paper} | {_each_seed(entry)} |"
+            f"| {entry['passes']:.1f} | {paper} | {_each_seed(entry)} |" + _cost_cells(entry)
         )
     note = NOTES[plan.experiment].format(", 10 % of each class" * (subset == 0.1))
     lines += ["", note, "", *(f"- {sentence}." for sentence in sentences)]
     return "\n".join(lines) + "\n"
+
+
+def _cost_cells(entry):
+    """The last two cells of a row that tells its cost."""
+    if "parameters" not in entry:
+        return ""
+    cells = entry["parameters"], entry["images_per_second"]
+    return "".join(f" {'-' if cell is None else f'{cell:,.0f}'} |" for cell in cells)
 
 
 def _about_spread(plan):

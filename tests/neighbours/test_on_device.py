@@ -1,14 +1,18 @@
 """The papers beside ConViT on the stand-in for CuPy: the same numbers, on the device."""
 
+import fakecuda
 import numpy as np
 import pytest
 
 import miniconvit as mc
 from miniconvit import layers, neighbours
 from miniconvit.arrays import to_cpu, to_device
+from miniconvit.engine import Classification, classification, make_engine
 from miniconvit.experiments import lipschitz
+from miniconvit.neighbours.cmt import CMTConfig
 from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
 from miniconvit.neighbours.models import MODELS
+from miniconvit.optim import is_running
 from miniconvit.training.objectives import Diversified, Masked
 
 
@@ -34,16 +38,19 @@ def objectives():
     yield Diversified(neighbours.diversity.PatchHeadConfig(**model), 0.1, 1.0, 1.0, 1.0)
     for mixer in MIXERS:
         yield Masked(IsotropicConfig(mixer, img_size=8, embed_dim=16, depth=2))
+    stages = {"embed_dims": (6, 8), "depths": (1, 2), "num_heads": (1, 2), "sr_ratios": (2, 1)}
+    yield classification(CMTConfig(8, **stages), 0.1)
 
 
 @pytest.mark.parametrize(
-    "objective", [*objectives()], ids=lambda o: getattr(o.config, "mixer", "-")
+    "objective", [*objectives()], ids=lambda o: getattr(o.config, "mixer", type(o).__name__)
 )
 def test_a_step_is_the_same_on_the_device(cupy, objective):
     rng = np.random.default_rng(0)
     params = MODELS[type(objective.config)].init(objective.config, 0)
     images = rng.standard_normal((3, 3, 8, 8), dtype="float32")
     batch = images, np.array([1, 0, 2]), np.array([[1, 0, 2, 2]] * 3)
+    batch = batch[: len(objective.inputs)]
     if isinstance(objective, Masked):
         batch = images, hidden_patches(0, 0, np.arange(3), 4)
         mask, expected = both(cupy, lambda x: hidden_patches(0, 0, x, 4), np.arange(3))
@@ -53,6 +60,8 @@ def test_a_step_is_the_same_on_the_device(cupy, objective):
         return objective.step(batch, params, 0.5, 0, 0, 0, layers)
 
     assert_alike(*both(cupy, step, batch, params))
+    if isinstance(objective, Classification):
+        assert_alike(*both(cupy, lambda b, p: objective.answer(b, p, layers), batch, params))
 
 
 @pytest.mark.parametrize("name", ["tied", "kim"])
@@ -75,3 +84,29 @@ def test_similarities_and_the_names_of_gpus_are_there(cupy):
     run = neighbours.diversity.similarities
     ours, theirs = both(cupy, lambda x, p: run(x, p, config), images, mc.init_params(config))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.skipif(not fakecuda.COMPILER, reason=fakecuda.REASON)
+def test_a_gpu_trains_running_statistics_and_takes_a_batch_as_one_piece(cupy):
+    config = CMTConfig(8, embed_dims=(6, 8), depths=(1, 1), num_heads=(1, 2), sr_ratios=(2, 1))
+    objective, rng = classification(config, 0.1), np.random.default_rng(0)
+    batch = rng.standard_normal((70, 3, 8, 8), dtype="float32"), np.arange(70) % 10
+    params = MODELS[CMTConfig].init(config, 0)
+    here, there = (to_device(params, xp) for xp in (np, cupy))
+    here = {name: value.copy() for name, value in here.items()}
+    images, labels = to_device(batch, cupy)
+    optimizers = [mc.AdamW(tensors, 1e-2) for tensors in (here, there)]
+    _, grads = objective.step(batch, here, 1.0, 0, 0, 0, layers)
+    with make_engine(objective, cupy) as engine:
+        engine.hold(there, optimizers[1])
+        *_, found = engine.loss_and_grads(lambda *_: (images, labels), 70, there)
+        norm = engine.clip(found, 0.1)
+        engine.update(optimizers[1], there, found)
+        logits = engine.logits(lambda start, stop: images[start:stop], 70, there)
+    assert norm.item() == pytest.approx(mc.clip_grad_norm(grads, 0.1), rel=1e-4)
+    optimizers[0].step(here, grads)
+    for name, grad in found.items():
+        np.testing.assert_allclose(to_cpu(grad), grads[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        if is_running(name):
+            np.testing.assert_allclose(to_cpu(there[name]), here[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits, objective.answer(batch, to_cpu(there), layers), atol=1e-4)
