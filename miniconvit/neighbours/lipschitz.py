@@ -99,11 +99,17 @@ def spectral_forward(weight, norm=1.0):
     """y = norm * W / sigma,  sigma = u^T W v, the largest singular value of W.
 
     weight (out, in). norm: 1 in Miyato et al. 2018; in ViTGAN sigma at the start. Nothing is
-    iterated: u (out,) and v (in,) are exact.
+    iterated over the steps: u (out,) and v (in,) are those of now. The shorter one is an
+    eigenvector of W W^T or W^T W, twice as fast as all singular vectors.
     """
-    u, sigmas, v = array_module(weight).linalg.svd(weight, full_matrices=False)
-    y = weight * (norm / sigmas[0])
-    return y, (y, u[:, 0], v[0], sigmas[0], norm)
+    xp = array_module(weight)
+    wide = weight if len(weight) <= weight.shape[1] else weight.T
+    u = xp.linalg.eigh(wide @ wide.T)[1][:, -1]
+    v = u @ wide
+    sigma = xp.sqrt((v * v).sum())
+    u, v = (u, v / sigma) if wide is weight else (v / sigma, u)
+    y = weight * (norm / sigma)
+    return y, (y, u, v, sigma, norm)
 
 
 def spectral_backward(dy, cache):

@@ -9,6 +9,7 @@ from ..config import ConViTConfig
 from ..errors import UserError, unknown_name
 from ..model import init_params, param_shapes
 from .diversity import PatchHeadConfig, init_with_patch_head, patch_head_shapes
+from .gan import GANConfig, gan_shapes, init_gan
 from .isotropic import IsotropicConfig, init_isotropic, isotropic_shapes
 
 
@@ -25,6 +26,7 @@ MODELS = {
     ConViTConfig: Model("convit", param_shapes, init_params),
     PatchHeadConfig: Model("convit_patch_head", patch_head_shapes, init_with_patch_head),
     IsotropicConfig: Model("isotropic", isotropic_shapes, init_isotropic),
+    GANConfig: Model("vitgan", gan_shapes, init_gan),
 }
 """The class of a configuration to the functions of its model."""
 
