@@ -8,12 +8,19 @@ from .arguments import check_max_norm, check_rates, check_step
 from .arrays import Params, array_module
 
 NEVER_DECAYED = ("pos_embed", "cls_token")
+MOMENTUM = 0.1
+
+
+def is_running(name):
+    """Whether a parameter is a running statistic, whose gradient is what it is off by."""
+    return name.endswith(("running_mean", "running_var"))
 
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov, Hutter 2019), in place.
 
     Tensors of two or more axes are decayed, except pos_embed and cls_token: the official groups.
+    Running statistics follow what they are off by, a tenth of it a step, at any rate.
     State: the two moments of each parameter, `exp_avg` and `exp_avg_sq`, and the step count.
     """
 
@@ -46,6 +53,9 @@ class AdamW:
         correction2 = 1.0 - beta2**self.step_count
         for name, p in params.items():
             g, m, v = grads[name], self.exp_avg[name], self.exp_avg_sq[name]
+            if is_running(name):
+                p -= MOMENTUM * g
+                continue
             if p.ndim >= 2 and name not in NEVER_DECAYED:
                 p *= 1.0 - lr * self.weight_decay
             m *= beta1
@@ -71,9 +81,10 @@ def clip_grad_norm(grads: Params, max_norm: float) -> float:
     """Scales all gradients in place so that their joint L2 norm is at most max_norm.
 
     Returns the norm before: a float, or a scalar on the device, for which nobody has waited.
-    Raises UserError where max_norm is not above 0.
+    Running statistics are left out. Raises UserError where max_norm is not above 0.
     """
     check_max_norm(max_norm)
+    grads = {name: g for name, g in grads.items() if not is_running(name)}
     if not grads:
         return 0.0
     square = sum((g * g).sum() for g in grads.values())

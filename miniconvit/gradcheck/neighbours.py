@@ -56,9 +56,49 @@ def _patch_mixing(rng, functions, s):
     )
 
 
+def _filters(s):
+    """(x's shape, k, stride, padding): k even and odd, windows that overlap, touch and miss."""
+    x = s.B, s.grid[0] * s.patch[0], s.grid[1] * s.patch[1], s.dim
+    yield from ((x, 3, 1, 1), (x, 3, 2, 1), (x, 2, 2, 0), (x, 1, 2, 0))
+
+
+def _conv(rng, functions, s):
+    for shape, k, stride, padding in _filters(s):
+        inputs = draw(rng, x=shape, weight=(s.hidden, s.dim, k, k))
+        bias = draw(rng, bias=(s.hidden,)) if stride == 2 else {}
+        yield Case(
+            lambda *, stride=stride, padding=padding, **inputs: functions.conv_forward(
+                **inputs, stride=stride, padding=padding
+            ),
+            functions.conv_backward,
+            inputs | bias,
+        )
+
+
 def _depthwise(rng, functions, s):
-    inputs = draw(rng, x=(s.B, *s.grid, s.dim), weight=(s.dim, 1, 3, 3), bias=(s.dim,))
-    yield Case(functions.depthwise_forward, functions.depthwise_backward, inputs)
+    for shape, k, stride, padding in _filters(s):
+        yield Case(
+            lambda x, weight, bias, stride=stride, padding=padding: functions.depthwise_forward(
+                x, weight, bias, stride, padding
+            ),
+            functions.depthwise_backward,
+            draw(rng, x=shape, weight=(s.dim, 1, k, k), bias=(s.dim,)),
+        )
+
+
+def _batchnorm(rng, functions, s):
+    """In training. What running_* are off by is no gradient, and stays here."""
+    running = draw(rng, running_mean=(s.dim,), running_var=(s.dim,))
+
+    def backward(dy, cache):
+        dx, grads = functions.batchnorm_backward(dy, cache)
+        return {"x": dx, "weight": grads["weight"], "bias": grads["bias"]}
+
+    yield Case(
+        lambda x, **params: functions.batchnorm_forward(x, params | running, True),
+        backward,
+        draw(rng, x=(s.B, *s.grid, s.dim), weight=(s.dim,), bias=(s.dim,)),
+    )
 
 
 def _token_conv(rng, functions, s):
@@ -246,7 +286,9 @@ NEIGHBOURS = {
     "cosine": at_every_size(_cosine),
     "contrastive": at_every_size(_contrastive),
     "patch_mixing": at_every_size(_patch_mixing),
+    "conv": at_every_size(_conv),
     "depthwise": at_every_size(_depthwise),
+    "batchnorm": at_every_size(_batchnorm),
     "token_conv": at_every_size(_token_conv),
     "token_mlp": at_every_size(_token_mlp),
     "masked_loss": at_every_size(_masked_loss),

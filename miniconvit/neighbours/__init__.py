@@ -1,11 +1,20 @@
 """Papers beside ConViT, made of its pieces. Each file is one of them, as pairs of functions.
 
+conv          convolutions and batch normalisation, channels last, which some of them need
 diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diversification)
 gan           a transformer that draws and one that judges (Lee et al. 2021: ViTGAN)
 isotropic     four ways of mixing tokens (Cazenavette, Lucey 2021: the bias against biases)
 lipschitz     attention by distance, and weights of a given spectral norm (Lee et al. 2021: ViTGAN)
 """
 
+from .conv import (
+    batchnorm_backward,
+    batchnorm_forward,
+    conv_backward,
+    conv_forward,
+    depthwise_backward,
+    depthwise_forward,
+)
 from .diversity import (
     Taps,
     contrastive_backward,
@@ -36,8 +45,6 @@ from .gan import (
     spectral_norms_forward,
 )
 from .isotropic import (
-    depthwise_backward,
-    depthwise_forward,
     isotropic_backward,
     isotropic_forward,
     masked_loss_backward,

@@ -255,6 +255,7 @@ def test_images_and_parameters_that_do_not_fit_are_refused(cupy):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_clipping_adamw_and_average_are_the_libraries(warps, dtype):
     shapes = {"a.weight": (5, 7), "cls_token": (1, 1, 3), "gate": (1,), "b": (2500,), "w": (40, 60)}
+    shapes["bn.running_var"] = (30,)
     params, average = random_like(shapes, dtype, 1), random_like(shapes, dtype, 2)
     there, average_there = to_device((params, average), warps)
     kernels = Kernels(warps, dtype, "float32")

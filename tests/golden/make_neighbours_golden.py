@@ -14,6 +14,9 @@ Everything here is composed anew of torch's own functions. Its keys:
     diversified_K/...       timm's ConViT with K GPSA blocks, and all three losses:
                             config, weights (JSON), images, targets, patch_labels, loss,
                             similarities (of each block), in/NAME and grad/NAME of parameters
+    conv_K, depthwise_K/... also stride and padding; images are channels last
+    batchnorm/...           also after/NAME: the running statistics after one step in training, and
+                            evaluated, the output in evaluation from those of in/
     isotropic_MIXER/...     a whole network, a pair of its parameters, with config, images, mask
     lipschitz/SEED          (layer, ray, scale): 2-norms of Jacobians, in the experiment's order
 """
@@ -28,6 +31,7 @@ from timm.models.convit import GPSA, ConVit
 from torch import from_numpy as tensor
 from torch.func import functional_call
 from torch.nn.functional import (
+    batch_norm,
     conv2d,
     cosine_similarity,
     cross_entropy,
@@ -150,6 +154,50 @@ def diversified(local_up_to_layer, weights=(0.7, 0.3, 0.9)):
     return {f"diversified_{local_up_to_layer}/{key}": value for key, value in case.items()}
 
 
+FILTERS = {3: (2, 1), 2: (2, 0), 5: (1, 2)}
+"""k to a stride and a padding."""
+
+
+def channels_first(function, x, *args, **more):
+    return function(x.permute(0, 3, 1, 2), *args, **more).permute(0, 2, 3, 1)
+
+
+def convolutions(rng):
+    """The pairs conv and depthwise, for each k."""
+    cases = {}
+    for k, (stride, padding) in FILTERS.items():
+        how = {"stride": stride, "padding": padding}
+        for name, groups, shape in (("conv", 1, (7, 4)), ("depthwise", 4, (4, 1))):
+            inputs = {"x": rng.standard_normal((3, 6, 8, 4)), "weight": (*shape, k, k)}
+            inputs["weight"] = rng.standard_normal(inputs["weight"])
+            inputs["bias"] = rng.standard_normal(shape[0])
+
+            def function(x, weight, bias, groups=groups, how=how):
+                return channels_first(conv2d, x, weight, bias, groups=groups, **how)
+
+            cases |= make_case(f"{name}_{k}", rng, inputs, function)
+            cases |= {f"{name}_{k}/{key}": value for key, value in how.items()}
+    return cases
+
+
+def normalised(rng):
+    """The pair batchnorm in training, with its running statistics, and in evaluation."""
+    inputs = {"x": 3 + 2 * rng.standard_normal((3, 2, 5, 4)), "weight": rng.standard_normal(4)}
+    inputs["bias"] = rng.standard_normal(4)
+    running = {"running_mean": rng.standard_normal(4), "running_var": rng.uniform(0.5, 2.0, 4)}
+    after = {name: tensor(value.copy()) for name, value in running.items()}
+
+    def function(x, weight, bias, statistics=after, train=True):
+        return channels_first(batch_norm, x, *statistics.values(), weight, bias, train)
+
+    case = make_case("batchnorm", rng, inputs, function)
+    fixed = {name: tensor(value) for name, value in running.items()}
+    leaves = {name: tensor(value) for name, value in inputs.items()}
+    case["batchnorm/evaluated"] = function(**leaves, statistics=fixed, train=False).numpy()
+    case |= {f"batchnorm/in/{name}": value for name, value in running.items()}
+    return case | {f"batchnorm/after/{name}": value.numpy() for name, value in after.items()}
+
+
 def below(p, prefix):
     return {name.removeprefix(prefix): v for name, v in p.items() if name.startswith(prefix)}
 
@@ -259,6 +307,7 @@ def main():
     content = {"versions": json.dumps(versions)}
     for name, (inputs, function) in cases.items():
         content |= make_case(name, rng, inputs, function)
+    content |= convolutions(np.random.default_rng(1)) | normalised(np.random.default_rng(2))
     for mixer in ("attention", "mlp", "conv", "gpsa"):
         content |= isotropic(mixer)
     for blocks in (0, 2, 3):  # of three: a ViT, a ConViT, and no class token at all

@@ -9,11 +9,11 @@ from math import prod, sqrt
 import numpy as np
 
 from ....arguments import check_max_norm
-from ....optim import NEVER_DECAYED
+from ....optim import NEVER_DECAYED, is_running
 from .launch import WARPS
 
 CHUNK = 1024  # as in kernels.cu
-TRAINED, DECAYED = 1, 2
+TRAINED, DECAYED, RUNNING = 1, 2, 3
 
 
 class Buffers:
@@ -68,15 +68,17 @@ class Buffers:
         )
 
     def _kinds_of(self, names):
-        """A byte for each chunk: whether its tensor is among these names, and decayed."""
+        """A byte for each chunk: whether its tensor is among these names, decayed, or running."""
         key = tuple(names)
         if key not in self._kinds:
             kinds = np.zeros(self._size // CHUNK, np.uint8)
             for name in key:
                 shape, first = self.shapes[name], self._starts[name] // CHUNK
-                is_decayed = len(shape) >= 2 and name not in NEVER_DECAYED
                 chunks = slice(first, first + -(-prod(shape) // CHUNK))
+                is_decayed = len(shape) >= 2 and name not in NEVER_DECAYED
                 kinds[chunks] = DECAYED if is_decayed else TRAINED
+                if is_running(name):
+                    kinds[chunks] = RUNNING
             self._kinds[key] = self.kernels.xp.asarray(kinds)
         return self._kinds[key]
 

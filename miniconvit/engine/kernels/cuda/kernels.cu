@@ -402,14 +402,16 @@ KERNEL collect(const T* loss, const i64* correct, const T* norm, T* numbers) {
     numbers[2] = *norm;
 }
 
-// kind: of each CHUNK of elements, 0 is left as it is, 1 is trained, 2 is also decayed
+// kind: of each CHUNK of elements, 0 is left as it is, 1 is trained, 2 is also decayed, 3 is a
+// running statistic, whose gradient is what it is off by
 #define CHUNK 1024
+#define IS_TRAINED(i) (kind[(i) / CHUNK] % 3)
 
 // sums (grid,): each block's part of the square of the gradients' norm
 KERNEL squares(const T* grads, const u8* kind, T* sums, i64 n) {
     extern __shared__ double shared[];
     T *all = (T*)shared, square = 0;
-    EACH_THREAD(i, n) if (kind[i / CHUNK]) square += grads[i] * grads[i];
+    EACH_THREAD(i, n) if (IS_TRAINED(i)) square += grads[i] * grads[i];
     all[threadIdx.y] = lane_sum(square);
     __syncthreads();
     if (THREAD == 0) sums[blockIdx.x] = over_warps(all, 1, 0);
@@ -422,7 +424,7 @@ KERNEL clip(BOTH T* grads, const u8* kind, const T* sums, T* norm, i64 n, i64 co
     T found = sqrt(lane_sum(square)), factor = (T)limit / found;
     if (THREAD == 0 && blockIdx.x == 0) *norm = found;
     if (factor >= 1) return;  // where the norm is NaN it is not
-    EACH_THREAD(i, n) if (kind[i / CHUNK]) grads[i] *= factor;
+    EACH_THREAD(i, n) if (IS_TRAINED(i)) grads[i] *= factor;
 }
 
 KERNEL adamw(BOTH T* params, const T* grads, BOTH T* exp_avg, BOTH T* exp_avg_sq, const u8* kind,
@@ -433,6 +435,10 @@ KERNEL adamw(BOTH T* params, const T* grads, BOTH T* exp_avg, BOTH T* exp_avg_sq
         u8 k = kind[i / CHUNK];
         if (!k) continue;
         T g = grads[i], p = params[i];
+        if (k == 3) {
+            params[i] = p - (T)0.1 * g;
+            continue;
+        }
         T m = exp_avg[i] = b1 * exp_avg[i] + rest1 * g;
         T v = exp_avg_sq[i] = b2 * exp_avg_sq[i] + rest2 * g * g;
         if (k == 2) p *= keep;
