@@ -180,14 +180,14 @@ def _modulated_linear(rng, functions, s):
 
 
 def _diffaugment(rng, functions, s):
-    """Some images are moved, some coloured, some have a box cut out, each in its own way."""
+    """Images are moved, each in its own way, and a box is cut out of one."""
     size = 8 * s.patch[0], 8 * s.patch[1]
     shift = rng.permuted(np.tile(np.arange(s.B) % 3 - 1, (2, 1)), axis=1).T  # (B, 2)
-    colours = rng.uniform(0.3, 1.7, (3, s.B, 1, 1, 1))
+    brightness = rng.standard_normal((s.B, 1, 1, 1))
     kept = np.ones((s.B, *size, 1))
     kept[1, 1:5, 2:9] = 0.0
     yield Case(
-        lambda images: functions.diffaugment_forward(images, (shift, *colours, kept)),
+        lambda images: functions.diffaugment_forward(images, (shift, brightness, kept)),
         functions.diffaugment_backward,
         draw(rng, images=(s.B, *size, s.channels)),
     )

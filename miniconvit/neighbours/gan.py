@@ -171,39 +171,33 @@ def latents(seed, step, images, config):
 
 
 def augmentation(seed, step, images, size):
-    """What DiffAugment does to each of these images of a batch (B,), of size (height, width).
+    """What is done to each of these images of a batch (B,), of size (height, width).
 
-    (shift (B, 2), brightness, saturation, contrast (B, 1, 1, 1) each, and (B, height, width, 1),
-    0 where a box of half the side is cut out), float32. Each of the three operations (colour,
-    translation, box) falls on 0.8 of the images, and *ranges* are those of Zhao et al.'s code.
+    (shift (B, 2), brightness (B, 1, 1, 1), and (B, height, width, 1) that is 0 in a box of a quarter
+    of the sides), float32. Each of the three falls on 0.8 of the images. Shifts of an eighth and
+    brightness of half a unit at most are those of Zhao et al.'s code; *the box is half as wide*,
+    and *saturation and contrast are left out*: consistent scores would make the critic blind to
+    what tells these small objects apart.
     """
-    xp, B = array_module(images), len(images)
-    u = uniform(seed, DIFFAUGMENT, step, images[:, None], xp.arange(10), xp=xp)  # (B, 10)
-    coloured, moved, cut = (u[:, i] < SHARE for i in range(3))
+    xp = array_module(images)
+    u = uniform(seed, DIFFAUGMENT, step, images[:, None], xp.arange(8), xp=xp)  # (B, 8)
+    moved, lit, cut = (u[:, i] < SHARE for i in range(3))
     most = xp.asarray([_most_shift(side) for side in size])
     shift = xp.floor(u[:, 3:5] * (2 * most + 1)).astype(int) - most
-    brightness = xp.where(coloured, u[:, 5] - 0.5, 0.0)
-    saturation = xp.where(coloured, 2.0 * u[:, 6], 1.0)
-    contrast = xp.where(coloured, 0.5 + u[:, 7], 1.0)
-    centre = xp.floor(u[:, 8:] * (xp.asarray(size) + 1)).astype(int)  # (B, 2)
+    brightness = xp.where(lit, u[:, 5] - 0.5, 0.0).astype(u.dtype)
+    centre = xp.floor(u[:, 6:] * (xp.asarray(size) + 1)).astype(int)  # (B, 2)
     inside = []
     for axis, side in enumerate(size):
-        place = xp.arange(side) - centre[:, axis : axis + 1] + side // 4
-        inside.append((place >= 0) & (place < side // 2))
+        place = xp.arange(side) - centre[:, axis : axis + 1] + side // 8
+        inside.append((place >= 0) & (place < side // 4))
     box = inside[0][:, :, None] & inside[1][:, None] & cut[:, None, None]
-    colours = (c.astype(u.dtype).reshape(B, 1, 1, 1) for c in (brightness, saturation, contrast))
-    return xp.where(moved[:, None], shift, 0), *colours, (~box).astype(u.dtype)[..., None]
+    shift = xp.where(moved[:, None], shift, 0)
+    return shift, brightness[:, None, None, None], (~box).astype(u.dtype)[..., None]
 
 
 def _most_shift(side):
     """An eighth of a side, rounded."""
     return (side + 4) // 8
-
-
-def _spread(x, factor, axes):
-    """Their mean + factor (x - mean): its own adjoint."""
-    mean = x.mean(axis=axes, keepdims=True)
-    return mean + factor * (x - mean)
 
 
 def _shifted(x, shift):
@@ -217,22 +211,19 @@ def _shifted(x, shift):
 
 
 def diffaugment_forward(images, drawn):
-    """y = kept * shifted(contrast(saturation(images + brightness))): linear but for brightness.
+    """y = kept * shifted(images + brightness): linear but for brightness.
 
     images (B, height, width, C); drawn: of augmentation(). (Zhao et al. 2020, DiffAugment.)
     """
-    shift, brightness, *factors, kept = drawn
-    saturation, contrast, kept = (x.astype(images.dtype) for x in (*factors, kept))
-    y = _spread(images + brightness.astype(images.dtype), saturation, 3)
-    y = _shifted(_spread(y, contrast, (1, 2, 3)), shift)
-    return y * kept, (shift, saturation, contrast, kept)
+    shift, brightness, kept = drawn
+    kept = kept.astype(images.dtype)
+    return kept * _shifted(images + brightness.astype(images.dtype), shift), (shift, kept)
 
 
 def diffaugment_backward(dy, cache):
-    """The adjoints in reverse: the box, the way back, contrast and saturation."""
-    shift, saturation, contrast, kept = cache
-    dx = _spread(_shifted(dy * kept, -shift), contrast, (1, 2, 3))
-    return _spread(dx, saturation, 3)
+    """dimages = dy, where it was seen, on its way back."""
+    shift, kept = cache
+    return _shifted(dy * kept, -shift)
 
 
 def logistic_forward(scores, sign):
@@ -472,13 +463,13 @@ def gan_shapes(config):
 
 
 def init_gan(config, seed=0):
-    """Fresh parameters, float32: *weights N(0, 1 / fan in)*, those of sines U(-3 pi, 3 pi) with
-    phases U(-pi, pi), the class token N(0, 0.02^2), LayerNorms 1, biases 0."""
+    """Fresh parameters, float32: *weights N(0, 1 / fan in)*, those of sines and their phases
+    U(-pi, pi), the class token N(0, 0.02^2), LayerNorms 1, biases 0."""
     rng, params = np.random.default_rng(seed), {}
     for name, shape in gan_shapes(config).items():
         owner = name.split(".")[-2]
         if owner in ("pos", "sine"):
-            value = rng.uniform(-pi, pi, shape) * (3.0 if len(shape) > 1 else 1.0)
+            value = rng.uniform(-pi, pi, shape)
         elif name.endswith("cls_token"):
             value = rng.normal(0.0, 0.02, shape)
         elif len(shape) > 1:

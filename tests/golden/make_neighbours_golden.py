@@ -318,15 +318,11 @@ def generator(z, p, config):
 
 def augmented(images, drawn):
     """DiffAugment, an image after the other, with these numbers."""
-    shift, *factors, kept = (tensor(np.asarray(x, np.float64)) for x in drawn)
+    shift, brightness, kept = (tensor(np.asarray(x, np.float64)) for x in drawn)
     done = []
-    for x, (down, right), brightness, saturation, contrast, k in zip(
-        images, shift.long().tolist(), *factors, kept, strict=True
-    ):
-        x = x + brightness
-        x = saturation * x + (1 - saturation) * x.mean(-1, keepdim=True)
-        x = contrast * x + (1 - contrast) * x.mean()
-        frame = pad(x, (0, 0, 4, 4, 4, 4))
+    numbers = zip(images, shift.long().tolist(), brightness, kept, strict=True)
+    for x, (down, right), more, k in numbers:
+        frame = pad(x + more, (0, 0, 4, 4, 4, 4))
         done.append(frame[4 - down :, 4 - right :][: x.shape[0], : x.shape[1]] * k)
     return torch.stack(done)
 

@@ -89,7 +89,7 @@ def test_the_augmentations_backward_is_its_adjoint():
     """<A x, y> = <x, A^T y>, where A is what is left without the brightness."""
     rng = np.random.default_rng(0)
     numbers = drawn()
-    linear = numbers[0], 0.0 * numbers[1], *numbers[2:]
+    linear = numbers[0], 0.0 * numbers[1], numbers[2]
     x, y = rng.standard_normal((2, 64, *SIZE, 3))
     ahead, cache = diffaugment_forward(x, linear)
     back = diffaugment_backward(y, cache)
@@ -100,16 +100,14 @@ def test_the_augmentations_backward_is_its_adjoint():
 
 
 def test_what_the_augmentation_draws():
-    shift, brightness, saturation, contrast, kept = drawn(4000)
-    moved, coloured, cut = (shift != 0).any(axis=1), brightness != 0, (kept == 0).any(axis=(1, 2))
+    shift, brightness, kept = drawn(4000)
+    moved, lit, cut = (shift != 0).any(axis=1), brightness != 0, (kept == 0).any(axis=(1, 2))
     assert pytest.approx(moved.mean(), abs=0.04) == 0.8 * (1 - 1 / 35)  # or moved by nothing
-    assert coloured.mean() == pytest.approx(0.8, abs=0.04) == pytest.approx(cut.mean(), abs=0.04)
+    assert lit.mean() == pytest.approx(0.8, abs=0.04) == pytest.approx(cut.mean(), abs=0.04)
     assert np.abs(shift).max(axis=0).tolist() == [2, 3]
     assert -0.5 <= brightness.min() < -0.49 and 0.49 < brightness.max() < 0.5
-    assert 0 <= saturation.min() < 0.01 and 1.99 < saturation.max() < 2
-    assert 0.5 <= contrast.min() < 0.51 and 1.49 < contrast.max() < 1.5
     boxes = (kept == 0)[..., 0]
-    assert boxes.any(axis=2).sum(axis=1).max() == 8 and boxes.any(axis=1).sum(axis=1).max() == 12
+    assert boxes.any(axis=2).sum(axis=1).max() == 4 and boxes.any(axis=1).sum(axis=1).max() == 6
     assert boxes.any(axis=0).all()  # there is no pixel that is never cut out
     again = augmentation(5, 2, np.arange(10, 20), SIZE)
     assert all(np.array_equal(a, b[10:20]) for a, b in zip(again, drawn(64, "f"), strict=True))
@@ -120,8 +118,7 @@ def test_an_image_is_moved_and_cut_as_the_numbers_say():
     image = np.random.default_rng(1).standard_normal((1, *SIZE, 3))
     shift, kept = np.array([[2, -1]]), np.ones((1, *SIZE, 1))
     kept[0, 4:8, 5:9] = 0.0
-    one = np.ones((1, 1, 1, 1))
-    y, _ = diffaugment_forward(image, (shift, 0.0 * one, one, one, kept))
+    y, _ = diffaugment_forward(image, (shift, np.zeros((1, 1, 1, 1)), kept))
     expected = np.zeros_like(image)
     expected[:, 2:, :-1] = image[:, :-2, 1:]
     np.testing.assert_allclose(y, expected * kept, atol=1e-15)
