@@ -1,9 +1,9 @@
 """Can two transformers be trained against each other? ViTGAN's critic, by its attention and norms.
 
-After Lee et al. 2021, at a scale of minutes: the quarters of the `shapes` images, 16x16 pixels, with
-one object each. The critic's attention is by dot products or by distance. Its weights are free, or
-have the spectral norm 1 (Miyato et al. 2018), or the one that each had at the start, as in the
-paper. All arms have the same generator, data, losses and rates.
+After Lee et al. 2021, at a scale of minutes: the quarters of the `shapes` images, 16x16 pixels,
+with one object each. The critic's attention is by dot products or by distance. Its weights are
+free, or have the spectral norm 1 (Miyato et al. 2018), or the one that each had at the start, as in
+the paper. All arms have the same generator, data, losses and rates.
 
 How far pictures are from held-out images says the sliced Wasserstein distance on pixels: along a
 random direction, both sets are sorted and the mean gap is taken, and that is averaged over
@@ -340,7 +340,7 @@ def verdicts(found):
             broken = sum("broken" in rows[-1] for rows in runs)
             yield (
                 f"{name_of(arm).capitalize()}: the distance ends below a quarter of its start in "
-                f"{_count(runs)} of {len(runs)} seeds"
+                f"{_count(runs)} of {len(runs)} seed{'s' * (len(runs) > 1)}"
                 + (f"; {broken} broke off, a gradient being infinite" if broken else "")
             )
     longest = max(rows[-1]["cpu_seconds"] for rows in found.values()) / 60

@@ -173,11 +173,11 @@ def latents(seed, step, images, config):
 def augmentation(seed, step, images, size):
     """What is done to each of these images of a batch (B,), of size (height, width).
 
-    (shift (B, 2), brightness (B, 1, 1, 1), and (B, height, width, 1) that is 0 in a box of a quarter
-    of the sides), float32. Each of the three falls on 0.8 of the images. Shifts of an eighth and
-    brightness of half a unit at most are those of Zhao et al.'s code; *the box is half as wide*,
-    and *saturation and contrast are left out*: consistent scores would make the critic blind to
-    what tells these small objects apart.
+    (shift (B, 2), brightness (B, 1, 1, 1), and (B, height, width, 1) that is 0 in a box of a
+    quarter of the sides), float32. Each of the three falls on 0.8 of the images. Shifts of an
+    eighth and brightness of half a unit at most are those of Zhao et al.'s code. *The box is half
+    as wide*, and *saturation and contrast are left out*: with consistent scores they would make the
+    critic blind to what tells these small objects apart.
     """
     xp = array_module(images)
     u = uniform(seed, DIFFAUGMENT, step, images[:, None], xp.arange(8), xp=xp)  # (B, 8)
