@@ -101,8 +101,9 @@ class GANConfig:
 def places(rows, cols, like):
     """(row, col) of each place of a grid, from -1 to 1: (rows * cols, 2), as `like` is."""
     xp = array_module(like)
-    y, x = (xp.linspace(-1.0, 1.0, count).astype(like.dtype) for count in (rows, cols))
-    return xp.stack([xp.repeat(y, cols), xp.tile(x, rows)], axis=-1)
+    row, col = divmod(xp.arange(rows * cols), cols)
+    y, x = 2.0 * row / max(rows - 1, 1) - 1.0, 2.0 * col / max(cols - 1, 1) - 1.0
+    return xp.stack([y, x], axis=-1).astype(like.dtype)
 
 
 def sine_forward(x, weight, bias):
@@ -126,7 +127,7 @@ def modulated_norm_forward(x, w, params):
     gamma, cache_gamma = linear_forward(w, params["gamma.weight"], params["gamma.bias"])  # (B, D)
     beta, cache_beta = linear_forward(w, params["beta.weight"], params["beta.bias"])
     xp, D = array_module(x), x.shape[-1]
-    xhat, cache_norm = layernorm_forward(x, xp.ones(D, x.dtype), xp.zeros(D, x.dtype))
+    xhat, cache_norm = layernorm_forward(x, xp.full(D, 1.0, x.dtype), xp.zeros(D, x.dtype))
     factor = 1.0 + gamma[:, None]  # (B, 1, D)
     return xhat * factor + beta[:, None], (cache_gamma, cache_beta, cache_norm, xhat, factor)
 
@@ -148,7 +149,8 @@ def modulated_linear_forward(x, a, weight, eps=1e-8):
     StyleGAN2, where |W a|^2 = sum over inputs of (W a)^2.
     """
     u, cache = linear_forward(x * a[:, :, None], weight)  # (B, N, P, O)
-    r = (linear_forward(a * a, weight * weight)[0] + eps) ** -0.5  # (B, N, O)
+    square, _ = linear_forward(a * a, weight * weight)
+    r = 1.0 / array_module(x).sqrt(square + eps)  # (B, N, O)
     return u * r[:, :, None], (cache, x, a, weight, u, r)
 
 
@@ -192,7 +194,7 @@ def augmentation(seed, step, images, size):
         inside.append((place >= 0) & (place < side // 4))
     box = inside[0][:, :, None] & inside[1][:, None] & cut[:, None, None]
     shift = xp.where(moved[:, None], shift, 0)
-    return shift, brightness[:, None, None, None], (~box).astype(u.dtype)[..., None]
+    return shift, brightness[:, None, None, None], 1.0 - box.astype(u.dtype)[..., None]
 
 
 def _most_shift(side):
