@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from math import isfinite
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from ..errors import UserError
 from ..layers.names import part
 from ..neighbours import generator_forward, spectral_norms_backward, spectral_norms_forward
 from ..neighbours.gan import GANConfig, init_gan, latents, spectral_names
-from ..optim import AdamW, update_average
+from ..optim import AdamW, update_average, warmup_cosine
 from ..system import write_file
 from ..training.objectives import Adversarial
 from .plan import PLAN, open_one_plan
@@ -42,7 +43,9 @@ from .plan import PLAN, open_one_plan
 ATTENTION = {"dot": "dot product", "l2": "distance"}
 NORMS = {"none": "free", "sn": "1", "isn": "as at the start"}
 ARMS = [(attention, norm) for attention in ATTENTION for norm in NORMS]
-BATCH, RATE, BETAS, AVERAGE, CONSISTENCY = 32, 1e-3, (0.0, 0.99), 0.995, 1.0
+BATCH, BETAS, AVERAGE, CONSISTENCY = 32, (0.0, 0.99), 0.995, 1.0
+RATES, LOWEST = {"critic.": 1e-3, "generator.": 4e-4}, 0.1
+"""Of each network at the start, and what is left of it at the end of a cosine."""
 SHARES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 """Of the steps, after which a run is read and saved."""
 JUDGED, DIRECTIONS = 2000, 256  # pictures and as many images, and what they are seen along
@@ -58,7 +61,7 @@ def readings_of(steps):
 
 def open_plan(out, given):
     """The steps and seeds that are asked for. Raises UserError as open_one_plan does."""
-    return open_one_plan(out, {"experiment": "gan", "steps": 1000, "seeds": 3}, given)
+    return open_one_plan(out, {"experiment": "gan", "steps": 1200, "seeds": 3}, given)
 
 
 def quarters(images):
@@ -147,13 +150,13 @@ def train_arm(engine, images, ruler, path, norm, steps, seed):
     cpu_seconds so far. A run whose gradient is not finite breaks off: its last row says `broken`.
     """
     config, xp = engine.objective.config, engine.xp
-    params, optimizer, average, rows = _begin(path, config, seed, xp)
+    params, optimizers, average, rows = _begin(path, config, seed, xp)
     norms, clock = norms_of(norm, config, seed), Clock(engine, rows)
     reached = rows[-1]["step"] if rows else 0
     numbers, order = [], None
     if not rows:
         rows = [_read(engine, ruler, average, seed, 0, numbers, clock)]
-        _save(path, params, config, optimizer, average, rows)
+        _save(path, params, config, optimizers, average, rows)
     per_pass = len(images) // BATCH
     for step in range(reached, 0 if "broken" in rows[-1] else steps):
         number, place = divmod(step, per_pass)
@@ -167,13 +170,13 @@ def train_arm(engine, images, ruler, path, norm, steps, seed):
         numbers.append([*map(float, losses), critic_norm(grads)])
         broken = not all(map(isfinite, numbers[-1]))
         if not broken:
-            optimizer.step(params, grads)
+            _update(optimizers, params, grads, step / steps)
             update_average(average, params, AVERAGE)
         if broken or step + 1 in readings_of(steps):
             numbers = numbers[: len(numbers) - broken]
             row = _read(engine, ruler, average, seed, step + 1 - broken, numbers, clock)
             rows, numbers = [*rows, row | ({"broken": True} if broken else {})], []
-            _save(path, params, config, optimizer, average, rows)
+            _save(path, params, config, optimizers, average, rows)
         if broken:
             break
     return rows
@@ -207,33 +210,51 @@ class Clock:
         return round(self._before + self._engine.cpu_seconds() - self._start, 1)
 
 
-def _begin(path, config, seed, xp):
-    """(params, optimizer, average, rows): fresh, or as the checkpoint at path has them."""
+def below(arrays, network):
+    """Those of one network, "critic." or "generator.", under their full names."""
+    return {name: array for name, array in arrays.items() if name.startswith(network)}
 
-    def optimizer_of(params):
-        return AdamW(params, lr=RATE, weight_decay=0.0, betas=BETAS)
+
+def _update(optimizers, params, grads, share):
+    """A step of both networks, from the same parameters. share: of all steps, those before."""
+    for network, optimizer in optimizers.items():
+        lr = warmup_cosine(share, 1.0, RATES[network], 0.0, minimum=LOWEST * RATES[network])
+        optimizer.step(below(params, network), below(grads, network), lr)
+
+
+def _begin(path, config, seed, xp):
+    """(params, optimizers by network, average, rows): fresh, or as the checkpoint has them."""
+
+    def optimizers_of(params):
+        kind = {"weight_decay": 0.0, "betas": BETAS}
+        return {network: AdamW(below(params, network), **kind) for network in RATES}
 
     if not path.exists():
         params = to_device(init_gan(config, seed), xp)
-        return params, optimizer_of(params), {n: p.copy() for n, p in params.items()}, []
+        return params, optimizers_of(params), {n: p.copy() for n, p in params.items()}, []
     found = load_checkpoint(path)
     with suppress(TypeError, LookupError):
         rows = found.state["rows"]
         if found.config == config and found.moments and rows[-1]["distance"] >= 0:
-            params, average = to_device((found.params, found.ema), xp)
-            optimizer = optimizer_of(params)
-            optimizer.exp_avg, optimizer.exp_avg_sq = (
-                to_device(found.moments[name], xp) for name in ("exp_avg", "exp_avg_sq")
-            )
-            optimizer.step_count = rows[-1]["step"]
-            return params, optimizer, average, rows
+            params, average, moments = to_device((found.params, found.ema, found.moments), xp)
+            optimizers = optimizers_of(params)
+            for network, optimizer in optimizers.items():
+                optimizer.exp_avg = below(moments["exp_avg"], network)
+                optimizer.exp_avg_sq = below(moments["exp_avg_sq"], network)
+                optimizer.step_count = rows[-1]["step"]
+            return params, optimizers, average, rows
     raise UserError(f"{path} is no run of this plan: take it away, or choose another --out")
 
 
-def _save(path, params, config, optimizer, average, rows):
+def _save(path, params, config, optimizers, average, rows):
+    """One checkpoint of both networks, with what both optimizers know."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"rows": rows}
-    save_checkpoint(path, params, config, optimizer=optimizer, ema=average, state=state)
+    critic, generator = optimizers.values()
+    both = SimpleNamespace(
+        exp_avg=critic.exp_avg | generator.exp_avg,
+        exp_avg_sq=critic.exp_avg_sq | generator.exp_avg_sq,
+    )
+    save_checkpoint(path, params, config, optimizer=both, ema=average, state={"rows": rows})
 
 
 def _loader(images, indices, seed, step, config):
