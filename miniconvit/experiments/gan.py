@@ -1,7 +1,7 @@
 """Can two transformers be trained against each other? ViTGAN's critic, by its attention and norms.
 
 After Lee et al. 2021, at a scale of minutes: the quarters of the `shapes` images, 16x16 pixels,
-with one object each. The critic's attention is by dot products or by distance. Its weights are
+with one object each. The critic's attention is by dot products or by L2 distances. Its weights are
 free, or have the spectral norm 1 (Miyato et al. 2018), or the one that each had at the start, as in
 the paper. All arms have the same generator, data, losses and rates.
 
@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..analysis import style
-from ..arrays import array_module, to_cpu, to_device
+from ..arrays import to_cpu, to_device
 from ..checkpoints.checkpoint import LAST, load_checkpoint, save_checkpoint
 from ..data import epoch_order, load_dataset
 from ..engine import make_engine
@@ -40,7 +40,7 @@ from ..system import write_file
 from ..training.objectives import Adversarial
 from .plan import PLAN, open_one_plan
 
-ATTENTION = {"dot": "dot product", "l2": "distance"}
+ATTENTION = {"dot": "dot product", "l2": "L2"}
 NORMS = {"none": "free", "sn": "1", "isn": "as at the start"}
 ARMS = [(attention, norm) for attention in ATTENTION for norm in NORMS]
 BATCH, BETAS, AVERAGE, CONSISTENCY = 32, (0.0, 0.99), 0.995, 1.0
@@ -109,21 +109,20 @@ def run(out, asked, say, workers=None, device="cpu", pictures=True):
     about = {"trained": place, "networks": asdict(configs[ARMS[0]]), "floor": floor}
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / PLAN, json.dumps(asked | about, indent=2).encode() + b"\n")
-    runs, found = [(*arm, seed) for seed in range(asked["seeds"]) for arm in ARMS], {}
+    runs, found = [(arm, seed) for seed in range(asked["seeds"]) for arm in ARMS], {}
     with tqdm(runs, disable=None, leave=False, unit=" runs") as bar:
-        for *arm, seed in bar:
-            arm = tuple(arm)
+        for arm, seed in bar:
             bar.set_description_str(f"{name_of(arm)}, seed {seed}")
             path = out / "-".join(arm) / f"seed{seed}" / LAST
             with make_engine(Adversarial(configs[arm], CONSISTENCY), xp, workers) as engine:
-                found[arm, seed] = train_arm(
-                    engine, images, ruler, path, arm[1], asked["steps"], seed
-                )
+                one = Run(engine, images, ruler, path, arm[1], seed)
+                rows = found[arm, seed] = one.train(asked["steps"])
             text = _markdown(asked, found, floor, place)
             write_file(out / "table.md", text.encode())
             write_file(out / "table.csv", _csv(found).encode())
             with bar.external_write_mode():
-                say(f"{name_of(arm)}, seed {seed}: {_told(found[arm, seed])}")
+                start, end = rows[0]["distance"], rows[-1]["distance"]
+                say(f"{name_of(arm)}, seed {seed}: distance {start:.3f} to {end:.3f}")
     names = ["table.md", "table.csv"]
     if pictures:
         _draw_curves(asked, found, floor, out / "gan.png")
@@ -133,53 +132,132 @@ def run(out, asked, say, workers=None, device="cpu", pictures=True):
 
 
 def name_of(arm):
-    """As in the table: "distance, norms as at the start"."""
+    """As in the table: "L2, norms as at the start"."""
     return f"{ATTENTION[arm[0]]}, norms {NORMS[arm[1]]}"
 
 
-def _told(rows):
-    first, last = rows[0], rows[-1]
-    return f"distance {first['distance']:.3f} to {last['distance']:.3f}"
+class Run:
+    """One arm with one seed, from wherever the file at path stands.
 
-
-def train_arm(engine, images, ruler, path, norm, steps, seed):
-    """One run from wherever the file at path stands: a list of rows, one a reading.
-
-    images: uint8, on the engine's device; norm: of NORMS. A row has step, distance, the means since
-    the row before of the losses and of the norm of the critic's gradient (None at the start), and
-    cpu_seconds so far. A run whose gradient is not finite breaks off: its last row says `broken`.
+    engine: of an Adversarial; images: uint8, on its device; norm: of NORMS. rows, one a reading:
+    step, distance, the means since the row before of the losses and of the norm of the critic's
+    gradient (None at the start), and cpu_seconds so far. A run whose gradient is not finite breaks
+    off where it was, and its last row says `broken`. Raises UserError where another run lies there.
     """
-    config, xp = engine.objective.config, engine.xp
-    params, optimizers, average, rows = _begin(path, config, seed, xp)
-    norms, clock = norms_of(norm, config, seed), Clock(engine, rows)
-    reached = rows[-1]["step"] if rows else 0
-    numbers, order = [], None
-    if not rows:
-        rows = [_read(engine, ruler, average, seed, 0, numbers, clock)]
-        _save(path, params, config, optimizers, average, rows)
-    per_pass = len(images) // BATCH
-    for step in range(reached, 0 if "broken" in rows[-1] else steps):
-        number, place = divmod(step, per_pass)
-        if order is None or place == 0:
-            order = epoch_order(len(images), seed, number)
-        drawn = to_device(order[BATCH * place :][:BATCH], xp)
-        replaced, caches = spectral_norms_forward(params, norms)
-        load = _loader(images, drawn, seed, step, config)
-        *losses, grads = engine.loss_and_grads(load, BATCH, replaced, seed, step)
+
+    def __init__(self, engine, images, ruler, path, norm, seed):
+        self._engine, self._images, self._ruler = engine, images, ruler
+        self._path, self._seed, self._config = path, seed, engine.objective.config
+        self._norms = norms_of(norm, self._config, seed)
+        self._numbers, self._clock = [], engine.cpu_seconds()
+        self._pass = self._order = None
+        if path.exists():
+            self._load()
+        else:
+            self.params, self.rows = to_device(init_gan(self._config, seed), engine.xp), []
+            self.average = {name: p.copy() for name, p in self.params.items()}
+            self._optimizers = self._fresh_optimizers()
+
+    def train(self, steps):
+        """Up to so many steps. Returns the rows."""
+        if not self.rows:
+            self._read(0)
+        for step in range(self.rows[-1]["step"], steps):
+            if "broken" in self.rows[-1]:
+                break
+            self._step(step, step / steps)
+            if step + 1 in readings_of(steps) and "broken" not in self.rows[-1]:
+                self._read(step + 1)
+        return self.rows
+
+    def _step(self, step, share):
+        """Both networks, from the same parameters. share: of all steps, those before."""
+        replaced, caches = spectral_norms_forward(self.params, self._norms)
+        load = self._loader(step)
+        *losses, grads = self._engine.loss_and_grads(load, BATCH, replaced, self._seed, step)
         grads = spectral_norms_backward(grads, caches)
-        numbers.append([*map(float, losses), critic_norm(grads)])
-        broken = not all(map(isfinite, numbers[-1]))
-        if not broken:
-            _update(optimizers, params, grads, step / steps)
-            update_average(average, params, AVERAGE)
-        if broken or step + 1 in readings_of(steps):
-            numbers = numbers[: len(numbers) - broken]
-            row = _read(engine, ruler, average, seed, step + 1 - broken, numbers, clock)
-            rows, numbers = [*rows, row | ({"broken": True} if broken else {})], []
-            _save(path, params, config, optimizers, average, rows)
-        if broken:
-            break
-    return rows
+        numbers = [*map(float, losses), critic_norm(grads)]
+        if not all(map(isfinite, numbers)):
+            self._read(step, broken=True)
+            return
+        self._numbers.append(numbers)
+        for network, optimizer in self._optimizers.items():
+            lr = warmup_cosine(share, 1.0, RATES[network], 0.0, minimum=LOWEST * RATES[network])
+            optimizer.step(below(self.params, network), below(grads, network), lr)
+        update_average(self.average, self.params, AVERAGE)
+
+    def _loader(self, step):
+        """load(start, stop): images of a batch, and the latent vectors at the same places."""
+        number, place = divmod(step, len(self._images) // BATCH)
+        if number != self._pass:
+            self._pass, self._order = number, epoch_order(len(self._images), self._seed, number)
+        drawn = to_device(self._order[BATCH * place :][:BATCH], self._engine.xp)
+
+        def load(start, stop):
+            places = self._engine.xp.arange(start, stop)
+            z = latents(self._seed, step, places, self._config)
+            return as_pixels(self._images[drawn[start:stop]]), z
+
+        return load
+
+    def draw(self, n):
+        """n pictures (n, height, width, C): of the same latent vectors at every reading."""
+
+        def load(start, stop):
+            places = self._engine.xp.arange(start, stop)
+            return (latents(self._seed, NO_STEP, places, self._config),)
+
+        return to_cpu(self._engine.logits(load, n, self.average))
+
+    def _read(self, step, **more):
+        """Adds a row, and saves."""
+        numbers, self._numbers = self._numbers, []
+        means = np.mean(numbers, axis=0).tolist() if numbers else [None] * 3
+        row = {"step": step, "distance": self._ruler.distance(self.draw(JUDGED))}
+        row |= dict(zip(("critic_loss", "generator_loss", "critic_gradient"), means, strict=True))
+        before, self._clock = self._clock, self._engine.cpu_seconds()
+        used = self._clock - before + (self.rows[-1]["cpu_seconds"] if self.rows else 0.0)
+        self.rows = [*self.rows, row | {"cpu_seconds": round(used, 2)} | more]
+        self._save()
+
+    def _fresh_optimizers(self):
+        return {
+            network: AdamW(below(self.params, network), weight_decay=0.0, betas=BETAS)
+            for network in RATES
+        }
+
+    def _save(self):
+        """One checkpoint of both networks, with what both optimizers know."""
+        critic, generator = self._optimizers.values()
+        both = SimpleNamespace(
+            exp_avg=critic.exp_avg | generator.exp_avg,
+            exp_avg_sq=critic.exp_avg_sq | generator.exp_avg_sq,
+        )
+        about = {"optimizer": both, "ema": self.average, "state": {"rows": self.rows}}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(self._path, self.params, self._config, **about)
+
+    def _load(self):
+        found = load_checkpoint(self._path)
+        with suppress(TypeError, LookupError):
+            self.rows = found.state["rows"]
+            if found.config == self._config and found.moments and self.rows[-1]["distance"] >= 0:
+                arrays = found.params, found.ema, found.moments
+                self.params, self.average, moments = to_device(arrays, self._engine.xp)
+                self._optimizers = self._fresh_optimizers()
+                for network, optimizer in self._optimizers.items():
+                    optimizer.exp_avg = below(moments["exp_avg"], network)
+                    optimizer.exp_avg_sq = below(moments["exp_avg_sq"], network)
+                    optimizer.step_count = self.rows[-1]["step"]
+                return
+        raise UserError(
+            f"{self._path} is no run of this plan: take it away, or choose another --out"
+        )
+
+
+def below(arrays, network):
+    """Those of one network, "critic." or "generator.", under their full names."""
+    return {name: array for name, array in arrays.items() if name.startswith(network)}
 
 
 def norms_of(norm, config, seed):
@@ -196,92 +274,6 @@ def norms_of(norm, config, seed):
 def critic_norm(grads):
     """The 2-norm of the gradient of all weights of the critic."""
     return float(sum((g * g).sum() for g in part(grads, "critic.").values())) ** 0.5
-
-
-class Clock:
-    """Processor time of a run, which may have been stopped and gone on."""
-
-    def __init__(self, engine, rows):
-        self._engine, self._before = engine, rows[-1]["cpu_seconds"] if rows else 0.0
-        self._start = engine.cpu_seconds()
-
-    def seconds(self):
-        """So far."""
-        return round(self._before + self._engine.cpu_seconds() - self._start, 1)
-
-
-def below(arrays, network):
-    """Those of one network, "critic." or "generator.", under their full names."""
-    return {name: array for name, array in arrays.items() if name.startswith(network)}
-
-
-def _update(optimizers, params, grads, share):
-    """A step of both networks, from the same parameters. share: of all steps, those before."""
-    for network, optimizer in optimizers.items():
-        lr = warmup_cosine(share, 1.0, RATES[network], 0.0, minimum=LOWEST * RATES[network])
-        optimizer.step(below(params, network), below(grads, network), lr)
-
-
-def _begin(path, config, seed, xp):
-    """(params, optimizers by network, average, rows): fresh, or as the checkpoint has them."""
-
-    def optimizers_of(params):
-        kind = {"weight_decay": 0.0, "betas": BETAS}
-        return {network: AdamW(below(params, network), **kind) for network in RATES}
-
-    if not path.exists():
-        params = to_device(init_gan(config, seed), xp)
-        return params, optimizers_of(params), {n: p.copy() for n, p in params.items()}, []
-    found = load_checkpoint(path)
-    with suppress(TypeError, LookupError):
-        rows = found.state["rows"]
-        if found.config == config and found.moments and rows[-1]["distance"] >= 0:
-            params, average, moments = to_device((found.params, found.ema, found.moments), xp)
-            optimizers = optimizers_of(params)
-            for network, optimizer in optimizers.items():
-                optimizer.exp_avg = below(moments["exp_avg"], network)
-                optimizer.exp_avg_sq = below(moments["exp_avg_sq"], network)
-                optimizer.step_count = rows[-1]["step"]
-            return params, optimizers, average, rows
-    raise UserError(f"{path} is no run of this plan: take it away, or choose another --out")
-
-
-def _save(path, params, config, optimizers, average, rows):
-    """One checkpoint of both networks, with what both optimizers know."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    critic, generator = optimizers.values()
-    both = SimpleNamespace(
-        exp_avg=critic.exp_avg | generator.exp_avg,
-        exp_avg_sq=critic.exp_avg_sq | generator.exp_avg_sq,
-    )
-    save_checkpoint(path, params, config, optimizer=both, ema=average, state={"rows": rows})
-
-
-def _loader(images, indices, seed, step, config):
-    """load(start, stop): images of a batch, and the latent vectors at the same places."""
-
-    def load(start, stop):
-        places = array_module(images).arange(start, stop)
-        return as_pixels(images[indices[start:stop]]), latents(seed, step, places, config)
-
-    return load
-
-
-def draw(engine, average, n, seed):
-    """n pictures (n, height, width, C): of the same latent vectors at every reading of a seed."""
-
-    def load(start, stop):
-        return (latents(seed, NO_STEP, engine.xp.arange(start, stop), engine.objective.config),)
-
-    return to_cpu(engine.logits(load, n, average))
-
-
-def _read(engine, ruler, average, seed, step, numbers, clock):
-    """A row. numbers: the losses and the gradient's norm of each step since the row before."""
-    means = np.mean(numbers, axis=0).tolist() if numbers else [None] * 3
-    row = {"step": step, "distance": ruler.distance(draw(engine, average, JUDGED, seed))}
-    row |= dict(zip(("critic_loss", "generator_loss", "critic_gradient"), means, strict=True))
-    return row | {"cpu_seconds": clock.seconds()}
 
 
 COLUMNS = "step", "distance", "critic_loss", "generator_loss", "critic_gradient", "cpu_seconds"
@@ -379,7 +371,7 @@ LINES = {"none": ":", "sn": "--", "isn": "-"}
 
 @style.look()
 def _draw_curves(asked, found, floor, path):
-    figure, ((left, right),) = style.new_figure(1, 2, height=3.0)
+    figure, ((left, right),) = style.new_figure(1, 2, height=3.3)
     for arm in ARMS:
         look = {"color": COLORS[arm[0]], "linestyle": LINES[arm[1]]}
         for i, rows in enumerate(_runs(found, arm)):
@@ -394,9 +386,11 @@ def _draw_curves(asked, found, floor, path):
         left.annotate(words, (asked["steps"], height), fontsize=6, ha="right", va="bottom")
     left.set(xlabel="steps", ylabel="distance to held-out images", yscale="log")
     right.set(xlabel="steps", ylabel="norm of the critic's gradient", yscale="log")
-    left.legend(loc="upper right", fontsize=6, labelspacing=0.2)
-    if asked["seeds"] > 1:
-        figure.supxlabel(f"a line for each of {asked['seeds']} seeds", fontsize=7)
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+    left.set_yticks(ticks, [str(tick) for tick in ticks])
+    left.minorticks_off()
+    title = f"a line for each of {asked['seeds']} seeds" if asked["seeds"] > 1 else None
+    figure.legend(loc="outside lower center", ncols=3, title=title)
     style.save(figure, path)
 
 

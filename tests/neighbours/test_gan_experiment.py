@@ -116,7 +116,7 @@ def trained(path, workers=1, norm="isn"):
     config = gan.GANConfig("l2", img_size=4)
     with make_engine(Adversarial(config), np, workers) as engine:
         ruler = gan.Ruler(gan.as_pixels(held_out[:20]))
-        return gan.train_arm(engine, images, ruler, path, norm, 32, 0)
+        return gan.Run(engine, images, ruler, path, norm, 0).train(32)
 
 
 def content(path):
