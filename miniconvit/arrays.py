@@ -12,7 +12,7 @@ Params = dict[str, Array]
 """Parameters or gradients under the official names."""
 
 DROP_PATH, DATA_ORDER, AUGMENTATION, RANDAUGMENT, ERASING, MIXING = range(1, 7)
-RANDOM_CROP, HOLD_OUT, HIDING = 8, 9, 10
+RANDOM_CROP, HOLD_OUT, HIDING, LATENTS, DIFFAUGMENT = 8, 9, 10, 11, 12
 """The first counter after the seed says what is drawn, so that no two uses share random bits."""
 
 

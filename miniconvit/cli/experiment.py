@@ -11,7 +11,7 @@ from shutil import get_terminal_size
 import click
 
 from ..errors import UserError
-from ..experiments import biases, lipschitz
+from ..experiments import biases, gan, lipschitz
 from ..experiments.figures import draw
 from ..experiments.plan import (
     EXPERIMENTS,
@@ -41,6 +41,11 @@ from .options import (
 )
 
 DATA_DIR = "data_dir.txt"  # beside the plan, which may be replayed where the data lie elsewhere
+ONE_PLAN = {
+    "biases": (biases, {"data", "data_dir", "steps", "seeds"}),
+    "gan": (gan, {"steps", "seeds"}),
+}
+"""Experiments whose runs are always the same, but for these options."""
 BEFORE_PLAN = {DATA_DIR, DATA_DIR + ".partial", PLAN + ".partial"}  # what a kill leaves behind
 
 
@@ -56,7 +61,7 @@ class _Fractions(click.ParamType):
 
 
 @click.command("experiment", cls=Command)
-@click.argument("name", type=Name((*EXPERIMENTS, "biases", "lipschitz")), metavar="NAME")
+@click.argument("name", type=Name((*EXPERIMENTS, *ONE_PLAN, "lipschitz")), metavar="NAME")
 @setting_option("data", "Images to train on.", shown="cifar10")
 @data_dir_option
 @setting_option(
@@ -116,10 +121,11 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     diversity          losses that keep patches apart (Patch Diversification)
     hybrid             convolutions in a transformer on shares of the data (CMT)
     biases             mixers of tokens reconstruct hidden patches (Cazenavette)
+    gan                a transformer draws, another judges (ViTGAN)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 
-    lipschitz trains nothing: it takes seconds, --seeds and --out. biases has one plan, of --steps.
-    The others do as follows.
+    lipschitz trains nothing: it takes seconds, --seeds and --out. biases and gan have one
+    plan each, of --steps. The others do as follows.
 
     It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
     them one by one. Every run sees the same number of images.
@@ -133,9 +139,10 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
         here |= {"device": None if device == "auto" else device}
         given |= {key: value for key, value in here.items() if value is not None}
         return _lipschitz(out or Path("runs", name), **given)
-    if name == "biases":
+    if name in ONE_PLAN:
+        given |= {"data_dir": data_dir} if data_dir else {}
         where = {"workers": workers, "device": device}
-        return _biases(ctx, out, plan_file, where, data_dir=data_dir, **given)
+        return _one_plan(ctx, out, plan_file, where, **given)
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)
@@ -186,18 +193,23 @@ def _show(text, out, names):
     click.echo(folded(f"\n{text}\nin {out}: {', '.join(names)}"))
 
 
-def _biases(ctx, out, plan_file, where, data_dir=None, **given):
-    for name in given.keys() - {"data", "steps", "seeds"} | ({"plan"} if plan_file else set()):
-        raise UserError(f"biases has one plan: leave out {flag(name)}")
+def _one_plan(ctx, out, plan_file, where, **given):
+    """An experiment of ONE_PLAN. given: the flags that are there, data_dir among them."""
+    name = ctx.params["name"]
+    module, takes = ONE_PLAN[name]
+    for other in given.keys() - takes | ({"plan"} if plan_file else set()):
+        raise UserError(f"{name} has one plan: leave out {flag(other)}")
     _check_seeds(given.get("seeds", 1))
-    out = out or Path("runs", f"biases-{given.get('data', 'cifar10')}")
-    given |= {"data_dir": str(data_dir.expanduser().absolute())} if data_dir else {}
-    asked = biases.open_plan(out, given)
+    folder = f"{name}-{given.get('data', 'cifar10')}" if "data" in takes else name
+    out = out or Path("runs", folder)
+    if "data_dir" in given:
+        given["data_dir"] = str(given["data_dir"].expanduser().absolute())
+    asked = module.open_plan(out, given)
     try:
         with _sigterm_too():
-            text, names = biases.run(out, asked, click.echo, pictures=can_draw(), **where)
+            text, names = module.run(out, asked, click.echo, pictures=can_draw(), **where)
     except KeyboardInterrupt as stop:
-        _say_stopped(f"{ctx.command_path} biases", out, where["device"])
+        _say_stopped(f"{ctx.command_path} {name}", out, where["device"])
         return 128 + getattr(stop, "signal", signal.SIGINT)
     _show(text, out, names)
     return 0

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from math import inf
+from time import process_time
 
 from .. import layers
 from ..arrays import to_cpu
@@ -248,6 +249,10 @@ class DeviceEngine:
         """What this process holds of the device's memory for arrays, in MB."""
         pools = [self.xp.get_default_memory_pool(), *([self._graph[1].pool] if self._graph else [])]
         return sum(pool.total_bytes() for pool in pools) / 2**20
+
+    def cpu_seconds(self):
+        """As Engine's."""
+        return process_time()
 
     def wait(self):
         """Until everything is computed."""

@@ -97,6 +97,14 @@ class ProcessEngine(Engine):
                 found += sum(int(line.split()[1]) for line in file if line.startswith("Private"))
         return found / 2**10
 
+    def cpu_seconds(self):
+        """As Engine's; time of a worker that has ended is not counted."""
+        ticks = 0
+        for pid in self._workers.values():
+            with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+        return super().cpu_seconds() + ticks / os.sysconf("SC_CLK_TCK")
+
     def loss_and_grads(self, load, n, params, seed=0, step=0):
         """As Engine's."""
         if len(self.pieces(n)) <= 1:

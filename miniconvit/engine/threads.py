@@ -9,6 +9,7 @@ from functools import reduce
 from math import inf
 from operator import add, itemgetter
 from threading import Lock
+from time import process_time
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -232,6 +233,10 @@ class Engine:
     def memory_mb(self):
         """What other processes hold for this engine, in MB: there are none."""
         return 0.0
+
+    def cpu_seconds(self):
+        """Processor time that this process and its workers have used so far."""
+        return process_time()
 
     def wait(self):
         """Until everything is computed: it is already."""

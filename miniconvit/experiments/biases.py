@@ -24,7 +24,6 @@ from tqdm import tqdm
 from ..analysis import style
 from ..arrays import to_cpu, to_device
 from ..checkpoints.checkpoint import LAST, load_checkpoint, save_checkpoint
-from ..config import is_count
 from ..data import epoch_order, load_dataset, normalize, on_device
 from ..engine import make_engine
 from ..engine.cuda import resolve_device, without_reason
@@ -38,9 +37,9 @@ from ..neighbours.isotropic import (
     patches_of,
 )
 from ..optim import AdamW, warmup_cosine
-from ..system import read_json, write_file
+from ..system import write_file
 from ..training.objectives import Masked
-from .plan import PLAN
+from .plan import PLAN, open_one_plan
 
 ARMS = {
     "conv": ("3x3 filters", {"mixer": "conv"}),
@@ -82,20 +81,8 @@ def open_plan(out, given):
 
     Raises UserError where these contradict each other, or where something else lies there.
     """
-    stored = read_json(out / PLAN, "choose another --out")
-    if stored is not None and stored.get("experiment") != "biases":
-        raise UserError(f"{out} holds the plan of another experiment: choose another --out")
-    if stored is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty and holds no plan: choose a new folder with --out")
-    asked = {"experiment": "biases", "data": "cifar10", "steps": 400, "seeds": 3, "data_dir": None}
-    asked |= {name: stored[name] for name in asked if stored and name in stored}
-    for name, value in given.items():
-        if stored and name != "data_dir" and asked[name] != value:
-            raise UserError(f"{out} was made with --{name} {asked[name]}: choose another --out")
-        asked[name] = value
-    counts = is_count(asked["steps"], 1) and is_count(asked["seeds"], 1)
-    if not (counts and isinstance(asked["data_dir"], str | None)):
-        raise UserError(f"{out / PLAN} is damaged: take it away, or choose another --out")
+    defaults = {"data": "cifar10", "steps": 400, "seeds": 3, "data_dir": None}
+    asked = open_one_plan(out, {"experiment": "biases"} | defaults, given)
     if asked["data"] not in DATA:
         raise UserError(f"biases takes images of one size: choose --data from {', '.join(DATA)}")
     return asked

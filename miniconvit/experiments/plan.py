@@ -384,3 +384,25 @@ def _scheduled(row, steps):
     warmup = WARM_UP * steps / (passes * row.steps_per_pass)
     settings = replace(row.settings, steps=steps, passes=passes, warmup_epochs=warmup)
     return replace(row, settings=settings)
+
+
+def open_one_plan(out, defaults, given):
+    """What is asked of an experiment with one plan: given, what the plan in the folder out says, or
+    the defaults. `data_dir` may change.
+
+    Raises UserError where these contradict each other, or where something else lies there.
+    """
+    stored = read_json(out / PLAN, "choose another --out")
+    if stored is not None and stored.get("experiment") != defaults["experiment"]:
+        raise UserError(f"{out} holds the plan of another experiment: choose another --out")
+    if stored is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty and holds no plan: choose a new folder with --out")
+    asked = defaults | {name: stored[name] for name in defaults if stored and name in stored}
+    for name, value in given.items():
+        if stored and name != "data_dir" and asked[name] != value:
+            raise UserError(f"{out} was made with --{name} {asked[name]}: choose another --out")
+        asked[name] = value
+    counts = is_count(asked["steps"], 1) and is_count(asked["seeds"], 1)
+    if not (counts and isinstance(asked.get("data_dir"), str | None)):
+        raise UserError(f"{out / PLAN} is damaged: take it away, or choose another --out")
+    return asked

@@ -3,6 +3,13 @@
 import numpy as np
 
 from ..neighbours.cmt import CMTConfig, cmt_shapes
+from ..neighbours.gan import (
+    ATTENTIONS,
+    GANConfig,
+    augmentation,
+    critic_shapes,
+    generator_shapes,
+)
 from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
 from ..optim import is_running
 from .drawing import APART, Case, at_every_size, composite, draw, draw_params, far_from_zero
@@ -146,6 +153,133 @@ def _isotropic(rng, functions, s):
         yield Case(forward, functions.isotropic_backward, inputs, tuple(zero))
 
 
+def _sine(rng, functions, s):
+    x = rng.standard_normal((s.tokens, 2))
+    yield Case(
+        lambda weight, bias: functions.sine_forward(x.astype(weight.dtype), weight, bias),
+        functions.sine_backward,
+        draw(rng, weight=(s.dim, 2), bias=(s.dim,)),
+    )
+
+
+def _modulated_norm(rng, functions, s):
+    shapes = {"gamma.weight": (s.dim, s.dim), "gamma.bias": (s.dim,)}
+    shapes |= {"beta.weight": (s.dim, s.dim), "beta.bias": (s.dim,)}
+    inputs = draw(rng, x=s.x, w=(s.B, s.dim)) | draw_params(rng, shapes)
+
+    def backward(dy, cache):
+        dx, dw, grads = functions.modulated_norm_backward(dy, cache)
+        return {"x": dx, "w": dw} | grads
+
+    yield Case(
+        lambda x, w, **params: functions.modulated_norm_forward(x, w, params), backward, inputs
+    )
+
+
+def _modulated_linear(rng, functions, s):
+    inputs = draw(rng, x=(s.tokens + 1, s.dim), a=s.x, weight=(s.hidden, s.dim))
+    yield Case(functions.modulated_linear_forward, functions.modulated_linear_backward, inputs)
+
+
+def _diffaugment(rng, functions, s):
+    """Images are moved, each in its own way, and a box is cut out of one."""
+    size = 8 * s.patch[0], 8 * s.patch[1]
+    shift = rng.permuted(np.tile(np.arange(s.B) % 3 - 1, (2, 1)), axis=1).T  # (B, 2)
+    brightness = rng.standard_normal((s.B, 1, 1, 1))
+    kept = np.ones((s.B, *size, 1))
+    kept[1, 1:5, 2:9] = 0.0
+    yield Case(
+        lambda images: functions.diffaugment_forward(images, (shift, brightness, kept)),
+        functions.diffaugment_backward,
+        draw(rng, images=(s.B, *size, s.channels)),
+    )
+
+
+def _logistic(rng, functions, s):
+    for sign in (1, -1):
+        yield Case(
+            lambda scores, sign=sign: functions.logistic_forward(scores, sign),
+            functions.logistic_backward,
+            {"scores": far_from_zero(rng, (s.B,))},
+        )
+
+
+def _consistency(rng, functions, s):
+    inputs = draw(rng, plain=(s.B,), augmented=(s.B,))
+    yield Case(functions.consistency_forward, functions.consistency_backward, inputs)
+
+
+def _gan_config(s, attention="l2"):
+    """Networks of two blocks on a small grid: wide, tall or square."""
+    return GANConfig(
+        attention, img_size=tuple(2 * side for side in s.grid), patch_size=2,
+        in_chans=s.channels, embed_dim=s.dim, depth=2, num_heads=s.heads, hidden_dim=s.hidden,
+        latent_dim=3,
+    )  # fmt: skip
+
+
+def _critic(rng, functions, s):
+    for attention in ATTENTIONS if s is APART else ["l2"]:
+        config = _gan_config(s, attention)
+        inputs = draw(rng, images=(s.B, *config.image, s.channels))
+
+        def backward(dy, cache):
+            dimages, grads = functions.critic_backward(dy, cache)
+            return {"images": dimages} | grads
+
+        yield Case(
+            lambda images, config=config, **params: functions.critic_forward(
+                images, params, config
+            ),
+            backward,
+            inputs | draw_params(rng, critic_shapes(config)),
+        )
+
+
+def _generator(rng, functions, s):
+    """Alone, and judged: its images augmented, and the critic's score of them."""
+    config = _gan_config(s)
+    z, shapes = rng.standard_normal((s.B, config.latent_dim)), generator_shapes(config)
+
+    def forward(**params):
+        z_alike = z.astype(params["rgb.bias"].dtype)
+        return functions.generator_forward(z_alike, params, config)
+
+    yield Case(forward, functions.generator_backward, draw_params(rng, shapes))
+    judge = draw_params(rng, critic_shapes(config))
+    drawn = augmentation(1, 0, np.arange(s.B), config.image)
+
+    def judged(**params):
+        images, cache_images = forward(**params)
+        images, cache_augmented = functions.diffaugment_forward(images, drawn)
+        critic = {name: value.astype(images.dtype) for name, value in judge.items()}
+        scores, cache_scores = functions.critic_forward(images, critic, config)
+        return scores, (cache_images, cache_augmented, cache_scores)
+
+    def backward(dy, cache):
+        cache_images, cache_augmented, cache_scores = cache
+        dimages, _ = functions.critic_backward(dy, cache_scores)
+        dimages = functions.diffaugment_backward(dimages, cache_augmented)
+        return functions.generator_backward(dimages, cache_images)
+
+    yield Case(judged, backward, draw_params(rng, shapes))
+
+
+def _spectral_norms(rng, functions, s):
+    """Two weights replaced, one of them a convolution's, and one left alone."""
+    inputs = draw(rng, a=(s.hidden, s.channels, *s.patch), b=(s.dim, s.hidden), c=(s.dim, s.dim))
+
+    def forward(**params):
+        replaced, caches = functions.spectral_norms_forward(params, {"a": 2.5, "b": 1.0})
+        return tuple(replaced.values()), caches
+
+    def backward(dys, caches):
+        grads = dict(zip(inputs, dys, strict=True))
+        return functions.spectral_norms_backward(grads, caches)
+
+    yield Case(forward, backward, inputs)
+
+
 def _silu(rng, functions, s):
     inputs = {"x": far_from_zero(rng, s.x)}
     yield Case(functions.silu_forward, functions.silu_backward, inputs)
@@ -255,6 +389,15 @@ NEIGHBOURS = {
     "token_mlp": at_every_size(_token_mlp),
     "masked_loss": at_every_size(_masked_loss),
     "isotropic": at_every_size(_isotropic),
+    "sine": at_every_size(_sine),
+    "modulated_norm": at_every_size(_modulated_norm),
+    "modulated_linear": at_every_size(_modulated_linear),
+    "diffaugment": at_every_size(_diffaugment),
+    "logistic": at_every_size(_logistic),
+    "consistency": at_every_size(_consistency),
+    "critic": at_every_size(_critic),
+    "generator": at_every_size(_generator),
+    "spectral_norms": at_every_size(_spectral_norms),
     "silu": at_every_size(_silu),
     "cmt_attention": at_every_size(_cmt_attention),
     "irffn": at_every_size(_irffn),

@@ -3,6 +3,7 @@
 cmt           convolutions in every part of a transformer (Guo et al. 2022: CMT)
 conv          convolutions and batch normalisation, channels last, which some of them need
 diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diversification)
+gan           a transformer that draws and one that judges (Lee et al. 2021: ViTGAN)
 isotropic     four ways of mixing tokens (Cazenavette, Lucey 2021: the bias against biases)
 lipschitz     attention by distance, and weights of a given spectral norm (Lee et al. 2021: ViTGAN)
 """
@@ -35,6 +36,26 @@ from .diversity import (
     cosine_forward,
     patch_mixing_backward,
     patch_mixing_forward,
+)
+from .gan import (
+    consistency_backward,
+    consistency_forward,
+    critic_backward,
+    critic_forward,
+    diffaugment_backward,
+    diffaugment_forward,
+    generator_backward,
+    generator_forward,
+    logistic_backward,
+    logistic_forward,
+    modulated_linear_backward,
+    modulated_linear_forward,
+    modulated_norm_backward,
+    modulated_norm_forward,
+    sine_backward,
+    sine_forward,
+    spectral_norms_backward,
+    spectral_norms_forward,
 )
 from .isotropic import (
     isotropic_backward,

@@ -99,17 +99,23 @@ def spectral_forward(weight, norm=1.0):
     """y = norm * W / sigma,  sigma = u^T W v, the largest singular value of W.
 
     weight (out, in). norm: 1 in Miyato et al. 2018; in ViTGAN sigma at the start. Nothing is
-    iterated: u (out,) and v (in,) are exact.
+    iterated over the steps: u (out, 1) and v (in, 1) are those of now. The shorter one is an
+    eigenvector of W W^T or W^T W, twice as fast as all singular vectors.
     """
-    u, sigmas, v = array_module(weight).linalg.svd(weight, full_matrices=False)
-    y = weight * (norm / sigmas[0])
-    return y, (y, u[:, 0], v[0], sigmas[0], norm)
+    xp = array_module(weight)
+    wide = weight if len(weight) <= weight.shape[1] else weight.T
+    u = xp.linalg.eigh(wide @ wide.T)[1][:, -1:]  # of the largest eigenvalue, which is the last
+    v = wide.T @ u
+    sigma = xp.sqrt((v * v).sum())
+    u, v = (u, v / sigma) if wide is weight else (v / sigma, u)
+    y = weight * (norm / sigma)
+    return y, (y, u, v, sigma, norm)
 
 
 def spectral_backward(dy, cache):
     """dW = norm / sigma * (dy - (sum of dy * y / norm) u v^T): dsigma / dW = u v^T."""
     y, u, v, sigma, norm = cache
-    return (norm * dy - (dy * y).sum() * (u[:, None] * v)) / sigma
+    return (norm * dy - (dy * y).sum() * (u * v[:, 0])) / sigma
 
 
 def kim_bound(params, num_heads, tokens):

@@ -13,6 +13,7 @@ from ..model import init_params, param_shapes
 from ..optim import is_running
 from .cmt import CMT_VARIANTS, CMTConfig, cmt_backward, cmt_forward, cmt_shapes, init_cmt
 from .diversity import PatchHeadConfig, init_with_patch_head, patch_head_shapes
+from .gan import GANConfig, gan_shapes, init_gan
 from .isotropic import IsotropicConfig, init_isotropic, isotropic_shapes
 
 
@@ -37,6 +38,7 @@ MODELS = {
     ConViTConfig: Model("convit", param_shapes, init_params, variants=VARIANTS),
     PatchHeadConfig: Model("convit_patch_head", patch_head_shapes, init_with_patch_head),
     IsotropicConfig: Model("isotropic", isotropic_shapes, init_isotropic),
+    GANConfig: Model("vitgan", gan_shapes, init_gan),
     CMTConfig: Model("cmt", cmt_shapes, init_cmt, cmt_forward, cmt_backward, CMT_VARIANTS),
 }
 """The class of a configuration to the functions of its model."""

@@ -4,19 +4,31 @@ from dataclasses import dataclass
 
 from ..arrays import array_module
 from ..engine import Classification, classification
+from ..layers.names import part, prefixed
 from ..neighbours import (
     Taps,
+    consistency_backward,
+    consistency_forward,
     contrastive_backward,
     contrastive_forward,
     cosine_backward,
     cosine_forward,
+    critic_backward,
+    critic_forward,
+    diffaugment_backward,
+    diffaugment_forward,
+    generator_backward,
+    generator_forward,
     isotropic_backward,
     isotropic_forward,
+    logistic_backward,
+    logistic_forward,
     masked_loss_backward,
     masked_loss_forward,
     patch_mixing_backward,
     patch_mixing_forward,
 )
+from ..neighbours.gan import GANConfig, augmentation
 from ..neighbours.isotropic import IsotropicConfig, patches_of
 from ..neighbours.models import shapes_of
 
@@ -121,6 +133,76 @@ class Masked:
         error /= mask.sum(axis=1, keepdims=True)
         _, (means, *_) = isotropic_forward(images, params, self.config, mask & False)
         return array_module(images).concatenate([error, *means], axis=1)
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """Both networks of a GAN, each with its own loss, from the same parameters.
+
+    A batch is images (b, height, width, C), from -1 to 1, and as many latent vectors (b, F). The
+    critic judges augmented images; its scores of the plain ones must be the same, with the weight
+    `consistency` (Zhao et al. 2020). The numbers are the losses of critic and generator.
+    """
+
+    config: GANConfig
+    consistency: float = 1.0
+
+    @property
+    def shapes(self):
+        return shapes_of(self.config)
+
+    @property
+    def rows(self):
+        return 2 * self.config.num_patches  # each image, and one that is drawn
+
+    @property
+    def inputs(self):
+        return (*self.config.image, self.config.in_chans), (self.config.latent_dim,)
+
+    @property
+    def output(self):
+        return self.inputs[0]
+
+    def step(self, batch, params, share, first, seed, step, blocks):
+        images, z = batch
+        critic, generator = part(params, "critic."), part(params, "generator.")
+        fakes, cache_fakes = generator_forward(z, generator, self.config)
+        places = 2 * array_module(z).arange(first, first + len(z))
+        shown, shown_fakes = (
+            diffaugment_forward(x, augmentation(seed, step, places + i, self.config.image))
+            for i, x in enumerate((images, fakes))
+        )
+        seen = array_module(z).concatenate([images, fakes, shown[0]])
+        scores, cache_seen = critic_forward(seen, critic, self.config)
+        judged, cache_judged = critic_forward(shown_fakes[0], critic, self.config)
+        loss, dscores, djudged = self._judge(scores, judged, share)
+        dcritic = critic_backward(dscores, cache_seen, need_dimages=False)[1]
+        for name, more in critic_backward(djudged, cache_judged, need_dimages=False)[1].items():
+            dcritic[name] = dcritic[name] + more
+        drawn_loss, cache_loss = logistic_forward(judged, 1)
+        dimages, _ = critic_backward(logistic_backward(share, cache_loss), cache_judged)
+        dfakes = diffaugment_backward(dimages, shown_fakes[1])
+        dgenerator = generator_backward(dfakes, cache_fakes)
+        grads = prefixed(dcritic, "critic.") | prefixed(dgenerator, "generator.")
+        return (loss, share * drawn_loss), grads
+
+    def _judge(self, scores, judged, share):
+        """share times the critic's loss, and its gradients by the scores (3 b,) of images, drawn
+        ones and augmented images, and by those of augmented drawn ones (b,)."""
+        b, weight = len(judged), self.consistency * share
+        real, cache_real = logistic_forward(scores[2 * b :], 1)
+        fake, cache_fake = logistic_forward(judged, -1)
+        augmented = array_module(scores).concatenate([scores[2 * b :], judged])
+        apart, cache_apart = consistency_forward(scores[: 2 * b], augmented)
+        dplain, daugmented = consistency_backward(2.0 * weight, cache_apart)
+        dreal = logistic_backward(share, cache_real) + daugmented[:b]
+        djudged = logistic_backward(share, cache_fake) + daugmented[b:]
+        dscores = array_module(scores).concatenate([dplain, dreal])
+        return share * (real + fake) + 2.0 * weight * apart, dscores, djudged
+
+    def answer(self, batch, params, blocks):
+        """The images (b, height, width, C) that are drawn of the latent vectors, a batch's last."""
+        return generator_forward(batch[-1], part(params, "generator."), self.config)[0]
 
 
 def objective_of(settings, config):

@@ -20,6 +20,9 @@ Everything here is composed anew of torch's own functions. Its keys:
     conv_K, depthwise_K/... also stride and padding; images are channels last
     batchnorm/...           also after/NAME: the running statistics after one step in training, and
                             evaluated, the output in evaluation from those of in/
+    modulated_norm, modulated_linear, critic_ATTENTION/...   pairs of a GAN; critics have a config
+    adversarial/...         one step of a GAN: config, images, z, step, losses (of critic and
+                            generator), in/NAME and grad/NAME of parameters
     cmt, cmt_plain/...      a whole CMT, with all its filters and without, a pair of its parameters,
                             with config, images, and as batchnorm after/NAME and evaluated
     isotropic_MIXER/...     a whole network, a pair of its parameters, with config, images, mask
@@ -42,16 +45,21 @@ from torch.nn.functional import (
     conv2d,
     cosine_similarity,
     cross_entropy,
+    fold,
     gelu,
     layer_norm,
     linear,
+    mse_loss,
+    pad,
     scaled_dot_product_attention,
     silu,
+    softplus,
 )
 
 from miniconvit.experiments import lipschitz
 from miniconvit.neighbours import cmt_backward, cmt_forward
 from miniconvit.neighbours.cmt import CMT_VARIANTS, CMTConfig, cmt_shapes
+from miniconvit.neighbours.gan import GANConfig, augmentation, critic_shapes, gan_shapes
 from miniconvit.neighbours.isotropic import IsotropicConfig, isotropic_shapes
 
 OUTPUT = Path(__file__).with_name("neighbours.npz")
@@ -263,6 +271,116 @@ def isotropic(mixer):
     return case | {f"{name}/{key}": value for key, value in more.items()}
 
 
+def modulated_norm(x, w, **p):
+    gamma = linear(w, p["gamma.weight"], p["gamma.bias"])[:, None]
+    beta = linear(w, p["beta.weight"], p["beta.bias"])[:, None]
+    return (1 + gamma) * layer_norm(x, x.shape[-1:], eps=1e-6) + beta
+
+
+def modulated_linear(x, a, weight):
+    """As StyleGAN2 has it: a weight for each token, each of its rows of length 1."""
+    modulated = weight * a[:, :, None]  # (B, N, O, D)
+    lengths = (modulated.pow(2).sum(-1, keepdim=True) + 1e-8).sqrt()
+    return torch.einsum("pd,bnod->bnpo", x, modulated / lengths)
+
+
+def sines(rows, cols, p, name):
+    y, x = torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols)
+    grid = torch.cartesian_prod(y, x)
+    return torch.sin(linear(grid, p[f"{name}.weight"], p[f"{name}.bias"]))
+
+
+def attended(x, p, config, attention):
+    if attention == "l2":
+        return by_distance(x, p, config.num_heads, False)
+    return dot_product(x, p, config.num_heads)
+
+
+def critic(images, p, config):
+    P = config.patch_size
+    weight, bias = p["patch_embed.proj.weight"], p["patch_embed.proj.bias"]
+    x = conv2d(images.permute(0, 3, 1, 2), weight, bias, P, P // 2).flatten(2).transpose(1, 2)
+    x = x + sines(*config.grid, p, "pos")
+    x = torch.cat([p["cls_token"].expand(len(x), -1, -1), x], 1)
+    for i in range(config.depth):
+        block = below(p, f"blocks.{i}.")
+        normal = normed(x, block, "norm1")
+        x = x + attended(normal, below(block, "attn."), config, config.attention)
+        x = x + perceptron(normed(x, block, "norm2"), below(block, "mlp."))
+    return linear(normed(x, p, "norm")[:, 0], p["head.weight"], p["head.bias"])[:, 0]
+
+
+def generator(z, p, config):
+    w, (rows, cols), P = perceptron(z, below(p, "map.")), config.grid, config.patch_size
+    x = sines(rows, cols, p, "pos").expand(len(z), -1, -1)
+    for i in range(config.depth):
+        block = below(p, f"blocks.{i}.")
+        normal = modulated_norm(x, w, **below(block, "norm1."))
+        x = x + attended(normal, below(block, "attn."), config, "dot")
+        x = x + perceptron(modulated_norm(x, w, **below(block, "norm2.")), below(block, "mlp."))
+    x = modulated_norm(x, w, **below(p, "norm."))
+    style = 1 + linear(x, p["style.weight"], p["style.bias"])
+    h = modulated_linear(sines(P, P, p, "sine"), style, p["pixel.weight"])
+    colours = torch.tanh(linear(gelu(h + x[:, :, None]), p["rgb.weight"], p["rgb.bias"]))
+    patches = colours.transpose(2, 3).flatten(2).transpose(1, 2)  # (B, C * P * P, N)
+    return fold(patches, config.image, P, stride=P).permute(0, 2, 3, 1)
+
+
+def augmented(images, drawn):
+    """DiffAugment, an image after the other, with these numbers."""
+    shift, brightness, kept = (tensor(np.asarray(x, np.float64)) for x in drawn)
+    done = []
+    numbers = zip(images, shift.long().tolist(), brightness, kept, strict=True)
+    for x, (down, right), more, k in numbers:
+        frame = pad(x + more, (0, 0, 4, 4, 4, 4))
+        done.append(frame[4 - down :, 4 - right :][: x.shape[0], : x.shape[1]] * k)
+    return torch.stack(done)
+
+
+def gan_config(attention):
+    return GANConfig(attention, (8, 12), 4, 3, 12, 2, 3, 10, 5)
+
+
+def judged(attention):
+    """Everything that the file holds about a critic, by key."""
+    config, rng = gan_config(attention), np.random.default_rng(len(attention))
+    shapes = critic_shapes(config)
+    inputs = {k: random_parameter(rng, k, s).astype(np.float64) for k, s in shapes.items()}
+    inputs["images"] = rng.uniform(-1, 1, (3, 8, 12, 3))
+    name = f"critic_{attention}"
+    case = make_case(name, rng, inputs, lambda images, **p: critic(images, p, config))
+    return case | {f"{name}/config": json.dumps(vars(config))}
+
+
+def adversarial():
+    """One step of both networks, their losses by torch's own, each with the other detached."""
+    config, rng, step = gan_config("l2"), np.random.default_rng(11), 3
+    shapes = gan_shapes(config)
+    params = {k: random_parameter(rng, k, s).astype(np.float64) for k, s in shapes.items()}
+    images, z = rng.uniform(-1, 1, (4, 8, 12, 3)), rng.standard_normal((4, 5))
+    leaves = {name: tensor(value).requires_grad_() for name, value in params.items()}
+    p, q = below(leaves, "critic."), below(leaves, "generator.")
+    real, fake = tensor(images), generator(tensor(z), q, config)
+    drawn = [augmentation(0, step, 2 * np.arange(4) + i, config.image) for i in range(2)]
+
+    def scores(x, drawn, p):
+        return critic(x, p, config), critic(augmented(x, drawn), p, config)
+
+    (plain_real, real_score), (plain_fake, fake_score) = (
+        scores(x, numbers, p) for x, numbers in zip((real, fake.detach()), drawn, strict=True)
+    )
+    loss = softplus(-real_score).mean() + softplus(fake_score).mean()
+    loss = loss + mse_loss(plain_real, real_score) + mse_loss(plain_fake, fake_score)
+    fixed = {name: value.detach() for name, value in p.items()}
+    drawn_loss = softplus(-critic(augmented(fake, drawn[1]), fixed, config)).mean()
+    (loss + drawn_loss).backward()
+    case = {"config": json.dumps(vars(config)), "images": images, "z": z, "step": step}
+    case["losses"] = [loss.item(), drawn_loss.item()]
+    case |= {f"in/{name}": value for name, value in params.items()}
+    case |= {f"grad/{name}": leaf.grad.numpy() for name, leaf in leaves.items()}
+    return {f"adversarial/{key}": value for key, value in case.items()}
+
+
 def filtered(x, p, name, **how):
     return conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **how)
 
@@ -464,6 +582,19 @@ def main():
     content |= whole_cmt("cmt") | whole_cmt("cmt_plain", local=False, ff_filter=False)
     for mixer in ("attention", "mlp", "conv", "gpsa"):
         content |= isotropic(mixer)
+    rng = np.random.default_rng(3)
+    for name, inputs, function in (
+        (
+            "modulated_norm",
+            {"x": (2, 5, 4), "w": (2, 4), "gamma.weight": (4, 4), "gamma.bias": (4,)}
+            | {"beta.weight": (4, 4), "beta.bias": (4,)},
+            modulated_norm,
+        ),
+        ("modulated_linear", {"x": (7, 4), "a": (2, 5, 4), "weight": (6, 4)}, modulated_linear),
+    ):
+        inputs = {key: rng.standard_normal(shape) for key, shape in inputs.items()}
+        content |= make_case(name, rng, inputs, function)
+    content |= judged("dot") | judged("l2") | adversarial()
     for blocks in (0, 2, 3):  # of three: a ViT, a ConViT, and no class token at all
         content |= diversified(blocks)
     content |= {f"lipschitz/{seed}": jacobian_norms(seed) for seed in range(3)}

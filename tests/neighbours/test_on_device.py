@@ -10,10 +10,11 @@ from miniconvit.arrays import to_cpu, to_device
 from miniconvit.engine import Classification, classification, make_engine
 from miniconvit.experiments import lipschitz
 from miniconvit.neighbours.cmt import CMTConfig
+from miniconvit.neighbours.gan import GANConfig, augmentation, latents, spectral_names
 from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
 from miniconvit.neighbours.models import MODELS
 from miniconvit.optim import is_running
-from miniconvit.training.objectives import Diversified, Masked
+from miniconvit.training.objectives import Adversarial, Diversified, Masked
 
 
 def both(cupy, function, *arrays):
@@ -62,6 +63,24 @@ def test_a_step_is_the_same_on_the_device(cupy, objective):
     assert_alike(*both(cupy, step, batch, params))
     if isinstance(objective, Classification):
         assert_alike(*both(cupy, lambda b, p: objective.answer(b, p, layers), batch, params))
+
+
+@pytest.mark.parametrize("attention", ["dot", "l2"])
+def test_a_step_of_both_networks_is_the_same_on_the_device(cupy, attention):
+    config = GANConfig(attention, img_size=(8, 16), embed_dim=16, depth=2)
+    params, rng = MODELS[GANConfig].init(config, 0), np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (3, 8, 16, 3)).astype("float32")
+    norms = dict.fromkeys(spectral_names(config), 1.5)
+
+    def step(images, places, params):
+        replaced, caches = neighbours.spectral_norms_forward(params, norms)
+        z = latents(0, 1, places, config)
+        losses, grads = Adversarial(config).step((images, z), replaced, 0.5, 4, 0, 1, layers)
+        drawn = Adversarial(config).answer((z,), params, layers)
+        numbers = augmentation(0, 1, places, config.image)
+        return losses, neighbours.spectral_norms_backward(grads, caches), drawn, z, numbers
+
+    assert_alike(*both(cupy, step, images, np.arange(3), params))
 
 
 @pytest.mark.parametrize("name", ["tied", "kim"])
