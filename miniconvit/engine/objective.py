@@ -122,13 +122,13 @@ class Classifier(Classification):
 
     def step(self, batch, params, share, first, seed, step, blocks):
         images, targets = batch
-        logits, cache = self._model.forward(images, params, self.config, True)
+        logits, cache = self._model.forward(images, params, self.config, True, blocks)
         numbers, dlogits = self._judge(logits, targets, share)
         grads = self._model.backward(dlogits, cache)
         return numbers, {n: share * g if is_running(n) else g for n, g in grads.items()}
 
     def answer(self, batch, params, blocks):
-        return self._model.forward(batch[0], params, self.config, False)[0]
+        return self._model.forward(batch[0], params, self.config, False, blocks)[0]
 
 
 def classification(config, label_smoothing=0.0):

@@ -198,6 +198,26 @@ def test_gelu_far_from_zero():
     assert np.all(np.abs(slope - slope_true) <= 5e-7)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 40000), (5,)])
+def test_gelu_of_any_shape(shape):
+    """What a network of convolutions takes by itself; a transposed x is another layout."""
+    rng = np.random.default_rng(len(shape))
+    true = 3 * rng.standard_normal(shape).T, rng.standard_normal(shape).T
+    (forward, backward), (infer, _) = kernels.gelu_pair, inference.gelu_pair
+    for dtype, error in (("float32", 1e-6), ("float64", 0.0)):
+        x, dy = (a.astype(dtype) for a in true)
+        kept = x.copy()
+        y, cache = forward(x)
+        expected, cache_reference = layers.gelu_forward(x)
+        found = (y, infer(x)[0], backward(dy, cache))
+        for one, other in zip(
+            found, (expected, expected, layers.gelu_backward(dy, cache_reference)), strict=True
+        ):
+            assert one.dtype == dtype and one.shape == x.shape
+            assert np.abs(one - other).max() <= error * np.abs(other).max()
+        assert np.array_equal(x, kept)
+
+
 def test_mlp_without_a_backward_pass():
     """Large and small hidden values, against the definition in float64; nothing is kept."""
     rng = np.random.default_rng(5)

@@ -12,7 +12,8 @@ from small_run import small_dataset, stop_after
 from miniconvit import layers
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.cli import eval as evaluation
-from miniconvit.engine import classification, make_engine
+from miniconvit.engine import classification, kernels, make_engine
+from miniconvit.engine.kernels import inference
 from miniconvit.engine.pieces import cut
 from miniconvit.errors import UserError
 from miniconvit.gradcheck.neighbours import DEAD
@@ -57,6 +58,26 @@ def test_whole_networks_equal_autograd(name):
     AdamW(params, 1e-3).step(params, grads)
     for key, expected in case["after"].items():
         assert_equal(params[key], expected)
+
+
+def test_a_faster_gelu_is_as_near_to_autograd():
+    """In float32, where the engines give it. By default the reference's runs."""
+    config, params, case = cmt_case("cmt")
+    params = {name: p.astype("float32") for name, p in params.items()}
+    images, dy = (case[name].astype("float32") for name in ("images", "dy"))
+    errors, found = [], []
+    for blocks, for_inference in ((None, None), (kernels, inference)):
+        logits, cache = cmt_forward(images, params, config, True, blocks)
+        grads = cmt_backward(dy, cache)
+        evaluated, _ = cmt_forward(images, params, config, False, for_inference)
+        assert logits.dtype == evaluated.dtype == np.float32
+        gaps = [grads[name] - true for name, true in case["grad"].items()]
+        of_grads = sum((gap * gap).sum() for gap in gaps) ** 0.5
+        errors.append([abs(logits - case["y"]).max(), abs(evaluated - case["evaluated"]).max()])
+        errors[-1].append(of_grads / sum((g * g).sum() for g in case["grad"].values()) ** 0.5)
+        found.append(logits)
+    assert not np.array_equal(*found)
+    assert np.all(np.array(errors[1]) <= 2 * np.array(errors[0])), errors
 
 
 def multiplications(config):

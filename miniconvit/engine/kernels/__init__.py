@@ -9,3 +9,6 @@ from .block import (
     layernorm_backward,
     layernorm_forward,
 )
+from .tokenwise import gelu_backward, gelu_forward
+
+gelu_pair = gelu_forward, gelu_backward

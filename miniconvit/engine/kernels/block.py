@@ -17,11 +17,7 @@ from .attention import (
     mhsa_backward,
     mhsa_forward,
 )
-from .tokenwise import features_first, mlp_backward, mlp_forward, tokens_first
-
-
-def _is_served(x):
-    return isinstance(x, np.ndarray) and x.dtype == np.float32
+from .tokenwise import features_first, is_served, mlp_backward, mlp_forward, tokens_first
 
 
 def _laid_out(x):
@@ -75,7 +71,7 @@ def _branches_backward(dy, cache):
 
 def block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, mlp=mlp_forward):
     """As layers.block_forward; PSA has no kernel, so its attention is the reference's."""
-    if not _is_served(x):
+    if not is_served(x):
         y, cache = layers.block_forward(x, params, num_heads, grid, keep, keep_prob)
         return y, (layers.block_backward, cache)
     attn = part(params, "attn.")
@@ -100,7 +96,7 @@ def last_block_forward(
 
     GPSA and PSA have no class token: their last block is a block.
     """
-    if not _is_served(x):
+    if not is_served(x):
         y, cache = layers.last_block_forward(x, params, num_heads, grid, keep, keep_prob)
         return y, (layers.last_block_backward, cache)
     attn = part(params, "attn.")
@@ -129,7 +125,7 @@ def _first_token_backward(dy, cache):
 
 def layernorm_forward(x, weight, bias):
     """As layers.layernorm_forward: for the norm after the last block."""
-    if not _is_served(x):
+    if not is_served(x):
         y, cache = layers.layernorm_forward(x, weight, bias)
         return y, (layers.layernorm_backward, cache)
     y, cache = tokenwise.layernorm_forward(x, weight, bias)

@@ -9,8 +9,15 @@ from math import pi, prod, sqrt
 
 import numpy as np
 
+from ... import layers
+
 CACHE_LINE = 64  # bytes
 BLOCK = 32768  # elements: the four arrays of a GELU block, 128 KB each, stay in the L2 cache
+
+
+def is_served(x):
+    """Whether x is what these functions are for: NumPy's, float32."""
+    return isinstance(x, np.ndarray) and x.dtype == np.float32
 
 
 def features_first(x):
@@ -123,6 +130,39 @@ def _gelu(x, y, bias=None):
         count = len(block)
         y_block = scratch[:count] if y is None else y[start : start + rows]
         _gelu_block(block, y_block, ratio[:count], square[:count], y is not None)
+
+
+def _copied(x):
+    """A contiguous copy (R, D) of x (..., D), at the start of a cache line."""
+    rows = aligned((prod(x.shape[:-1]), x.shape[-1]))
+    rows[...] = x.reshape(rows.shape)
+    return rows
+
+
+def gelu_forward(x):
+    """As layers.gelu_forward; of float32 the derivative is kept."""
+    if not is_served(x):
+        return layers.gelu_forward(x)
+    slope = _copied(x)
+    y = aligned(slope.shape)
+    _gelu(slope, y)
+    return y.reshape(x.shape), slope
+
+
+def gelu_backward(dy, cache):
+    """As layers.gelu_backward."""
+    if isinstance(cache, tuple):
+        return layers.gelu_backward(dy, cache)
+    return dy * cache.reshape(dy.shape)
+
+
+def gelu_inference(x):
+    """gelu_forward without the derivative and with the cache None."""
+    if not is_served(x):
+        return layers.gelu_forward(x)[0], None
+    y = _copied(x)
+    _gelu(y, None)
+    return y.reshape(x.shape), None
 
 
 def mlp_forward(x, params):
