@@ -3,7 +3,8 @@
 import numpy as np
 
 from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
-from .drawing import APART, Case, at_every_size, composite, draw, draw_params
+from ..neighbours.mobile import MobileConfig, branch_shapes, mobile_shapes
+from .drawing import APART, TALL, Case, at_every_size, composite, draw, draw_params, far_from_zero
 
 
 def _l2_attention(rng, functions, s):
@@ -144,6 +145,88 @@ def _isotropic(rng, functions, s):
         yield Case(forward, functions.isotropic_backward, inputs, tuple(zero))
 
 
+def _hardswish(rng, functions, s):
+    yield Case(
+        functions.hardswish_forward, functions.hardswish_backward, {"x": far_from_zero(rng, s.x)}
+    )
+
+
+def _squeeze_excite(rng, functions, s):
+    shapes = {"fc1.weight": (s.hidden, s.dim), "fc1.bias": (s.hidden,)}
+    shapes |= {"fc2.weight": (s.dim, s.hidden), "fc2.bias": (s.dim,)}
+    yield composite("squeeze_excite", functions, rng, shapes, (s.B, *s.grid, s.dim))
+
+
+def _fusion(rng, functions, s):
+    shapes = {"weight": (s.tokens,), "fc1.weight": (s.hidden, s.dim), "fc1.bias": (s.hidden,)}
+    shapes |= {"fc2.weight": (1, s.hidden), "fc2.bias": (1,)}
+    yield composite("fusion", functions, rng, shapes, s.x)
+
+
+def _in_training(rng, forward, backward, shapes, inputs):
+    """A case with BatchNorms. forward(params, **inputs); backward returns gradients by name.
+
+    What running statistics are off by is no gradient, so that they are held. A bias that all
+    readers normalise away has none.
+    """
+    params = draw_params(rng, shapes)
+    running = {name: params.pop(name) for name in shapes if ".running_" in name}
+    zero = tuple(name for name in params if name.endswith(("depthwise.bias", "stem.bn3.bias")))
+
+    def held(**given):
+        learned = {name: given.pop(name) for name in params}
+        dtype = next(iter(learned.values())).dtype
+        still = {name: value.astype(dtype) for name, value in running.items()}
+        return forward(learned | still, **given)
+
+    def learned_alone(dy, cache):
+        grads = backward(dy, cache)
+        return {name: grad for name, grad in grads.items() if name not in running}
+
+    return Case(held, learned_alone, inputs | params, zero)
+
+
+def _mobile_config(s, stem="conv", readout="fusion", strides=(2, 4), img_size=(8, 16)):
+    return MobileConfig(
+        stem, readout, strides, img_size, 4, s.channels, s.classes,
+        embed_dim=s.dim, depth=2, num_heads=s.heads, hidden_dim=s.hidden, stem_dims=(5, 6),
+        expand_dim=7, squeeze_dim=3, fusion_dim=4,
+    )  # fmt: skip
+
+
+def _branch(rng, functions, s):
+    stride = 3 if s is TALL else 2
+    grid = stride * s.grid[0], stride * s.grid[1]
+
+    def backward(dy, cache):
+        dx, grads = functions.branch_backward(dy, cache)
+        return {"x": dx} | grads
+
+    yield _in_training(
+        rng,
+        lambda params, x: functions.branch_forward(x, params, stride, True),
+        backward,
+        branch_shapes(_mobile_config(s), stride),
+        draw(rng, x=(s.B, *grid, 6)),
+    )
+
+
+def _mobile(rng, functions, s):
+    """Whole networks: each stem and each read-out, grids that are wide, tall and square."""
+    kinds = [("conv", "fusion", (2, 4), (16, 8) if s is TALL else (8, 16))]
+    if s is APART:
+        kinds += [("patches", "class_token", (2,), (8, 12)), ("conv", "mean", (3, 2), (24, 12))]
+    for kind in kinds:
+        config = _mobile_config(s, *kind)
+        images = rng.standard_normal((s.B, config.in_chans, *config.image))
+
+        def forward(params, images=images, config=config):
+            images = images.astype(params["head.bias"].dtype)
+            return functions.mobile_forward(images, params, config, True)
+
+        yield _in_training(rng, forward, functions.mobile_backward, mobile_shapes(config), {})
+
+
 NEIGHBOURS = {
     "l2_attention": at_every_size(_l2_attention),
     "tied_attention": at_every_size(_tied_attention),
@@ -159,5 +242,10 @@ NEIGHBOURS = {
     "token_mlp": at_every_size(_token_mlp),
     "masked_loss": at_every_size(_masked_loss),
     "isotropic": at_every_size(_isotropic),
+    "hardswish": at_every_size(_hardswish),
+    "squeeze_excite": at_every_size(_squeeze_excite),
+    "branch": at_every_size(_branch),
+    "fusion": at_every_size(_fusion),
+    "mobile": at_every_size(_mobile),
 }
 """Layer to the function (rng, functions) that yields its cases."""

@@ -8,6 +8,7 @@ from miniconvit import layers, neighbours
 from miniconvit.arrays import to_cpu, to_device
 from miniconvit.experiments import lipschitz
 from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
+from miniconvit.neighbours.mobile import READOUTS, MobileConfig, init_mobile
 from miniconvit.neighbours.models import MODELS
 from miniconvit.training.objectives import Diversified, Masked
 
@@ -75,3 +76,17 @@ def test_similarities_and_the_names_of_gpus_are_there(cupy):
     run = neighbours.diversity.similarities
     ours, theirs = both(cupy, lambda x, p: run(x, p, config), images, mc.init_params(config))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("stem", ["patches", "conv"])
+def test_a_mobile_transformer_is_the_same_on_the_device(cupy, stem, readout):
+    config = MobileConfig(stem, readout, (2, 4), 16, embed_dim=16, depth=2)
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), dtype="float32")
+
+    def run(images, params):
+        evaluated, _ = neighbours.mobile_forward(images, params, config)
+        logits, cache = neighbours.mobile_forward(images, params, config, True)
+        return evaluated, logits, neighbours.mobile_backward(logits, cache)
+
+    assert_alike(*both(cupy, run, images, init_mobile(config)))

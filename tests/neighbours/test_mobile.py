@@ -1,0 +1,137 @@
+"""The mobile transformer: whole networks against torch's modules, and what its parts promise."""
+
+import json
+
+import numpy as np
+import pytest
+from golden_cases import GOLDEN, assert_equal, read_parts
+
+from miniconvit import layers
+from miniconvit.engine import kernels
+from miniconvit.errors import UserError
+from miniconvit.layers import cross_entropy_backward, cross_entropy_forward
+from miniconvit.neighbours import branch_forward, fusion_forward, mobile_backward, mobile_forward
+from miniconvit.neighbours.mobile import (
+    READOUTS,
+    MobileConfig,
+    branch_shapes,
+    init_mobile,
+    mobile_shapes,
+)
+from miniconvit.optim import AdamW
+
+WHOLE = ("conv_fusion", "conv_mean", "patches_class_token")
+DEAD = ("depthwise.bias", "stem.bn3.bias")
+"""Biases that a BatchNorm takes off again: their gradient is 0, where autograd has round-off."""
+
+
+def load(name):
+    parts = read_parts(GOLDEN, f"mobile_{name}", "in", "grad", "after")
+    return MobileConfig.from_dict(json.loads(parts["config"].item())), parts
+
+
+@pytest.mark.parametrize("blocks", [layers, kernels], ids=["layers", "kernels"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_networks_equal_torch_in_training(name, blocks):
+    config, parts = load(name)
+    logits, cache = mobile_forward(parts["images"], parts["in"], config, True, blocks)
+    assert_equal(logits, parts["logits"])
+    loss, cache_loss = cross_entropy_forward(logits, parts["targets"])
+    assert_equal(loss, parts["loss"])
+    grads = mobile_backward(cross_entropy_backward(1.0, cache_loss), cache)
+    assert grads.keys() == mobile_shapes(config).keys() == parts["in"].keys()
+    assert grads.keys() - parts["grad"].keys() == parts["after"].keys()
+    for key, expected in parts["grad"].items():
+        if key.endswith(DEAD):
+            assert max(np.abs(grads[key]).max(), np.abs(expected).max()) < 1e-12
+        else:
+            assert_equal(grads[key], expected)
+    AdamW(parts["in"]).step(parts["in"], grads, lr=1e-3)
+    for key, expected in parts["after"].items():
+        assert_equal(parts["in"][key], expected)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_networks_equal_torch_in_evaluation(name):
+    config, parts = load(name)
+    logits, _ = mobile_forward(parts["images"], parts["in"], config)
+    assert_equal(logits, parts["evaluated"])
+    assert_equal(cross_entropy_forward(logits, parts["targets"])[0], parts["evaluated_loss"])
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("stem", ["patches", "conv"])
+def test_float32_stays_float32_and_kernels_give_the_same(stem, readout):
+    config = MobileConfig(stem, readout)
+    params = init_mobile(config, 3)
+    images = np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype="float32")
+    found = []
+    for blocks in (layers, kernels):
+        logits, cache = mobile_forward(images, params, config, True, blocks)
+        found.append({"logits": logits} | mobile_backward(np.ones_like(logits), cache))
+    for name, ours in found[1].items():
+        theirs = found[0][name]
+        assert ours.dtype == theirs.dtype == np.float32, name
+        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs) + 1e-4, name
+    evaluated, _ = mobile_forward(images, params, config)
+    assert evaluated.dtype == np.float32
+
+
+@pytest.mark.parametrize("stride", [2, 4, 16])
+def test_every_token_sees_all_of_its_cell_and_no_cell_after_it(stride):
+    """Whatever the stride: a larger token must not be blind for most of its cell."""
+    config = MobileConfig(strides=(stride,))
+    rng = np.random.default_rng(stride)
+    shapes = branch_shapes(config, stride)
+    params = {name: np.abs(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    params |= {name: 0 * params[name] for name in params if name.startswith("se.")}  # e is 1/2
+    x = rng.standard_normal((1, 16, 16, 24))
+    y, _ = branch_forward(x, params, stride, False)
+    cells = 16 // stride
+    seen = np.zeros((cells, cells, 16, 16), bool)  # token, place
+    for place in np.ndindex(16, 16):
+        other = x.copy()
+        other[0][place] += 1.0
+        changed = np.abs(branch_forward(other, params, stride, False)[0] - y).max(axis=(0, 2))
+        seen[:, :, *place] = changed.reshape(cells, cells) > 0
+    for row, col in np.ndindex(cells, cells):
+        top, left = max(row * stride - 1, 0), max(col * stride - 1, 0)
+        expected = np.zeros((16, 16), bool)
+        expected[top : (row + 1) * stride, left : (col + 1) * stride] = True
+        assert np.array_equal(seen[row, col], expected)
+
+
+def test_the_fusion_begins_as_the_mean_of_tokens():
+    config = MobileConfig()
+    params = init_mobile(config)
+    x = np.random.default_rng(0).standard_normal((2, config.num_tokens, config.embed_dim))
+    own = {name.removeprefix("fusion."): params[name] for name in params if "fusion." in name}
+    own |= {name: 0.0 * value for name, value in own.items() if name.startswith("fc2.")}
+    np.testing.assert_allclose(fusion_forward(x, own)[0], x.mean(axis=1), atol=1e-6)
+
+
+def test_the_grids_are_those_of_the_experiment():
+    assert MobileConfig("patches").grids == [(8, 8)]
+    assert MobileConfig(strides=(2,)).grids == [(8, 8)]
+    assert MobileConfig().grids == [(8, 8), (4, 4), (1, 1)] and MobileConfig().num_tokens == 81
+    assert MobileConfig(img_size=(64, 32)).grids == [(16, 8), (8, 4), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"stem": "cnn"}, "no stem 'cnn'"),
+        ({"readout": "max"}, "with a read-out 'max'"),
+        ({"depth": 0}, "depth must be an integer of at least 1"),
+        ({"num_heads": 5}, "as many equal parts as heads"),
+        ({"strides": ()}, "strides must be"),
+        ({"strides": (1,)}, "at least 2"),
+        ({"stem_dims": (12,)}, "stem_dims must be two"),
+        ({"img_size": 40}, "40x40 pixels cannot be cut into cells of 4, 8, 32 pixels"),
+        ({"stem": "patches", "img_size": 30}, "cells of 4 pixels"),
+        ({"width": 3}, "unknown model setting 'width'"),
+    ],
+)
+def test_what_is_no_network_is_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        MobileConfig.from_dict(values)
