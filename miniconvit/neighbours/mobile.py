@@ -407,6 +407,25 @@ def mobile_shapes(config):
     return shapes | {"head.weight": (config.num_classes, D), "head.bias": (config.num_classes,)}
 
 
+def multiplications(config):
+    """Of one image's forward pass, in matrix products and filters: each weight at so many places,
+    and attention's two products."""
+    fine = config.image[0] * config.image[1] // 4  # places of the stem's grid
+    tokens = config.num_tokens + (config.readout == "class_token")
+    places = {"stem.": fine, "patch_embed.": config.num_tokens, "fusion.": tokens}
+    places |= {"blocks.": tokens, "head.": 1}
+    for i, (rows, cols) in enumerate(config.grids):
+        branch = f"branches.{i}."
+        places |= {f"{branch}expand.": fine, f"{branch}se.": 1}
+        places |= {f"{branch}{name}.": rows * cols for name in ("depthwise", "project")}
+    count = 2 * config.depth * tokens**2 * config.embed_dim
+    for name, shape in mobile_shapes(config).items():
+        if len(shape) in (2, 4):
+            (times,) = (times for prefix, times in places.items() if name.startswith(prefix))
+            count += int(np.prod(shape)) * times
+    return count
+
+
 def init_mobile(config, seed=0):
     """Fresh parameters, float32 (*): convolutions N(0, 2 / fan in), other weights N(0, 0.02^2).
 

@@ -10,13 +10,20 @@ from miniconvit import layers
 from miniconvit.engine import kernels
 from miniconvit.errors import UserError
 from miniconvit.layers import cross_entropy_backward, cross_entropy_forward
-from miniconvit.neighbours import branch_forward, fusion_forward, mobile_backward, mobile_forward
+from miniconvit.neighbours import (
+    branch_forward,
+    fusion_forward,
+    mobile,
+    mobile_backward,
+    mobile_forward,
+)
 from miniconvit.neighbours.mobile import (
     READOUTS,
     MobileConfig,
     branch_shapes,
     init_mobile,
     mobile_shapes,
+    multiplications,
 )
 from miniconvit.optim import AdamW
 
@@ -115,6 +122,45 @@ def test_the_grids_are_those_of_the_experiment():
     assert MobileConfig(strides=(2,)).grids == [(8, 8)]
     assert MobileConfig().grids == [(8, 8), (4, 4), (1, 1)] and MobileConfig().num_tokens == 81
     assert MobileConfig(img_size=(64, 32)).grids == [(16, 8), (8, 4), (2, 1)]
+
+
+class Counted(np.ndarray):
+    """Counts the multiplications of all matrix products, and of `*` too while `filters` says so."""
+
+    __module__ = "numpy"
+    count, filters = 0, False
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        plain = [np.asarray(x) for x in inputs]
+        if "out" in options:
+            options["out"] = tuple(np.asarray(x) for x in options["out"])
+        y = getattr(ufunc, method)(*plain, **options)
+        if ufunc is np.matmul:
+            Counted.count += y.size * plain[0].shape[-1]
+        if ufunc is np.multiply and Counted.filters:
+            Counted.count += y.size
+        return y.view(Counted) if isinstance(y, np.ndarray) else y
+
+
+@pytest.mark.parametrize("strides", [(2,), (2, 4, 16), (4, 2)])
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("stem", ["patches", "conv"])
+def test_multiplications_are_those_that_a_forward_pass_makes(monkeypatch, stem, readout, strides):
+    config = MobileConfig(stem, readout, strides, (64, 32), in_chans=2, num_classes=7)
+    filtered = mobile.depthwise_forward
+
+    def counted(*args):
+        Counted.filters = True
+        found = filtered(*args)
+        Counted.filters = False
+        return found
+
+    monkeypatch.setattr(mobile, "depthwise_forward", counted)
+    monkeypatch.setattr(Counted, "count", 0)
+    params = {name: value.view(Counted) for name, value in init_mobile(config).items()}
+    images = np.zeros((3, 2, 64, 32), "float32").view(Counted)
+    mobile_forward(images, params, config)
+    assert Counted.count == 3 * multiplications(config)
 
 
 @pytest.mark.parametrize(
