@@ -74,7 +74,7 @@ class _Fractions(click.ParamType):
 )
 @setting_option(
     "model",
-    "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
+    "A ConViT. Its ViT twin comes by itself. `train --help` lists the names. mobile has its own.",
     shown="that of the data's recipe, for diversity convit_deep32",
 )
 @option(
@@ -113,6 +113,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
     diversity          losses that keep patches apart (Patch Diversification)
+    mobile             three stems by three read-outs (mobile ViT)
     biases             mixers of tokens reconstruct hidden patches (Cazenavette)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)
 

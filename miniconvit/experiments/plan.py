@@ -11,9 +11,11 @@ from ..config import VARIANTS, is_count, is_number
 from ..errors import UserError, unknown_name
 from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
+from . import mobile
 
 PLAN = "plan.json"
 SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0}
+SUBSETS["mobile"] = 1.0
 EXPERIMENTS = ("sample-efficiency", *SUBSETS)
 FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
 FIRST = (0.1, 1.0)  # of the fractions, to be trained before the others
@@ -36,7 +38,11 @@ DIVERSITY = {
     "convit-cosine": ("ConViT + cosine", "convit", ("cosine",)),
 }
 """Patch Diversification: row to its label, its model and its losses, of weight 1."""
-DEEP = "convit_deep32"  # of which diversity is trained: similarity is a matter of depth
+MODELS = {
+    "diversity": "convit_deep32",  # similarity is a matter of depth
+    "mobile": "mobile_micro32",  # and what lacks some part of it
+}
+"""Experiment to the model of which it is trained, where the data's recipe does not say."""
 KINDS = {"convit": "ConViT", "vit": "ViT"}
 STRENGTHS = (0.01, 0.1, 1.0)
 GPSA_SHARES = (0.0, 0.25, 0.5, 0.75)  # figure 8a: 0, 3, 6 and 9 of 12 blocks
@@ -194,7 +200,7 @@ def complete(experiment, given):
     asked = {
         "experiment": experiment,
         "data": data,
-        "model": DEEP if experiment == "diversity" else RECIPES[DEFAULT_RECIPE[data]]["model"],
+        "model": MODELS.get(experiment, RECIPES[DEFAULT_RECIPE[data]]["model"]),
         **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
         own: list(FRACTIONS) if own == "fractions" else SUBSETS[experiment],
@@ -210,7 +216,10 @@ def _check_options(asked, own):
         raise UserError(f"--{own} must be above 0 and at most 1, not {asked[own]}")
     if len({_percent(fraction) for fraction in fractions}) < len(fractions):
         raise UserError(f"--{own} must differ in their first six digits: {asked[own]}")
-    if not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
+    if asked["experiment"] == "mobile":
+        if asked["model"] != MODELS["mobile"]:
+            raise UserError("mobile trains nine models of its own: leave out --model")
+    elif not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
         raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
     budget = asked.get("budget", 1.0)
     if not (is_number(budget) and budget > 0):
@@ -263,6 +272,8 @@ def rows_of(asked):
             _row(asked, name, label, kind, **{loss: LOSSES[loss] for loss in losses})
             for name, (label, kind, losses) in DIVERSITY.items()
         ]
+    if experiment == "mobile":
+        return [_row(asked, name, label, model=model) for name, label, model in mobile.arms()]
     masks = {"convit": [], "vit": []}
     if experiment == "masking":
         depths = sorted(set(masked_layers(VARIANTS[asked["model"]]).values()))
@@ -299,16 +310,17 @@ def _share(share, whole):
 
 
 def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
+    changes = {"model": asked["model"].replace("convit", kind)} | changes
     settings = make_settings(
         _recipe(asked["data"], asked["model"]),
         data=asked["data"],
-        model=asked["model"].replace("convit", kind),
         subset=asked["subset"] if fraction is None else fraction,
         steps=LEAST_STEPS,
         seed=0,
         **changes,
     )
-    validations = {"escape": READINGS, "diversity": FEW}.get(asked["experiment"], VALIDATIONS)
+    few = {"escape": READINGS, "diversity": FEW, "mobile": FEW}
+    validations = few.get(asked["experiment"], VALIDATIONS)
     return Row(name, label, settings, list(masks), validations)
 
 

@@ -10,6 +10,7 @@ from scipy.special import stdtr
 
 from ..config import VARIANTS
 from ..system import write_file
+from . import mobile
 from .plan import STRENGTHS, masked_layers
 from .run import LAST_LAYER, WHEN, mask_name
 
@@ -58,6 +59,12 @@ NOTES = {
     "the gates falls in every layer, in layers 6 to 10 to about 0. Some heads of the first five "
     "layers keep high gates. Nonlocality is in patches, the mean over heads. For MHSA it leaves "
     "out the class token's row and column, with rows rescaled to sum one.",
+    "mobile": "One grid has 8x8 tokens, three have 8x8 + 4x4 + 1x1. MACs are the multiplications "
+    "of one image's forward pass, in matrix products and filters. images/s are of training, as "
+    "measured for the plan. The protocol is ours, after the paper, which has no such table. The "
+    "rule was fixed before the runs. It asks that the whole (convolutions, three grids, fusion) be "
+    "ahead of patches with a class token beyond the spread. A part's effect is the average over "
+    "the other factor, seed by seed.",
     "diversity": "Similarity is the mean of |cos| over all pairs of two patches of an image, after "
     "the layer. The rule was fixed before the runs. The claim is shown where the cosine loss at "
     "least halves it in the last layer, in every seed. Accuracy stands beside it.",
@@ -67,7 +74,8 @@ NOTES = {
 def entries_of(plan, outcomes):
     """The lines of the table: dicts of row, label, quantity, unit, mean, spread (sample standard
     deviation; None for one seed), seeds (how many), diverged (how many), images, passes, paper (a
-    number or None) and values (of each seed, None where it has none). Accuracies are in %."""
+    number or None), values (of each seed, None where it has none), and for some experiments what a
+    row costs. Accuracies are in %."""
     entries = []
     for row in _by_size(plan):
         runs = {outcome.seed: outcome for outcome in outcomes if outcome.row == row.name}
@@ -88,8 +96,13 @@ def entries_of(plan, outcomes):
                 "passes": plan.images_seen / row.images,
                 "paper": _paper(plan, row, quantity),
                 "values": [_value(runs.get(seed), quantity, SCALE[unit]) for seed in plan.seeds],
-            })  # fmt: skip
+            } | _costs(plan, row))  # fmt: skip
     return entries
+
+
+def _costs(plan, row):
+    """More columns, {name: number}, of an experiment whose rows differ in what they cost."""
+    return mobile.costs(row) if plan.experiment == "mobile" else {}
 
 
 def _by_size(plan):
@@ -139,6 +152,8 @@ def _pairs(plan):
     if plan.experiment == "diversity":
         return [((a, quantity), (b, quantity)) for quantity in (LAST_LAYER, "top1")
                 for a, b in DIVERSIFIED]  # fmt: skip
+    if plan.experiment == "mobile":
+        return [((mobile.WHOLE, "top1"), (mobile.PLAIN, "top1"))]
     if plan.experiment == "sample-efficiency":
         pairs = list(zip(names[::2], names[1::2], strict=True))
     elif plan.experiment == "ablation":
@@ -272,9 +287,10 @@ def write_tables(plan, outcomes, out):
         for first, second in _pairs(plan)
         if first in by_name and second in by_name
     ]
-    text = _markdown(
-        plan, outcomes, entries, sentences + _gaps(plan, entries) + [*_halved(plan, by_name)]
-    )
+    sentences += [*_gaps(plan, entries), *_halved(plan, by_name)]
+    if plan.experiment == "mobile":
+        sentences += mobile.verdicts(entries)
+    text = _markdown(plan, outcomes, entries, sentences)
     write_file(out / "table.md", text.encode())
     lines = io.StringIO()
     writer = csv.DictWriter(lines, entries[0].keys(), lineterminator="\n")
@@ -301,12 +317,16 @@ def _markdown(plan, outcomes, entries, sentences):
         "| row | ours | seeds | training images | passes over the data | paper | each seed |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    costs = [*_costs(plan, plan.rows[0])]
+    lines[-2] += "".join(f" {column} |" for column in costs)
+    lines[-1] += " --- |" * len(costs)
     for entry in entries:
         unit = f" ({entry['unit']})" if entry["unit"] == "patches" else ""
         paper = "" if entry["paper"] is None else f"{entry['paper']:.1f}"
         lines.append(
             f"| {name(entry)}{unit} | {number(entry)} | {entry['seeds']} | {entry['images']:,} "
             f"| {entry['passes']:.1f} | {paper} | {_each_seed(entry)} |"
+            + "".join(f" {entry[column]:,} |" for column in costs)
         )
     note = NOTES[plan.experiment].format(", 10 % of each class" * (subset == 0.1))
     lines += ["", note, "", *(f"- {sentence}." for sentence in sentences)]

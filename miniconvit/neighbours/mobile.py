@@ -444,3 +444,14 @@ def init_mobile(config, seed=0):
             value = rng.normal(0.0, 0.02, shape)
         params[name] = value.astype("float32")
     return params
+
+
+_STEMS = {"patches": {"stem": "patches"}, "conv": {"strides": (2,)}, "grids": {}}
+"""For 32 px images: patches of 4 pixels, a grid of 8x8 after convolutions, or 8x8 + 4x4 + 1x1."""
+MOBILES = {
+    f"mobile_{stem}_{readout}32": MobileConfig(readout=readout, **fields)
+    for stem, fields in _STEMS.items()
+    for readout in READOUTS
+}
+MOBILES["mobile_micro32"] = MOBILES.pop("mobile_grids_fusion32")
+"""Name to configuration: the whole system, and what lacks some part of it."""
