@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..config import ConViTConfig
 from ..data import normalize
 from .maps import measure_nonlocality, on_cpu
 
@@ -46,8 +47,10 @@ def reading_images(dataset):
 def readings(images, params, config):
     """What a training run records of its attention after each epoch, in JSON types and to six
     digits: "nonlocality" by block and head; "gates", "strengths" and "centre_norms" (None where
-    there is no centre) by GPSA block and head.
+    there is no centre) by GPSA block and head. Of another model than ConViT all are empty.
     """
+    if not isinstance(config, ConViTConfig):
+        return {name: [] for name in ("nonlocality", "gates", "strengths", "centre_norms")}
     positions = decode_positions(params, config).values()
     return {
         "nonlocality": [

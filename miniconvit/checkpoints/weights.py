@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from ..arrays import Params
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, ConViTConfig, as_pair
 from ..errors import UserError, unknown_name
+from ..neighbours.cmt import is_cmt, recognise_cmt
 from ..neighbours.diversity import without_patch_head
-from ..neighbours.models import MODELS
+from ..neighbours.models import MODELS, is_convit
 from .checkpoint import (
     METADATA_KEY,
     OPENING,
@@ -51,7 +52,10 @@ NOT_OF_THE_ARCHITECTURE = {
 
 
 def open_weights(
-    source: str | Path, model: str | None = None, img_size: int | tuple[int, int] | None = None
+    source: str | Path,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    any_kind: bool = False,
 ) -> tuple[Path, Checkpoint]:
     """(path, Checkpoint) of a checkpoint file, the best one of a run folder, a .safetensors or .pth
     file with the official names, a folder with one as the hub gives it, or a name of PUBLISHED,
@@ -59,7 +63,8 @@ def open_weights(
 
     model: a name of VARIANTS, needed for a file of others without GPSA, whose number of heads no
     shape tells. img_size: pixels at which the model shall work; its positional embedding is
-    interpolated where it is of other patches. What was left out or assumed of a file of others is
+    interpolated where it is of other patches. any_kind: whether another classifier than a ConViT or
+    a ViT will do, too. What was left out or assumed of a file of others is
     said on stderr. Raises UserError where the source is missing, damaged or does not fit.
     """
     if model is not None and model not in VARIANTS:
@@ -67,9 +72,12 @@ def open_weights(
     place = locate(source)
     path = place.path
     if _is_ours(path):
-        found = _load_ours(path)
+        found = _load_ours(path, any_kind)
     else:
-        found = _open_bare(place, VARIANTS[model].num_heads if model else None, img_size)
+        heads = VARIANTS[model].num_heads if model else None
+        found = _open_bare(place, heads, img_size, any_kind=any_kind)
+    if not is_convit(found.config):
+        return path, _as_it_is(path, found, model, img_size)
     if model and (field := _difference(found.config, VARIANTS[model])):
         raise UserError(f"{path} is not {model}: {_told(found.config, VARIANTS[model], field)}")
     return path, found if img_size is None else at_resolution(found, img_size)
@@ -166,19 +174,32 @@ def _is_ours(path):
         return False
 
 
-def _load_ours(path):
+def _as_it_is(path, found, model, img_size):
+    """The Checkpoint of another model than a ConViT, which knows one size and no variants."""
+    if model or img_size not in (None, found.config.img_size, found.config.image):
+        said = "--model" if model else "--img-size"
+        raise UserError(f"{path} holds a {_kind(found)}, which stays as it is: leave out {said}")
+    return found
+
+
+def _kind(found):
+    return MODELS[type(found.config)].kind
+
+
+def _load_ours(path, any_kind=False):
     """The Checkpoint, without what only training needs; its parameters are the moving average where
     there is one, as in best.safetensors."""
     found = load_checkpoint(path)
-    if not isinstance(found.config, ConViTConfig):
-        kind = MODELS[type(found.config)].kind
-        raise UserError(f"{path} holds a model of the kind {kind}: this needs a ConViT or a ViT")
+    if not (is_convit(found.config) or (any_kind and MODELS[type(found.config)].forward)):
+        needed = "a classifier" if any_kind else "a ConViT or a ViT"
+        raise UserError(f"{path} holds a model of the kind {_kind(found)}: this needs {needed}")
     params, config = without_patch_head(found.ema or found.params, found.config)
     return replace(found, params=params, config=config, ema=None, moments=None)
 
 
-def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
+def _open_bare(place, num_heads=None, img_size=None, num_classes=None, any_kind=False):
     """The Checkpoint in a file of others, what nothing says guessed: normalised as for ImageNet.
+    With any_kind it may be of the authors' CMT.
 
     num_classes: of the head that a file without one shall get; then its params have none.
     """
@@ -187,7 +208,10 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
     tensors = {name: v for name, v in found.entries.items() if isinstance(v, np.ndarray)}
     try:
         _refuse_objects(found)
-        config = recognise(tensors, num_heads, img_size, place.img_size, num_classes)
+        if any_kind and is_cmt(tensors):
+            config = recognise_cmt(tensors)
+        else:
+            config = recognise(tensors, num_heads, img_size, place.img_size, num_classes)
         shapes = shapes_to_fill(config, tensors)
         if HEAD[0] not in tensors:
             shapes = {name: shape for name, shape in shapes.items() if name not in HEAD}
@@ -208,7 +232,11 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None):
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         _say(f"{path}: left out {', '.join(left_out[:8])}{more}")
-    if config.use_pos_embed and config.image not in _sizes(place.img_size, img_size):
+    if (
+        is_convit(config)
+        and config.use_pos_embed
+        and config.image not in _sizes(place.img_size, img_size)
+    ):
         rows, cols = config.grid
         _say(
             f"{path} does not say its grid: {rows * cols} patches are taken as {rows}x{cols}"

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import click
 
-from ..config import VARIANTS
 from ..engine.speed import measure
+from ..errors import UserError
+from ..neighbours.models import ALL_VARIANTS, is_convit
 from ..training.report import table
 from .options import (
     Command,
@@ -40,7 +41,11 @@ def command(model, img_size, patch_size, batch_size, precision, steps, inference
     It prints images per second and the peak memory of a training step. The images are random.
     """
     sizes = {"img_size": img_size, "patch_size": patch_size}
-    config = replace(VARIANTS[model], **{name: size for name, size in sizes.items() if size})
+    sizes = {name: size for name, size in sizes.items() if size}
+    config = ALL_VARIANTS[model]
+    if not is_convit(config) and patch_size is not None:
+        raise UserError(f"{model} is no ConViT or ViT: leave out --patch-size")
+    config = replace(config, **sizes)
     found = measure(config, batch_size, steps, inference, workers, device, precision)
     if as_json:
         asked = {"model": model, "batch_size": batch_size, "inference": inference}

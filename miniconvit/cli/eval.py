@@ -13,10 +13,11 @@ from ..arrays import to_device
 from ..checkpoints.weights import open_weights
 from ..data import Split, load_dataset
 from ..data.classes import IMAGENET, places_of
-from ..engine import Classification, make_engine
+from ..engine import classification, make_engine
 from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError, shortened
 from ..layers import softmax_forward
+from ..neighbours.models import is_convit
 from ..training.evaluate import evaluate
 from ..training.report import folded, table
 from ..training.settings import DATA, MODEL, stored_data_dir, stored_settings
@@ -94,7 +95,7 @@ def command(
     if out is not None:
         refuse_old_files(out)
     xp, place = resolve_device(device)
-    path, model = open_weights(checkpoint, variant, img_size)
+    path, model = open_weights(checkpoint, variant, img_size, any_kind=True)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
@@ -109,6 +110,8 @@ def command(
         )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, before the work
+    if not is_convit(model.config) and (mask or mask_pos_embed):
+        raise UserError(f"{path} holds no ConViT or ViT: leave out --mask and --mask-pos-embed")
     params = without_pos_embed(model.params) if mask_pos_embed else model.params
     params = to_device(without_branch(params, *mask) if mask else params, xp)
     mean, std = model.mean or dataset.mean, model.std or dataset.std
@@ -117,7 +120,7 @@ def command(
     def note(logits):
         said.append((logits.argmax(axis=1), softmax_forward(logits)[0].max(axis=1)))
 
-    with make_engine(Classification(model.config), xp, workers) as engine, overflow_is_answered():
+    with make_engine(classification(model.config), xp, workers) as engine, overflow_is_answered():
         loss, top1, top5 = evaluate(engine, images, mean, std, params, note=note)
     if not isfinite(loss):
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")

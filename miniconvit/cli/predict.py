@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from .. import layers
 from ..analysis.saliency import MOST, draw_saliency, logit_gradient
 from ..analysis.style import require_matplotlib
 from ..arrays import to_cpu, to_device
@@ -13,10 +14,11 @@ from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import BrokenImage, read_image, require_pillow
 from ..data.layout import counted, images_below
+from ..engine import classification
 from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..layers import softmax_forward
-from ..model import convit_forward
+from ..neighbours.models import is_convit
 from .options import (
     PATH,
     Command,
@@ -59,9 +61,12 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
         if saliency.exists():
             raise UserError(f"{saliency} exists: choose another name, or remove it first")
     xp, place = resolve_device(device)
-    path, model = open_weights(checkpoint, variant, img_size)
+    path, model = open_weights(checkpoint, variant, img_size, any_kind=True)
     config = model.config
     _refuse_no_answers(path, model)
+    if saliency is not None and not is_convit(config):
+        raise UserError(f"{path} holds no ConViT or ViT: leave out --saliency")
+    objective = classification(config)
     params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
     answers, failed, drawn = [], [], []
@@ -75,7 +80,7 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
             continue
         with overflow_is_answered():
             inputs = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
-            logits, _ = convit_forward(inputs, params, config, keep_caches=False)
+            logits = objective.answer((inputs,), params, layers)
         if not xp.isfinite(logits).all():
             raise UserError(f"{path} gives no finite answer for {file}: use another checkpoint")
         probabilities = to_cpu(softmax_forward(logits)[0][0])

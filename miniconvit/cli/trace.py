@@ -56,6 +56,8 @@ def command(checkpoint, data, data_dir, broken, variant, img_size, patch_size, b
             raise UserError("--data is for a RUN_OR_CHECKPOINT: without one the images are random")
         sizes = {"img_size": img_size, "patch_size": patch_size}
         sizes = {name: size for name, size in sizes.items() if size}
+        if variant and variant not in VARIANTS:
+            raise UserError(f"trace needs a ConViT or a ViT, not {variant}")
         config = replace(VARIANTS[variant or MODEL], **sizes)
         params, dataset, what = init_params(config), None, variant or MODEL
     elif patch_size is not None:

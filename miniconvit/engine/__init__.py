@@ -5,7 +5,7 @@ import numpy as np
 from .cuda import check_precision
 from .gpu import DeviceEngine
 from .nccl import SharingEngine, connect
-from .objective import Classification
+from .objective import Classification, classification
 from .processes import ProcessEngine, can_fork
 from .ranks import Ranks
 from .threads import Engine

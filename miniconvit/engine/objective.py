@@ -7,6 +7,8 @@ from ..arrays import Array, Params
 from ..config import ConViTConfig
 from ..layers import cross_entropy_backward, cross_entropy_forward
 from ..model import convit_backward, convit_forward, param_shapes
+from ..neighbours.models import MODELS, is_convit
+from ..optim import is_running
 
 
 class Objective(Protocol):
@@ -82,11 +84,53 @@ class Classification:
     def step(self, batch, params, share, first, seed, step, blocks):
         images, targets = batch
         logits, cache = convit_forward(images, params, self.config, True, seed, step, first, blocks)
+        numbers, dlogits = self._judge(logits, targets, share)
+        return numbers, convit_backward(dlogits, cache)
+
+    def _judge(self, logits, targets, share):
+        """share times the loss and the count of right answers, and the gradient of the logits."""
         loss, cache_loss = cross_entropy_forward(logits, targets, self.label_smoothing)
-        dlogits = cross_entropy_backward(share, cache_loss)
         labels = targets if targets.ndim == 1 else targets.argmax(axis=1)
         correct = (logits.argmax(axis=1) == labels).sum()
-        return (share * loss, correct), convit_backward(dlogits, cache)
+        return (share * loss, correct), cross_entropy_backward(share, cache_loss)
 
     def answer(self, batch, params, blocks):
         return convit_forward(batch[0], params, self.config, blocks=blocks, keep_caches=False)[0]
+
+
+@dataclass(frozen=True)
+class Classifier(Classification):
+    """The same of another model that neighbours/models.py has a forward and a backward of.
+
+    Batch normalisation has the statistics of a piece; what running ones are off by is the mean over
+    the pieces. Nothing is drawn by chance.
+    """
+
+    config: Any
+
+    @property
+    def shapes(self):
+        return self._model.shapes(self.config)
+
+    @property
+    def rows(self):
+        return self.config.rows
+
+    @property
+    def _model(self):
+        return MODELS[type(self.config)]
+
+    def step(self, batch, params, share, first, seed, step, blocks):
+        images, targets = batch
+        logits, cache = self._model.forward(images, params, self.config, True, blocks)
+        numbers, dlogits = self._judge(logits, targets, share)
+        grads = self._model.backward(dlogits, cache)
+        return numbers, {n: share * g if is_running(n) else g for n, g in grads.items()}
+
+    def answer(self, batch, params, blocks):
+        return self._model.forward(batch[0], params, self.config, False, blocks)[0]
+
+
+def classification(config, label_smoothing=0.0):
+    """The Objective of plain classification by a model of any kind."""
+    return (Classification if is_convit(config) else Classifier)(config, label_smoothing)

@@ -9,9 +9,9 @@ from statistics import median
 import numpy as np
 
 from ..arrays import to_device
-from ..model import init_params
+from ..neighbours.models import MODELS
 from ..optim import AdamW
-from . import Classification, make_engine
+from . import classification, make_engine
 from .cuda import resolve_device, without_reason
 
 WARM_UP = 2  # steps not counted: the first ones ask the system for memory
@@ -26,9 +26,10 @@ def stepper(config, batch_size, inference=False, workers=None, device="cpu", pre
     labels = rng.integers(config.num_classes, size=batch_size)
     xp, place = resolve_device(device)
     place = without_reason(place)
-    images, labels, params = to_device((images, labels, init_params(config)), xp)
+    params = MODELS[type(config)].init(config, 0)
+    images, labels, params = to_device((images, labels, params), xp)
     optimizer = None if inference else AdamW(params, lr=1e-3)
-    with make_engine(Classification(config), xp, workers, precision) as engine:
+    with make_engine(classification(config), xp, workers, precision) as engine:
         if optimizer:
             engine.hold(params, optimizer)
         numbers = count()

@@ -7,13 +7,14 @@ The rule, fixed before the runs: the whole (convolutions, three grids, fusion) i
 with a class token beyond the spread. What each part brings of that is reported, whatever it is.
 """
 
-from math import hypot, prod
+from math import hypot
 from statistics import mean, stdev
 
 import numpy as np
 
 from ..analysis import style
-from ..neighbours.mobile import MOBILES, mobile_shapes, multiplications
+from ..neighbours.mobile import MOBILES, multiplications
+from ..neighbours.models import count_parameters
 
 STEMS = {
     "patches": "patches of 4",
@@ -42,9 +43,8 @@ def arms():
 def costs(row):
     """What a row costs, by the names of columns. images/s are those of training, as planned."""
     config = MOBILES[row.settings.model]
-    learned = [shape for name, shape in mobile_shapes(config).items() if ".running_" not in name]
     return {
-        "parameters": sum(map(prod, learned)),
+        "parameters": count_parameters(config),
         "MACs (millions)": round(multiplications(config) / 1e6, 2),
         "images/s": round(row.speed["images_per_second"]),
     }

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from ..neighbours.cmt import CMTConfig, cmt_shapes
 from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
 from ..neighbours.mobile import MobileConfig, branch_shapes, mobile_shapes
+from ..optim import is_running
 from .drawing import APART, TALL, Case, at_every_size, composite, draw, draw_params, far_from_zero
 
 
@@ -145,6 +147,102 @@ def _isotropic(rng, functions, s):
         yield Case(forward, functions.isotropic_backward, inputs, tuple(zero))
 
 
+def _silu(rng, functions, s):
+    inputs = {"x": far_from_zero(rng, s.x)}
+    yield Case(functions.silu_forward, functions.silu_backward, inputs)
+
+
+def _moderate(rng, name, shape):
+    """Random numbers of a size at which no channel is nearly constant, which batch normalisation
+    would blow up: weights of norms far from 0, small biases, and others by their fan in."""
+    if len(shape) == 1 and name.endswith("weight"):
+        return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 1.5, shape)
+    return rng.standard_normal(shape) * (0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5)
+
+
+def _in_training(rng, shapes, forward, backward, inputs, expect_zero):
+    """A case for forward(params, **inputs) with batch normalisation, and a backward that returns
+    gradients by name: what running_* are off by is none, and stays here."""
+    drawn = {name: _moderate(rng, name, shape) for name, shape in shapes.items()}
+    running = {name: drawn.pop(name) for name in shapes if is_running(name)}
+
+    def by_name(dy, cache):
+        return {n: grad for n, grad in backward(dy, cache).items() if not is_running(n)}
+
+    def call(**given):
+        params = {name: given.pop(name) for name in drawn}
+        return forward(params | running, **given)
+
+    zero = tuple(name for name in drawn if name.endswith(expect_zero))
+    return Case(call, by_name, inputs | drawn, zero)
+
+
+COARSER = 2  # of keys and values
+DEAD = {
+    "cmt_attention": ("k.bias", "sr.0.bias"),
+    "irffn": ("conv2.0.bias", "proj_bn.bias"),
+    "cmt": ("_fc.bias", "blocks_b.0.mlp.conv2.1.bias"),
+    "branch": ("depthwise.bias",),
+    "mobile": ("depthwise.bias", "stem.bn3.bias"),
+}
+"""Biases without a gradient: one that all keys have a softmax ignores, one that all of a batch have
+batch normalisation takes off, also where a residual carries it there."""
+
+
+def _cmt_part(rng, functions, s, name, prefix, expect_zero):
+    """Cases of a part of a CMT's block, with and without its filters."""
+    rows, cols = (COARSER * side for side in s.grid)
+    for has_filters in (True, False):
+        config = CMTConfig(
+            8, embed_dims=(s.dim,), depths=(1,), num_heads=(s.heads,), sr_ratios=(COARSER,),
+            mlp_ratio=s.hidden / s.dim, local=has_filters, ff_filter=has_filters,
+        )  # fmt: skip
+        shapes = cmt_shapes(config)
+        prefix = f"blocks_a.0.{prefix.removeprefix('blocks_a.0.')}"
+        shapes = {n.removeprefix(prefix): v for n, v in shapes.items() if n.startswith(prefix)}
+        inputs = draw(rng, x=(s.B, rows, cols, s.dim))
+        if name != "irffn":
+            inputs |= draw(rng, relative_pos=(s.heads, rows * cols, rows * cols // COARSER**2))
+        forward, backward = (getattr(functions, f"{name}_{way}") for way in ("forward", "backward"))
+
+        def call(params, x, relative_pos=None, forward=forward):
+            more = () if relative_pos is None else (relative_pos, s.heads)
+            return forward(x, params, *more, True)
+
+        def by_name(dy, cache, backward=backward):
+            dx, grads = backward(dy, cache)
+            return {"x": dx} | grads
+
+        yield _in_training(rng, shapes, call, by_name, inputs, expect_zero)
+
+
+def _cmt_attention(rng, functions, s):
+    case, _ = _cmt_part(rng, functions, s, "cmt_attention", "attn.", DEAD["cmt_attention"])
+    yield case
+
+
+def _irffn(rng, functions, s):
+    yield from _cmt_part(rng, functions, s, "irffn", "mlp.", DEAD["irffn"])
+
+
+def _cmt_block(rng, functions, s):
+    dead = DEAD["cmt_attention"] + DEAD["irffn"]
+    yield from _cmt_part(rng, functions, s, "cmt_block", "", dead)
+
+
+def _cmt(rng, functions, s):
+    """A whole network of two stages: one with two blocks, one whose keys lie on the same grid."""
+    config = CMTConfig(16, s.channels, s.classes, 3, (s.dim, 2 * s.dim), (2, 1), (s.heads, 2),
+                       (COARSER, 1), 1.5, s.hidden)  # fmt: skip
+    images = rng.standard_normal((s.B, s.channels, *config.image))
+
+    def forward(params):
+        return functions.cmt_forward(images.astype(params["head.bias"].dtype), params, config, True)
+
+    dead = sum((DEAD[name] for name in ("cmt_attention", "irffn", "cmt")), ())
+    yield _in_training(rng, cmt_shapes(config), forward, functions.cmt_backward, {}, dead)
+
+
 def _hardswish(rng, functions, s):
     yield Case(
         functions.hardswish_forward, functions.hardswish_backward, {"x": far_from_zero(rng, s.x)}
@@ -161,29 +259,6 @@ def _fusion(rng, functions, s):
     shapes = {"weight": (s.tokens,), "fc1.weight": (s.hidden, s.dim), "fc1.bias": (s.hidden,)}
     shapes |= {"fc2.weight": (1, s.hidden), "fc2.bias": (1,)}
     yield composite("fusion", functions, rng, shapes, s.x)
-
-
-def _in_training(rng, forward, backward, shapes, inputs):
-    """A case with BatchNorms. forward(params, **inputs); backward returns gradients by name.
-
-    What running statistics are off by is no gradient, so that they are held. A bias that all
-    readers normalise away has none.
-    """
-    params = draw_params(rng, shapes)
-    running = {name: params.pop(name) for name in shapes if ".running_" in name}
-    zero = tuple(name for name in params if name.endswith(("depthwise.bias", "stem.bn3.bias")))
-
-    def held(**given):
-        learned = {name: given.pop(name) for name in params}
-        dtype = next(iter(learned.values())).dtype
-        still = {name: value.astype(dtype) for name, value in running.items()}
-        return forward(learned | still, **given)
-
-    def learned_alone(dy, cache):
-        grads = backward(dy, cache)
-        return {name: grad for name, grad in grads.items() if name not in running}
-
-    return Case(held, learned_alone, inputs | params, zero)
 
 
 def _mobile_config(s, stem="conv", readout="fusion", strides=(2, 4), img_size=(8, 16)):
@@ -204,10 +279,11 @@ def _branch(rng, functions, s):
 
     yield _in_training(
         rng,
+        branch_shapes(_mobile_config(s), stride),
         lambda params, x: functions.branch_forward(x, params, stride, True),
         backward,
-        branch_shapes(_mobile_config(s), stride),
         draw(rng, x=(s.B, *grid, 6)),
+        DEAD["branch"],
     )
 
 
@@ -224,7 +300,9 @@ def _mobile(rng, functions, s):
             images = images.astype(params["head.bias"].dtype)
             return functions.mobile_forward(images, params, config, True)
 
-        yield _in_training(rng, forward, functions.mobile_backward, mobile_shapes(config), {})
+        yield _in_training(
+            rng, mobile_shapes(config), forward, functions.mobile_backward, {}, DEAD["mobile"]
+        )
 
 
 NEIGHBOURS = {
@@ -242,6 +320,11 @@ NEIGHBOURS = {
     "token_mlp": at_every_size(_token_mlp),
     "masked_loss": at_every_size(_masked_loss),
     "isotropic": at_every_size(_isotropic),
+    "silu": at_every_size(_silu),
+    "cmt_attention": at_every_size(_cmt_attention),
+    "irffn": at_every_size(_irffn),
+    "cmt_block": at_every_size(_cmt_block),
+    "cmt": at_every_size(_cmt),
     "hardswish": at_every_size(_hardswish),
     "squeeze_excite": at_every_size(_squeeze_excite),
     "branch": at_every_size(_branch),

@@ -1,5 +1,6 @@
 """Papers beside ConViT, made of its pieces. Each file is one of them, as pairs of functions.
 
+cmt           convolutions in every part of a transformer (Guo et al. 2022: CMT)
 conv          convolutions and batch normalisation, channels last, which some of them need
 diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diversification)
 isotropic     four ways of mixing tokens (Cazenavette, Lucey 2021: the bias against biases)
@@ -7,6 +8,18 @@ lipschitz     attention by distance, and weights of a given spectral norm (Lee e
 mobile        tokens of several grids, and their weighted sum (Chen et al. 2021: mobile ViT)
 """
 
+from .cmt import (
+    cmt_attention_backward,
+    cmt_attention_forward,
+    cmt_backward,
+    cmt_block_backward,
+    cmt_block_forward,
+    cmt_forward,
+    irffn_backward,
+    irffn_forward,
+    silu_backward,
+    silu_forward,
+)
 from .conv import (
     batchnorm_backward,
     batchnorm_forward,

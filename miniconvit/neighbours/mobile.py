@@ -106,6 +106,11 @@ class MobileConfig:
         """N: tokens of all grids, without a class token."""
         return sum(rows * cols for rows, cols in self.grids)
 
+    @property
+    def rows(self):
+        """Of a piece 1024: batch statistics of 32 to 64 images, as a grid may have one token."""
+        return 16
+
     @classmethod
     def from_dict(cls, values):
         """From plain types. Raises UserError on an unknown field."""

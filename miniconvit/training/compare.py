@@ -2,14 +2,13 @@
 
 import warnings
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ..analysis import style
 from ..errors import UserError, shortened
-from ..neighbours.models import config_from_dict, shapes_of
+from ..neighbours.models import config_from_dict, count_parameters
 from .run_folder import RunFolder
 from .settings import FIELDS, Settings, stored_settings
 
@@ -57,7 +56,7 @@ class Outcome:
         found = {
             "run": str(self.path),
             "settings": asdict(self.settings),
-            "parameters": sum(map(prod, shapes_of(self.model).values())),
+            "parameters": count_parameters(self.model),
             "epochs": len(self.rows),
             "finished": self.is_finished,
             "training": self.is_training,

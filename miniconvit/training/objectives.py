@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..arrays import array_module
-from ..engine import Classification
+from ..engine import Classification, classification
 from ..neighbours import (
     Taps,
     contrastive_backward,
@@ -128,4 +128,4 @@ def objective_of(settings, config):
     weights = settings.cosine, settings.contrastive, settings.patch_mixing
     if any(weights):
         return Diversified(config, settings.label_smoothing, *weights)
-    return Classification(config, settings.label_smoothing)
+    return classification(config, settings.label_smoothing)

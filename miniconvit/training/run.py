@@ -12,6 +12,7 @@ from ..engine import connect, make_engine
 from ..engine.cuda import check_precision, resolve_device, without_reason
 from ..engine.ranks import Ranks
 from ..errors import UserError
+from ..neighbours.models import count_parameters
 from ..system import arithmetic
 from .freeze import frozen_names
 from .objectives import objective_of
@@ -198,7 +199,7 @@ def _other_arithmetic(folder):
 def _introduction(run, state):
     """What is trained, on what, for how long and where it is kept."""
     dataset, schedule, workers = run.dataset, run.schedule, run.engine.workers
-    parameters = sum(p.size for p in state.params.values())
+    parameters = count_parameters(run.config)
     asked, most = run.settings.batch_size, schedule.batch_size
     smaller = f"there are fewer images than --batch-size {asked}: a step takes all {most}"
     on_workers = f" on {workers} worker{'s' * (workers > 1)}" if workers else ""  # none: a GPU

@@ -17,6 +17,7 @@ from ..data.imagefolder import BROKEN
 from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
 from ..neighbours.diversity import PatchHeadConfig
+from ..neighbours.models import ALL_VARIANTS, is_convit
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
@@ -62,6 +63,7 @@ DEFAULT_RECIPE = _TABLES["default"]
 """Data set to recipe."""
 
 _SIZES = ", ".join(name.removeprefix("convit_") for name in VARIANTS if name[0] == "c")
+_OTHERS = ", ".join(name for name in ALL_VARIANTS if name not in VARIANTS)
 
 
 def setting(group, limits, help, default=MISSING, shown=None):
@@ -100,9 +102,9 @@ class Settings:
     )
     model: str = setting(
         MODEL,
-        _one_of(VARIANTS),
+        _one_of(ALL_VARIANTS),
         "Network to train. The name is convit_SIZE for a ConViT, or vit_SIZE for the plain ViT of "
-        f"the same size. SIZE is one of {_SIZES}.",
+        f"the same size. SIZE is one of {_SIZES}. Beside these there are {_OTHERS}.",
     )
     img_size: int | tuple[int, int] = setting(
         MODEL,
@@ -110,22 +112,25 @@ class Settings:
         "Size of the images in pixels, as N or HEIGHTxWIDTH. Image files are cut to it.",
         shown="the model's",
     )
-    patch_size: int | tuple[int, int] = setting(
+    patch_size: int | tuple[int, int] | None = setting(
         MODEL,
         SIZE,
         "Size of a patch in pixels, as N or HEIGHTxWIDTH. It must divide the images.",
+        None,
         shown="the model's",
     )
-    local_up_to_layer: int = setting(
+    local_up_to_layer: int | None = setting(
         MODEL,
         INDEX,
         "How many blocks, from the first one on, use GPSA. With 0 the model is a plain ViT.",
+        None,
         shown="the model's",
     )
-    locality_strength: float = setting(
+    locality_strength: float | None = setting(
         MODEL,
         NUMBER,
         "How sharply each GPSA head looks at one place at first.",
+        None,
         shown="the model's",
     )
     epochs: int | None = setting(
@@ -269,17 +274,33 @@ class Settings:
             raise UserError("give the length of the run by --epochs or by --steps, not by both")
         if self.patch_mixing and (self.mixup or self.cutmix):
             raise UserError("--patch-mixing mixes the images itself: add --mixup 0 --cutmix 0")
+        self._refuse_what_the_model_has_not()
 
-    def model_config(self, dataset: Dataset) -> ConViTConfig:
-        """The ConViTConfig for this data set. Raises UserError where they do not fit."""
-        config = replace(
-            VARIANTS[self.model],
-            **{name: getattr(self, name) for name in OF_THE_MODEL},
-            drop_path_rate=self.drop_path,
-            use_local_init=self.local_init,
-            in_chans=dataset.train.images.shape[1],
-            num_classes=len(dataset.classes),
-        )
+    def _refuse_what_the_model_has_not(self):
+        """Raises UserError for a setting of ConViT's beside another model, or one that it lacks."""
+        for name in OF_CONVIT:
+            value, nothing = getattr(self, name), FIELDS[name].default
+            if self.model in VARIANTS:
+                if value is None and name in OF_THE_MODEL:
+                    raise UserError(f"{flag(name)} must be {FIELDS[name].metadata['limits'].words}")
+            elif value != nothing:
+                said = flag(f"no_{name}" if value is False else name)
+                is_recipe = name in RECIPES[self.recipe]
+                advice = f"add {flag(name)} {nothing:g}" if is_recipe else "leave it out"
+                raise UserError(
+                    f"{self.model} is no ConViT or ViT, and {said} is for these alone: {advice}"
+                )
+
+    def model_config(self, dataset: Dataset) -> Any:
+        """The configuration of the model for this data set. Raises UserError where they do not
+        fit."""
+        config = ALL_VARIANTS[self.model]
+        fitting = {"img_size": self.img_size, "in_chans": dataset.train.images.shape[1]}
+        fitting |= {"num_classes": len(dataset.classes)}
+        if is_convit(config):
+            fitting |= {name: getattr(self, name) for name in OF_THE_MODEL}
+            fitting |= {"drop_path_rate": self.drop_path, "use_local_init": self.local_init}
+        config = replace(config, **fitting)
         if self.patch_mixing:
             config = PatchHeadConfig(**config.to_dict())
         image = dataset.train.images.shape[2:]
@@ -287,10 +308,10 @@ class Settings:
             expected, found = (
                 "x".join(str(side) for side in size) for size in (config.image, image)
             )
+            patches = " with a --patch-size that divides it" * is_convit(config)
             raise UserError(
                 f"{self.model} expects images of {expected} pixels and those of {self.data} are "
-                f"{found}: add --img-size {found} with a --patch-size that divides it, or choose "
-                "a model for that size"
+                f"{found}: add --img-size {found}{patches}, or choose a model for that size"
             )
         return config
 
@@ -298,6 +319,11 @@ class Settings:
 FIELDS = {field.name: field for field in fields(Settings)}
 OF_THE_MODEL = tuple(field.name for field in fields(ConViTConfig) if field.name in FIELDS)
 """The settings that a variant brings itself, under the same names."""
+OF_CONVIT = (
+    *(name for name in OF_THE_MODEL if name != "img_size"),
+    *("drop_path", "local_init", "freeze", "init_from", "cosine", "contrastive", "patch_mixing"),
+)
+"""The settings that speak of ConViTs and ViTs alone."""
 
 
 def check_setting(name, value):
@@ -330,9 +356,10 @@ def make_settings(recipe: str | None = None, **given: Any) -> Settings:
     if suits == "none" and "augment" not in given:  # whatever the recipe says: it changes classes
         values["augment"] = "none"
     values.setdefault("augment", suits)
-    variant = _known("model", values["model"], VARIANTS)
+    variant = _known("model", values["model"], ALL_VARIANTS)
     for name in OF_THE_MODEL:
-        values.setdefault(name, getattr(variant, name))
+        if hasattr(variant, name):
+            values.setdefault(name, getattr(variant, name))
     return Settings(**values)
 
 

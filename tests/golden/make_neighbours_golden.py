@@ -5,6 +5,9 @@ The tests read the file with NumPy alone. Making it again needs the extra `parit
     pip install -e ".[parity]"
     python tests/golden/make_neighbours_golden.py
 
+With --official DIR, a checkout of github.com/ggjy/CMT.pytorch, it writes nothing and prints how far
+this package's CMT is from the authors' own.
+
 Everything here is composed anew of torch's own functions. Its keys:
 
     versions                JSON: {"torch": ..., "numpy": ...}
@@ -17,6 +20,8 @@ Everything here is composed anew of torch's own functions. Its keys:
     conv_K, depthwise_K/... also stride and padding; images are channels last
     batchnorm/...           also after/NAME: the running statistics after one step in training, and
                             evaluated, the output in evaluation from those of in/
+    cmt, cmt_plain/...      a whole CMT, with all its filters and without, a pair of its parameters,
+                            with config, images, and as batchnorm after/NAME and evaluated
     isotropic_MIXER/...     a whole network, a pair of its parameters, with config, images, mask
     mobile_STEM_READOUT/... a whole network in training: config (JSON), images, targets, logits,
                             loss, in/NAME and grad/NAME of parameters; after/NAME, its running
@@ -24,7 +29,9 @@ Everything here is composed anew of torch's own functions. Its keys:
     lipschitz/SEED          (layer, ray, scale): 2-norms of Jacobians, in the experiment's order
 """
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +51,12 @@ from torch.nn.functional import (
     layer_norm,
     linear,
     scaled_dot_product_attention,
+    silu,
 )
 
 from miniconvit.experiments import lipschitz
+from miniconvit.neighbours import cmt_backward, cmt_forward
+from miniconvit.neighbours.cmt import CMT_VARIANTS, CMTConfig, cmt_shapes
 from miniconvit.neighbours.isotropic import IsotropicConfig, isotropic_shapes
 from miniconvit.neighbours.mobile import MobileConfig, mobile_shapes
 
@@ -259,6 +269,144 @@ def isotropic(mixer):
     return case | {f"{name}/{key}": value for key, value in more.items()}
 
 
+def filtered(x, p, name, **how):
+    return conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **how)
+
+
+def centred(x, p, name, train):
+    """Batch normalisation; in training the running statistics of p are moved."""
+    running = p[f"{name}.running_mean"], p[f"{name}.running_var"]
+    return batch_norm(x, *running, p[f"{name}.weight"], p[f"{name}.bias"], train)
+
+
+def tokens_normed(x, p, name, eps):
+    """LayerNorm over the channels of (B, D, rows, cols)."""
+    y = x.permute(0, 2, 3, 1)
+    y = layer_norm(y, y.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"], eps)
+    return y.permute(0, 3, 1, 2)
+
+
+def coarse_attention(x, p, position, num_heads, train):
+    """torch's own attention, with the positions as its mask."""
+    coarse = x
+    if "sr.0.weight" in p:
+        k = p["sr.0.weight"].shape[-1]
+        coarse = centred(filtered(x, p, "sr.0", stride=k, groups=x.shape[1]), p, "sr.1", train)
+    heads = []
+    for name, source in (("q", x), ("k", coarse), ("v", coarse)):
+        rows = linear(source.flatten(2).mT, p[f"{name}.weight"], p[f"{name}.bias"])
+        heads.append(rows.unflatten(2, (num_heads, -1)).transpose(1, 2))
+    y = scaled_dot_product_attention(*heads, attn_mask=position)
+    y = linear(y.transpose(1, 2).flatten(2), p["proj.weight"], p["proj.bias"])
+    return y.mT.unflatten(2, x.shape[2:])
+
+
+def feed_forward(x, p, train):
+    z = centred(gelu(filtered(x, p, "conv1.0")), p, "conv1.2", train)
+    if "proj.weight" in p:
+        z = z + filtered(z, p, "proj", padding=1, groups=z.shape[1])
+    return centred(
+        filtered(centred(gelu(z), p, "proj_bn", train), p, "conv2.0"), p, "conv2.1", train
+    )
+
+
+def cmt_of(x, p, config, train):
+    for i in (1, 2, 3):
+        x = gelu(filtered(x, p, f"stem_conv{i}", stride=1 + (i == 1), padding=1))
+        x = centred(x, p, f"stem_norm{i}", train)
+    for stage, depth, heads in zip("abcd", config.depths, config.num_heads, strict=False):
+        x = filtered(x, p, f"patch_embed_{stage}.proj", stride=2)
+        x = tokens_normed(x, p, f"patch_embed_{stage}.norm", 1e-5)
+        for j in range(depth):
+            block = below(p, f"blocks_{stage}.{j}.")
+            if "proj.weight" in block:
+                x = x + filtered(x, block, "proj", padding=1, groups=x.shape[1])
+            normed = tokens_normed(x, block, "norm1", 1e-6)
+            position = p[f"relative_pos_{stage}"]
+            x = x + coarse_attention(normed, below(block, "attn."), position, heads, train)
+            normed = tokens_normed(x, block, "norm2", 1e-6)
+            x = x + feed_forward(normed, below(block, "mlp."), train)
+    x = silu(centred(filtered(x, p, "_fc"), p, "_bn", train)).mean((2, 3))
+    return linear(x, p["head.weight"], p["head.bias"])
+
+
+def random_cmt(config, rng):
+    """(parameters, running statistics), all random, by name."""
+    params = {}
+    for name, shape in cmt_shapes(config).items():
+        size = shape[-1] * (shape[-2] * shape[-3] if len(shape) == 4 else 1)
+        params[name] = rng.standard_normal(shape) * (size**-0.5 if len(shape) > 1 else 0.5)
+        if name.endswith("running_var"):
+            params[name] = rng.uniform(0.5, 2.0, shape)
+    running = {name: params.pop(name) for name in list(params) if "running" in name}
+    return params, running
+
+
+def whole_cmt(name, **changes):
+    """Everything that the file holds about one CMT, by key."""
+    rng = np.random.default_rng(len(name))
+    config = CMTConfig(32, 2, 5, 3, (4, 6, 8, 6), (1, 2, 1, 1), (1, 3, 2, 2), (4, 2, 1, 1), 1.5, 5,
+                       **changes)  # fmt: skip
+    images = rng.standard_normal((3, 2, 32, 32))
+    inputs, running = random_cmt(config, rng)
+    after = {key: tensor(value.copy()) for key, value in running.items()}
+    case = make_case(name, rng, inputs, lambda **p: cmt_of(tensor(images), p | after, config, True))
+    p = {key: tensor(value) for key, value in (inputs | running).items()}
+    more = {"config": json.dumps(vars(config)), "images": images}
+    more["evaluated"] = cmt_of(tensor(images), p, config, False).numpy()
+    more |= {f"in/{key}": value for key, value in running.items()}
+    more |= {f"after/{key}": value.numpy() for key, value in after.items()}
+    return case | {f"{name}/{key}": value for key, value in more.items()}
+
+
+def distance(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def compare_with_official(folder):
+    """Prints distances between the authors' CMT and ours in float64: all parameters random, their
+    dropout off."""
+    sys.path.insert(0, folder)
+    from cmt import CMT
+
+    rng = np.random.default_rng(0)
+    c = CMTConfig(64, 3, 7, 6, (8, 12, 16, 24), (1, 2, 2, 1), (1, 2, 4, 8), (8, 4, 2, 1), 3.6, 20)
+    widths = list(c.embed_dims), c.stem_channel, c.fc_dim, c.num_heads, [c.mlp_ratio] * 4
+    more = {"depths": c.depths, "sr_ratios": c.sr_ratios, "dp": 0.0}
+    model = CMT(c.img_size, 3, c.num_classes, *widths, True, **more)
+    params, running = random_cmt(c, rng)
+    params |= running
+    found = model.load_state_dict({k: tensor(v) for k, v in params.items()}, strict=False)
+    print("missing:", {name.rpartition(".")[2] for name in found.missing_keys} or "nothing")
+    print("unexpected:", found.unexpected_keys or "nothing")
+    images, dlogits = rng.standard_normal((5, 3, 64, 64)), rng.standard_normal((5, 7))
+    evaluated = model.eval()(tensor(images)).detach().numpy()
+    print(f"evaluated logits: {distance(cmt_forward(images, params, c, False)[0], evaluated):.1e}")
+    theirs = model.train()(tensor(images))
+    (theirs * tensor(dlogits)).sum().backward()
+    logits, cache = cmt_forward(images, params, c, True)
+    grads = cmt_backward(dlogits, cache)
+    print(f"logits in training: {distance(logits, theirs.detach().numpy()):.1e}")
+    state = model.state_dict()
+    moved = [distance(params[n] - 0.1 * grads[n], state[n].numpy()) for n in running]
+    print(f"running statistics after a step, worst of {len(moved)}: {max(moved):.1e}")
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    largest = max(map(np.linalg.norm, gradients.values()))
+    zero = {n for n, g in gradients.items() if np.linalg.norm(g) < 1e-12 * largest}
+    errors = {n: distance(grads[n], g) for n, g in gradients.items() if n not in zero}
+    worst = max(errors, key=errors.get)
+    print(f"gradients, worst of {len(errors)}: {errors[worst]:.1e} ({worst})")
+    rest = max(np.linalg.norm(grads[n]) for n in zero) / largest
+    print(f"gradients that are 0 in both: {len(zero)}, at most {rest:.1e} of the largest")
+    for name in ("cmt_ti", "cmt_xs", "cmt_s", "cmt_b"):
+        ours = CMT_VARIANTS[name]
+        official = getattr(sys.modules["cmt"], name)(img_size=ours.img_size)
+        count = sum(p.numel() for p in official.parameters())
+        shapes = {n: tuple(v.shape) for n, v in official.state_dict().items()}
+        same = cmt_shapes(ours) == {n: s for n, s in shapes.items() if "num_batches" not in n}
+        print(f"{name}: {count:,} parameters, the same names and shapes: {same}")
+
+
 class Filtered(nn.Module):
     """What stem and branches have in common; squeeze-excite where there is a hidden width."""
 
@@ -397,8 +545,13 @@ def jacobian_norms(seed):
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--official", metavar="DIR")
+    official = parser.parse_args().official
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
+    if official:
+        return compare_with_official(official)
     rng = np.random.default_rng(0)
     cases = {
         "l2_attention": (
@@ -430,6 +583,7 @@ def main():
     for name, (inputs, function) in cases.items():
         content |= make_case(name, rng, inputs, function)
     content |= convolutions(np.random.default_rng(1)) | normalised(np.random.default_rng(2))
+    content |= whole_cmt("cmt") | whole_cmt("cmt_plain", local=False, ff_filter=False)
     for mixer in ("attention", "mlp", "conv", "gpsa"):
         content |= isotropic(mixer)
     content |= mobile("conv", "fusion", (2, 4), (16, 8))

@@ -708,8 +708,8 @@ def test_mutants_of_a_layer_that_fails_itself_cannot_be_judged(monkeypatch):
 
 
 def test_unknown_layer():
-    with pytest.raises(mc.UserError, match="unknown layer 'conv'"):
-        check_layer("conv")
+    with pytest.raises(mc.UserError, match="unknown layer 'convolution'"):
+        check_layer("convolution")
 
 
 def test_an_output_that_every_call_writes_into_is_seen_as_it_was():
