@@ -6,7 +6,9 @@ import pytest
 import miniconvit as mc
 from miniconvit import layers, neighbours
 from miniconvit.arrays import to_cpu, to_device
+from miniconvit.engine import Classification, classification
 from miniconvit.experiments import lipschitz
+from miniconvit.neighbours.cmt import CMTConfig
 from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
 from miniconvit.neighbours.mobile import READOUTS, MobileConfig, init_mobile
 from miniconvit.neighbours.models import MODELS
@@ -35,16 +37,19 @@ def objectives():
     yield Diversified(neighbours.diversity.PatchHeadConfig(**model), 0.1, 1.0, 1.0, 1.0)
     for mixer in MIXERS:
         yield Masked(IsotropicConfig(mixer, img_size=8, embed_dim=16, depth=2))
+    stages = {"embed_dims": (6, 8), "depths": (1, 2), "num_heads": (1, 2), "sr_ratios": (2, 1)}
+    yield classification(CMTConfig(8, **stages), 0.1)
 
 
 @pytest.mark.parametrize(
-    "objective", [*objectives()], ids=lambda o: getattr(o.config, "mixer", "-")
+    "objective", [*objectives()], ids=lambda o: getattr(o.config, "mixer", type(o).__name__)
 )
 def test_a_step_is_the_same_on_the_device(cupy, objective):
     rng = np.random.default_rng(0)
     params = MODELS[type(objective.config)].init(objective.config, 0)
     images = rng.standard_normal((3, 3, 8, 8), dtype="float32")
     batch = images, np.array([1, 0, 2]), np.array([[1, 0, 2, 2]] * 3)
+    batch = batch[: len(objective.inputs)]
     if isinstance(objective, Masked):
         batch = images, hidden_patches(0, 0, np.arange(3), 4)
         mask, expected = both(cupy, lambda x: hidden_patches(0, 0, x, 4), np.arange(3))
@@ -54,6 +59,8 @@ def test_a_step_is_the_same_on_the_device(cupy, objective):
         return objective.step(batch, params, 0.5, 0, 0, 0, layers)
 
     assert_alike(*both(cupy, step, batch, params))
+    if isinstance(objective, Classification):
+        assert_alike(*both(cupy, lambda b, p: objective.answer(b, p, layers), batch, params))
 
 
 @pytest.mark.parametrize("name", ["tied", "kim"])
