@@ -94,8 +94,8 @@ def planned(name, model="convit_mini32", **given):
     images = {row.settings.subset: int(45000 * row.settings.subset) for row in rows}
     speeds = {
         speed_key(row.settings): {
-            "images_per_second": 300.0 + 40 * row.settings.local_up_to_layer,
-            "validation_seconds": 2.0 + row.settings.local_up_to_layer,
+            "images_per_second": 300.0 + 40 * (row.settings.local_up_to_layer or 0),
+            "validation_seconds": 2.0 + (row.settings.local_up_to_layer or 0),
             "start_seconds": 1.5,
         }
         for row in rows
@@ -107,20 +107,21 @@ def planned(name, model="convit_mini32", **given):
 @pytest.mark.parametrize("budget, seeds", [(50.0, 1), (333.0, 3), (10000.0, 2)])
 def test_a_plan_fits_its_budget_and_uses_it(name, budget, seeds):
     plan = planned(name, budget=budget, seeds=seeds)
-    most = {"escape": 20, "diversity": 2}.get(name, 10)
+    most = {"escape": 20, "diversity": 2, "mobile": 2}.get(name, 10)
+    recipe, size = ("cifar10-10min", 64) if name == "mobile" else ("cifar10-hour", 32)
     seconds, steps, warmups = 0.0, set(), []
     for row in plan.rows:
         s, speed = row.settings, row.speed
         assert row.images == int(45000 * s.subset)
-        assert (s.recipe, s.batch_size, s.epochs) == ("cifar10-hour", 32, None)
-        epoch = s.passes * (row.images // 32)
+        assert (s.recipe, s.batch_size, s.epochs) == (recipe, size, None)
+        epoch = s.passes * (row.images // size)
         assert 1 <= ceil(s.steps / epoch) <= most
-        seconds += 1.5 * (2 if row.masks else 1) + 32 * s.steps / speed["images_per_second"]
+        seconds += 1.5 * (2 if row.masks else 1) + size * s.steps / speed["images_per_second"]
         seconds += (most + len(row.masks)) * speed["validation_seconds"]
         steps.add(s.steps)
         warmups.append(s.warmup_epochs * epoch)
     assert len(steps) == 1
-    assert plan.images_seen == 32 * steps.pop()
+    assert plan.images_seen == size * steps.pop()
     np.testing.assert_allclose(warmups, 0.1 * plan.steps)
     assert plan.minutes == pytest.approx(seeds * seconds / 60)
     assert 0.85 * budget < plan.minutes <= 0.9 * budget
