@@ -1,10 +1,11 @@
 """The experiment `mobile`: what its nine arms are, what its table says, and when it says no."""
 
 import csv
+from dataclasses import replace
 from statistics import stdev
 
 import pytest
-from test_experiment import planned
+from test_experiment import command, planned, program, small  # noqa: F401 (fixtures)
 
 from miniconvit.errors import UserError
 from miniconvit.experiments import mobile
@@ -96,3 +97,17 @@ def test_table_and_picture_have_costs_beside_accuracies(tmp_path):
     assert (tmp_path / "mobile.png").stat().st_size > 10000
     few = write_tables(plan, outcomes[:2], tmp_path)[0]
     assert draw(plan, outcomes[:2], few, tmp_path) == ["mobile.png"]
+
+
+def test_a_small_plan_is_trained_read_and_drawn(small, monkeypatch, tmp_path, program):  # noqa: F811
+    for name, config in MOBILES.items():
+        sizes = {"img_size": 8, "strides": config.strides[:2], "embed_dim": 8, "depth": 1}
+        monkeypatch.setitem(MOBILES, name, replace(config, **sizes))
+    argv = command("mobile", "x", seeds=1, budget=10)
+    status, out, err = program(*argv)
+    assert status == 0, err
+    assert len(list(csv.DictReader((tmp_path / "x/table.csv").open()))) == 9
+    assert "What these three do not add up to: " in out and "The rule, that" not in out
+    assert (tmp_path / "x/mobile.png").stat().st_size > 10000
+    again = program("mobile", "--out", "x")
+    assert again[0] == 0 and again[1].endswith(out[out.index("# mobile") :])

@@ -1,13 +1,18 @@
 """The mobile transformer: whole networks against torch's modules, and what its parts promise."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from golden_cases import GOLDEN, assert_equal, read_parts
+from small_run import small_dataset, stop_after
 
 from miniconvit import layers
-from miniconvit.engine import kernels
+from miniconvit.checkpoints.checkpoint import load_checkpoint
+from miniconvit.cli import eval as evaluation
+from miniconvit.engine import classification, kernels, make_engine
+from miniconvit.engine.pieces import cut
 from miniconvit.errors import UserError
 from miniconvit.layers import cross_entropy_backward, cross_entropy_forward
 from miniconvit.neighbours import (
@@ -18,6 +23,7 @@ from miniconvit.neighbours import (
     mobile_forward,
 )
 from miniconvit.neighbours.mobile import (
+    MOBILES,
     READOUTS,
     MobileConfig,
     branch_shapes,
@@ -25,8 +31,13 @@ from miniconvit.neighbours.mobile import (
     mobile_shapes,
     multiplications,
 )
-from miniconvit.optim import AdamW
+from miniconvit.neighbours.models import config_from_dict, config_to_dict, count_parameters
+from miniconvit.optim import AdamW, is_running
+from miniconvit.training import run as run_module
 
+SMALL = MobileConfig(
+    "conv", "fusion", (2, 4), 8, num_classes=3, embed_dim=8, depth=2, num_heads=2, hidden_dim=10
+)
 WHOLE = ("conv_fusion", "conv_mean", "patches_class_token")
 DEAD = ("depthwise.bias", "stem.bn3.bias")
 """Biases that a BatchNorm takes off again: their gradient is 0, where autograd has round-off."""
@@ -181,3 +192,90 @@ def test_multiplications_are_those_that_a_forward_pass_makes(monkeypatch, stem, 
 def test_what_is_no_network_is_refused(values, words):
     with pytest.raises(UserError, match=words):
         MobileConfig.from_dict(values)
+
+
+def test_a_configuration_comes_back_from_json_and_tells_its_kind():
+    stored = json.loads(json.dumps(config_to_dict(SMALL)))
+    assert stored["kind"] == "mobile" and config_from_dict(stored) == SMALL
+    assert MobileConfig(**asdict(SMALL)) == SMALL
+
+
+def test_the_whole_has_as_many_parameters_as_the_smallest_convit():
+    assert count_parameters(MOBILES["mobile_micro32"]) == 112_364  # convit_micro32: 118,630
+
+
+def test_pieces_have_32_images_or_more_and_any_number_of_workers_gives_the_same_bits():
+    config = MOBILES["mobile_micro32"]
+    objective, params = classification(config, 0.1), init_mobile(config)
+    for n in (32, 64, 70, 128, 200):
+        assert min(stop - start for start, stop in cut(n, objective.rows)) >= 32
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((70, 3, 32, 32), dtype="float32"), rng.integers(10, size=70)
+    found = []
+    for count in (1, 2):
+        with make_engine(objective, np, count) as engine:
+            *numbers, grads = engine.loss_and_grads(
+                lambda start, stop: tuple(x[start:stop] for x in batch), 70, params
+            )
+            grads = {name: grad.copy() for name, grad in grads.items()}
+            logits = engine.logits(lambda start, stop: batch[0][start:stop], 70, params)
+            found.append((numbers, grads, logits.copy()))
+    (numbers, grads, logits), (others, other_grads, other_logits) = found
+    assert numbers == others and np.array_equal(logits, other_logits)
+    assert all(np.array_equal(grads[name], other_grads[name]) for name in params)
+    assert all(grad.dtype == np.float32 for grad in grads.values())
+
+
+# Runs.
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """`mobile_micro32` is SMALL, and every data set has 8x8 images."""
+    monkeypatch.setitem(MOBILES, "mobile_micro32", SMALL)
+    for module in (run_module, evaluation):
+        monkeypatch.setattr(module, "load_dataset", small_dataset)
+    monkeypatch.chdir(tmp_path)
+
+
+RUN = ["--model", "mobile_micro32", "--epochs", 4, "--batch-size", 64, "--device", "cpu"]
+MIXED = ["--mixup", 0.5, "--label-smoothing", 0.1, "--ema", 0.5, "--clip-grad", 1]
+
+
+def test_a_stopped_run_goes_on_to_the_bit_with_its_batch_statistics(small, program, monkeypatch):
+    def run(out, *more):
+        return program("train", *RUN, *MIXED, "--out", out, *more)[0]
+
+    assert run("whole", "--workers", 1) == 0 and run("two", "--workers", 2) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run("cut", "--workers", 1) == 130
+    assert run("cut", "--workers", 2, "--resume") == 0
+    whole, two, cut = (load_checkpoint(f"{name}/last.safetensors") for name in
+                       ("whole", "two", "cut"))  # fmt: skip
+    fresh = init_mobile(SMALL)
+    for name, value in whole.params.items():
+        assert all(np.array_equal(other.params[name], value) for other in (two, cut))
+        assert all(np.array_equal(other.ema[name], whole.ema[name]) for other in (two, cut))
+        assert not (is_running(name) and np.array_equal(value, fresh[name]))
+
+
+def test_commands_answer_by_it_or_refuse_it_by_one_sentence(small, program):
+    from PIL import Image
+
+    assert program("train", *RUN, "--out", "run")[0] == 0
+    Image.new("RGB", (8, 8)).save("a.png")
+    code, out, _ = program("eval", "run", "--device", "cpu", "--workers", 1)
+    assert code == 0 and "top1" in out
+    code, out, _ = program("predict", "run", "a.png", "--device", "cpu")
+    assert code == 0 and "reddish" in out
+    bench = "bench", "--model", "mobile_micro32", "--steps", 1, "--device", "cpu", "--workers", 1
+    assert program(*bench)[0] == 0 and program(*bench, "--inference")[0] == 0
+    for argv, told in {
+        ("inspect", "run"): "kind mobile: this needs a ConViT or a ViT",
+        ("train", *RUN, "--patch-size", 2): "--patch-size is for these alone: leave it out",
+        ("train", *RUN, "--img-size", 12): "multiples of them",
+        ("experiment", "mobile", "--model", "convit_mini32"): "leave out --model",
+    }.items():
+        code, _, err = program(*argv)
+        assert code == 2 and told in err and err.count("\n") == 1, err
