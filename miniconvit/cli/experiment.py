@@ -61,7 +61,8 @@ class _Fractions(click.ParamType):
 @data_dir_option
 @setting_option(
     "subset",
-    "Train on this share of the images of each class. sample-efficiency takes --fractions instead.",
+    "Train on this share of the images of each class. sample-efficiency and hybrid take "
+    "--fractions instead.",
     shown="0.1 for ablation and locality, else 1",
 )
 @option(
@@ -69,8 +70,8 @@ class _Fractions(click.ParamType):
     type=_Fractions(),
     metavar="X,Y,...",
     group=DATA,
-    help="For sample-efficiency, the shares of the images to compare.",
-    shown=",".join(map(str, FRACTIONS)),
+    help="For sample-efficiency and hybrid, the shares of the images to compare.",
+    shown="; ".join(",".join(map(str, of)) for of in FRACTIONS.values()),
 )
 @setting_option(
     "model",
@@ -113,6 +114,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     masking            without a part of the trained model (tables 5 and 6)
     escape             nonlocality and gates over training (figures 5 and 6)
     diversity          losses that keep patches apart (Patch Diversification)
+    hybrid             convolutions in a transformer on shares of the data (CMT)
     mobile             three stems by three read-outs (mobile ViT)
     biases             mixers of tokens reconstruct hidden patches (Cazenavette)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)

@@ -8,7 +8,7 @@ from ..analysis import pictures, style
 from ..analysis.inspection import CLASS_TOKEN
 from ..config import VARIANTS
 from . import mobile
-from .plan import STRENGTHS
+from .plan import HYBRID, STRENGTHS
 from .tables import name, number
 
 YLABEL = "validation top-1 (%)"
@@ -28,6 +28,7 @@ def draw(plan, outcomes, entries, out):
     function = {
         "sample-efficiency": _draw_sample_efficiency,
         "locality": _draw_locality,
+        "hybrid": _draw_hybrid,
         "mobile": lambda plan, entries: mobile.draw(entries),
     }
     figure = function.get(plan.experiment, _draw_dots)(plan, entries)
@@ -63,6 +64,27 @@ def _draw_sample_efficiency(plan, entries):
         axis.minorticks_off()
         axis.set_xlabel("images kept of each class (%)")
         axis.legend()
+    return figure
+
+
+def _draw_hybrid(plan, entries):
+    """Accuracy over the share of the images, and on the largest share over the speed."""
+    figure, ((left, right),) = style.new_figure(1, 2, height=3.0)
+    percent = [100 * fraction for fraction in sorted(plan.asked["fractions"])]
+    looks = (("s--", style.VIT), ("o-", style.CONVIT), ("D-", style.BLACK))
+    looks += (("v:", style.GREY), ("^:", style.GREY))
+    for i, (look, color) in enumerate(looks):
+        found = entries[i :: len(HYBRID)]
+        points = [(p, e["mean"], e["spread"] or 0.0) for p, e in zip(percent, found, strict=True)]
+        options = {"fmt": look, "color": color, "label": found[0]["label"].partition(",")[0]}
+        _bars(left, points, **options)
+        _bars(right, [(found[-1]["images_per_second"], *points[-1][1:])], **options)
+    left.set_xscale("log")
+    left.set_xticks(percent, [f"{p:g}" for p in percent])
+    left.minorticks_off()
+    left.set(xlabel="images kept of each class (%)", ylabel=YLABEL)
+    right.set(xlabel="images per second in training", ylabel=f"{YLABEL}, {percent[-1]:g} %")
+    left.legend()
     return figure
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..analysis import style
 from ..neighbours.mobile import MOBILES, multiplications
-from ..neighbours.models import count_parameters
 
 STEMS = {
     "patches": "patches of 4",
@@ -40,14 +39,14 @@ def arms():
             yield name, f"{tokens}, {pooled}", model
 
 
-def costs(row):
-    """What a row costs, by the names of columns. images/s are those of training, as planned."""
-    config = MOBILES[row.settings.model]
-    return {
-        "parameters": count_parameters(config),
-        "MACs (millions)": round(multiplications(config) / 1e6, 2),
-        "images/s": round(row.speed["images_per_second"]),
-    }
+def stem_of(model):
+    """The key of STEMS by a model's name, or None: read-outs cost next to nothing."""
+    return next((row.partition("-")[0] for row, _, name in arms() if name == model), None)
+
+
+def million_macs(row):
+    """Multiplications of an image's forward pass, in millions."""
+    return multiplications(MOBILES[row.settings.model]) / 1e6
 
 
 def verdicts(entries):
@@ -115,7 +114,7 @@ def draw(entries):
             [np.nan if entry[key] is None else entry[key] for entry in line]
             for key in ("mean", "spread")
         )
-        costs = [entry["MACs (millions)"] for entry in line]
+        costs = [entry["million_macs"] for entry in line]
         for axis, places in ((left, range(len(STEMS))), (right, costs)):
             axis.errorbar(places, means, spreads, fmt=form, color=color, label=READOUTS[readout])
     left.set_xticks(range(len(STEMS)), [stem.replace(", ", ",\n") for stem in STEMS.values()])

@@ -9,15 +9,17 @@ from math import ceil
 
 from ..config import VARIANTS, is_count, is_number
 from ..errors import UserError, unknown_name
+from ..neighbours.models import ALL_VARIANTS
 from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
 from . import mobile
 
 PLAN = "plan.json"
-SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0}
-SUBSETS["mobile"] = 1.0
-EXPERIMENTS = ("sample-efficiency", *SUBSETS)
-FRACTIONS = (0.05, 0.1, 0.3, 0.5, 1.0)
+SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0,
+           "mobile": 1.0}  # fmt: skip
+FRACTIONS = {"sample-efficiency": (0.05, 0.1, 0.3, 0.5, 1.0), "hybrid": (0.1, 0.3, 1.0)}
+EXPERIMENTS = (*SUBSETS, *FRACTIONS)
+"""Those that compare on one share of the images, and those on several: their defaults."""
 FIRST = (0.1, 1.0)  # of the fractions, to be trained before the others
 ABLATION = {
     "a": ("ConViT", {}),
@@ -44,6 +46,14 @@ MODELS = {
 }
 """Experiment to the model of which it is trained, where the data's recipe does not say."""
 KINDS = {"convit": "ConViT", "vit": "ViT"}
+HYBRID = {
+    "vit": ("ViT", "vit", ""),
+    "convit": ("ConViT", "convit", ""),
+    "cmt": ("CMT", "cmt", ""),
+    "cmt-nolocal": ("CMT without the first filter", "cmt", "_nolocal"),
+    "cmt-nofilter": ("CMT without the last filter", "cmt", "_nofilter"),
+}
+"""CMT: row to its label, its model, and how that one's name ends."""
 STRENGTHS = (0.01, 0.1, 1.0)
 GPSA_SHARES = (0.0, 0.25, 0.5, 0.75)  # figure 8a: 0, 3, 6 and 9 of 12 blocks
 MASKED_SHARES = {3: 0.3, 5: 0.5, 10: 1.0}  # table 6: 3, 5 and 10 of 10 GPSA layers
@@ -188,7 +198,7 @@ def complete(experiment, given):
     Raises UserError where an option is not this experiment's or out of range.
     """
     own, other = "subset", "fractions"
-    if experiment == "sample-efficiency":
+    if experiment in FRACTIONS:
         own, other = other, own
     if other in given:
         raise UserError(f"{experiment} takes --{own}, not --{other}")
@@ -203,7 +213,7 @@ def complete(experiment, given):
         "model": MODELS.get(experiment, RECIPES[DEFAULT_RECIPE[data]]["model"]),
         **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
-        own: list(FRACTIONS) if own == "fractions" else SUBSETS[experiment],
+        own: list(FRACTIONS[experiment]) if own == "fractions" else SUBSETS[experiment],
     } | given
     _check_options(asked, own)
     return asked
@@ -221,6 +231,10 @@ def _check_options(asked, own):
             raise UserError("mobile trains nine models of its own: leave out --model")
     elif not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
         raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
+    if asked["experiment"] == "hybrid" and asked["model"].replace("convit", "cmt") not in (
+        ALL_VARIANTS
+    ):
+        raise UserError(f"there is no CMT of the size of {asked['model']}: give convit_micro32")
     budget = asked.get("budget", 1.0)
     if not (is_number(budget) and budget > 0):
         raise UserError(f"--budget must be a positive number of minutes, not {budget}")
@@ -253,12 +267,12 @@ def rows_of(asked):
     """The rows of an experiment, their lengths still open. Raises UserError for a model on which it
     cannot be done."""
     experiment = asked["experiment"]
-    if experiment == "sample-efficiency":
-        fractions = sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
+    if experiment in FRACTIONS:
+        kinds = {kind: (label, kind, "") for kind, label in KINDS.items()}
         return [
-            _row(asked, f"{kind}-{_percent(f)}pct", f"{KINDS[kind]}, {_percent(f)} %", kind, f)
-            for f in fractions
-            for kind in KINDS
+            _row(asked, f"{name}-{_percent(f)}pct", f"{label}, {_percent(f)} %", kind, f, end)
+            for f in sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
+            for name, (label, kind, end) in (HYBRID if experiment == "hybrid" else kinds).items()
         ]
     if experiment == "ablation":
         return [
@@ -309,8 +323,8 @@ def _share(share, whole):
     return int(share * whole + 0.5)
 
 
-def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
-    changes = {"model": asked["model"].replace("convit", kind)} | changes
+def _row(asked, name, label, kind="convit", fraction=None, end="", masks=(), **changes):
+    changes = {"model": asked["model"].replace("convit", kind) + end} | changes
     settings = make_settings(
         _recipe(asked["data"], asked["model"]),
         data=asked["data"],
@@ -319,7 +333,7 @@ def _row(asked, name, label, kind="convit", fraction=None, masks=(), **changes):
         seed=0,
         **changes,
     )
-    few = {"escape": READINGS, "diversity": FEW, "mobile": FEW}
+    few = {"escape": READINGS, "diversity": FEW, "hybrid": FEW, "mobile": FEW}
     validations = few.get(asked["experiment"], VALIDATIONS)
     return Row(name, label, settings, list(masks), validations)
 
@@ -334,7 +348,8 @@ def _recipe(data, model):
 def speed_key(settings):
     """Runs with equal keys are equally fast: only one of them is timed."""
     losses = settings.cosine, settings.contrastive, settings.patch_mixing
-    return settings.model, settings.local_up_to_layer, settings.attention, *map(bool, losses)
+    model = mobile.stem_of(settings.model) or settings.model
+    return model, settings.local_up_to_layer, settings.attention, *map(bool, losses)
 
 
 def make_plan(asked, rows, images, speeds, measured_on):

@@ -18,6 +18,7 @@ from ..data import load_dataset
 from ..engine import Classification, make_engine
 from ..engine.cuda import resolve_device, without_reason
 from ..neighbours.diversity import similarities
+from ..neighbours.models import config_from_dict, count_parameters
 from ..system import read_text, write_file
 from ..training.evaluate import evaluate
 from ..training.history import run_history
@@ -38,7 +39,8 @@ FIRST_LAYER, LAST_LAYER = (f"similarity in the {which} layer" for which in ("fir
 class Outcome:
     """What one run came to. values: {quantity: number, None where it is not finite}, None where it
     diverged (the reason); trained_on: the device; was_finished: nothing was left to do; history:
-    run_history's list, or the similarities of patches, for the experiment that looks at it."""
+    run_history's list, or the similarities of patches, for the experiment that looks at it; cost:
+    of one that looks at it, parameters and images a second."""
 
     row: str
     seed: int
@@ -47,6 +49,7 @@ class Outcome:
     diverged: str | None = None
     was_finished: bool = False
     history: tuple = ()
+    cost: tuple = ()
 
 
 def measure(settings, images, **where):
@@ -170,6 +173,8 @@ def _run(plan, row, seed, out, report, where):
         history = _similarities(folder, settings, where)
         values |= {FIRST_LAYER: history[0], LAST_LAYER: history[-1]}
     about = {"trained_on": _trained_on(folder), "was_finished": result.was_finished}
+    if plan.experiment in ("hybrid", "mobile"):
+        about["cost"] = _cost(folder, result.rows)
     return Outcome(row.name, seed, values, history=history, **about)
 
 
@@ -178,6 +183,12 @@ def _similarities(folder, settings, where):
     model = load_checkpoint(folder.last)
     images = reading_images(_dataset(settings, where))
     return similarities(images, model.params, model.config)
+
+
+def _cost(folder, rows):
+    """(parameters, images a second in the run's median epoch)."""
+    speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
+    return count_parameters(config_from_dict(folder.config()["model"])), median(speeds)
 
 
 def _trained_on(folder):

@@ -6,7 +6,7 @@ feed-forward. Names, shapes and each norm's eps are those of the authors' code. 
 path are not here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, nextafter
 
 import numpy as np
@@ -130,16 +130,27 @@ def _official(img_size, dims, depths, stem, ratio):
     return CMTConfig(img_size, 3, 1000, stem, dims, depths, mlp_ratio=ratio, **more)
 
 
-CMT_VARIANTS = {
-    "cmt_ti": _official(160, (46, 92, 184, 368), (2, 2, 10, 2), 16, 3.6),
-    "cmt_xs": _official(192, (52, 104, 208, 416), (3, 3, 12, 3), 16, 3.77),
-    "cmt_s": _official(224, (64, 128, 256, 512), (3, 3, 16, 3), 32, 4.0),
-    "cmt_b": _official(256, (76, 152, 304, 608), (4, 4, 20, 4), 38, 4.0),
-    "cmt_micro32": CMTConfig(),
-    "cmt_micro64": CMTConfig(64, sr_ratios=(4, 2, 1, 1)),
-}
+def _variants():
+    micro = {
+        "cmt_micro32": CMTConfig(),
+        "cmt_micro64": CMTConfig(64, sr_ratios=(4, 2, 1, 1)),
+    }
+    without = {f"{name}_nolocal": replace(config, local=False) for name, config in micro.items()}
+    without |= {
+        f"{name}_nofilter": replace(config, ff_filter=False) for name, config in micro.items()
+    }
+    published = {
+        "cmt_ti": _official(160, (46, 92, 184, 368), (2, 2, 10, 2), 16, 3.6),
+        "cmt_xs": _official(192, (52, 104, 208, 416), (3, 3, 12, 3), 16, 3.77),
+        "cmt_s": _official(224, (64, 128, 256, 512), (3, 3, 16, 3), 32, 4.0),
+        "cmt_b": _official(256, (76, 152, 304, 608), (4, 4, 20, 4), 38, 4.0),
+    }
+    return published | micro | without
+
+
+CMT_VARIANTS = _variants()
 """Name to configuration: the four of the authors' code at their sizes of images, one for images of
-32 pixels and one for 64."""
+32 pixels and one for 64, and these without one of their filters."""
 
 
 def _pointwise_forward(x, params):
