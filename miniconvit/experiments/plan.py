@@ -50,8 +50,8 @@ HYBRID = {
     "vit": ("ViT", "vit", ""),
     "convit": ("ConViT", "convit", ""),
     "cmt": ("CMT", "cmt", ""),
-    "cmt-nolocal": ("CMT without the first filter", "cmt", "_nolocal"),
-    "cmt-nofilter": ("CMT without the last filter", "cmt", "_nofilter"),
+    "cmt-nolocal": ("CMT without LPU", "cmt", "_nolocal"),
+    "cmt-nofilter": ("CMT without IRFFN's filter", "cmt", "_nofilter"),
 }
 """CMT: row to its label, its model, and how that one's name ends."""
 STRENGTHS = (0.01, 0.1, 1.0)

@@ -31,8 +31,9 @@ from miniconvit.experiments.plan import (
     rows_of,
     speed_key,
 )
-from miniconvit.experiments.tables import _halved, _pairs, compare, entries_of, write_tables
+from miniconvit.experiments.tables import _ahead, _halved, _pairs, compare, entries_of, write_tables
 from miniconvit.model import convit_forward
+from miniconvit.neighbours.cmt import CMT_VARIANTS, CMTConfig
 from miniconvit.training.settings import RECIPES
 
 SMALL = replace(VARIANTS["convit_micro32"], img_size=8, embed_dim=16, depth=3, local_up_to_layer=2)
@@ -88,8 +89,11 @@ def program(capsys):
 # The plan.
 
 
-def planned(name, model="convit_mini32", **given):
-    asked = complete(name, given | ({} if name == "mobile" else {"model": model}))
+SIZED = {"hybrid": "convit_micro32", "mobile": "mobile_micro32"}  # there are no larger ones
+
+
+def planned(name, model=None, **given):
+    asked = complete(name, {"model": model or SIZED.get(name, "convit_mini32")} | given)
     rows = rows_of(asked)
     images = {row.settings.subset: int(45000 * row.settings.subset) for row in rows}
     speeds = {
@@ -107,8 +111,8 @@ def planned(name, model="convit_mini32", **given):
 @pytest.mark.parametrize("budget, seeds", [(50.0, 1), (333.0, 3), (10000.0, 2)])
 def test_a_plan_fits_its_budget_and_uses_it(name, budget, seeds):
     plan = planned(name, budget=budget, seeds=seeds)
-    most = {"escape": 20, "diversity": 2, "mobile": 2}.get(name, 10)
-    recipe, size = ("cifar10-10min", 64) if name == "mobile" else ("cifar10-hour", 32)
+    recipe, size = ("cifar10-10min", 64) if name in SIZED else ("cifar10-hour", 32)
+    most = {"escape": 20, "diversity": 2, "hybrid": 2, "mobile": 2}.get(name, 10)
     seconds, steps, warmups = 0.0, set(), []
     for row in plan.rows:
         s, speed = row.settings, row.speed
@@ -212,6 +216,14 @@ def test_the_other_experiments_have_their_rows():
     expected = {"vit": {}, "vit-cosine": cosine, "vit-all": cosine | more, "convit": back(twin)}
     expected["convit-cosine"] = back(twin) | cosine
     assert {name: changes(row, rows["vit"]) for name, row in rows.items()} == expected
+    rows = planned("hybrid", budget=500.0, fractions=[0.1, 1.0]).rows
+    assert [row.settings.subset for row in rows] == [0.1] * 5 + [1.0] * 5
+    names = ["vit_micro32", "convit_micro32"]
+    names += [f"cmt_micro32{end}" for end in ("", "_nolocal", "_nofilter")]
+    assert [row.settings.model for row in rows] == 2 * names
+    assert {(row.settings.lr, row.settings.augment) for row in rows} == {(3e-3, "crop-flip")}
+    with pytest.raises(UserError, match="no CMT of the size of convit_tiny32"):
+        complete("hybrid", {"model": "convit_tiny32"})
     deep = complete("diversity", {})
     assert deep["model"] == "convit_deep32" and VARIANTS["convit_deep32"].depth == 12
 
@@ -776,3 +788,45 @@ def test_a_small_plan_of_diversity_is_trained_read_and_drawn(small, tmp_path, pr
     alike = [value for (_, quantity), value in found.items() if "similarity" in quantity]
     assert all(0 < value < 1 for value in alike)
     assert "of 1 seed: to" in out and (folder / "diversity.png").stat().st_size > 10000
+
+
+def outcomes_of_hybrid(plan, top1):
+    """top1: row's kind to a function of its seed."""
+    return [
+        running.Outcome(row.name, seed, {"top1": top1[row.name.rpartition("-")[0]](seed)},
+                        cost=(100, 50.0 + seed))
+        for row, seed in plan.runs
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("convit", "said"), [(0.3, "2 of 2"), (0.5, "0 of 2")])
+def test_cmt_is_ahead_of_both_or_not_share_by_share(convit, said):
+    plan = planned("hybrid", budget=500.0, seeds=3, fractions=[0.1, 1.0])
+    top1 = {"vit": lambda seed: 0.3 + 0.01 * seed, "convit": lambda seed: convit}
+    top1 |= dict.fromkeys(("cmt", "cmt-nolocal", "cmt-nofilter"), lambda seed: 0.4 + 0.01 * seed)
+    entries = entries_of(plan, outcomes_of_hybrid(plan, top1))
+    by_name = {(e["row"], e["quantity"]): e for e in entries}
+    assert list(_ahead(plan, by_name)) == [
+        f"CMT is ahead of both beyond the spread at {said} shares"
+    ]
+    assert len(_pairs(plan)) == 8
+    assert {(e["parameters"], e["images_per_second"]) for e in entries} == {(100, 51.0)}
+
+
+def test_a_small_plan_of_hybrid_is_trained_read_and_drawn(small, tmp_path, program, monkeypatch):
+    stages = {"embed_dims": (6, 8), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (2, 1)}
+    for end, more in (
+        ("", {}),
+        ("_nolocal", {"local": False}),
+        ("_nofilter", {"ff_filter": False}),
+    ):
+        monkeypatch.setitem(CMT_VARIANTS, f"cmt_micro32{end}", CMTConfig(8, **stages, **more))
+    argv = command("hybrid", "x", seeds=2, budget=20)
+    status, out, err = program(*argv, "--model", "convit_micro32", "--fractions", "0.7,1")
+    assert status == 0, err
+    folder = tmp_path / "x"
+    assert (folder / "hybrid.png").stat().st_size > 10000
+    lines = list(csv.DictReader((folder / "table.csv").open()))
+    assert len(lines) == 10 and all(float(line["images_per_second"]) > 0 for line in lines)
+    assert "| parameters | images/s |" in out and "of 2 shares" in out
+    assert program(*argv)[0] == 0  # nothing is trained again
