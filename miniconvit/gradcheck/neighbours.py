@@ -182,8 +182,6 @@ DEAD = {
     "cmt_attention": ("k.bias", "sr.0.bias"),
     "irffn": ("conv2.0.bias", "proj_bn.bias"),
     "cmt": ("_fc.bias", "blocks_b.0.mlp.conv2.1.bias"),
-    "branch": ("depthwise.bias",),
-    "mobile": ("depthwise.bias", "stem.bn3.bias"),
 }
 """Biases without a gradient: one that all keys have a softmax ignores, one that all of a batch have
 batch normalisation takes off, also where a residual carries it there."""
@@ -283,7 +281,7 @@ def _branch(rng, functions, s):
         lambda params, x: functions.branch_forward(x, params, stride, True),
         backward,
         draw(rng, x=(s.B, *grid, 6)),
-        DEAD["branch"],
+        (),
     )
 
 
@@ -300,9 +298,7 @@ def _mobile(rng, functions, s):
             images = images.astype(params["head.bias"].dtype)
             return functions.mobile_forward(images, params, config, True)
 
-        yield _in_training(
-            rng, mobile_shapes(config), forward, functions.mobile_backward, {}, DEAD["mobile"]
-        )
+        yield _in_training(rng, mobile_shapes(config), forward, functions.mobile_backward, {}, ())
 
 
 NEIGHBOURS = {

@@ -163,13 +163,12 @@ def squeeze_excite_backward(dy, cache):
 def _filtered_forward(x, params, stride, train):
     """A filter for each channel between two activations, then a linear layer; each is normalised.
 
-    Squeeze-excite stands before the linear layer where params have it. The padding is 1.
+    Squeeze-excite stands before the linear layer where params have it. The padding is 1. What a
+    BatchNorm follows has no bias (*): its gradient would be 0, and Adam would move it by round-off.
     """
     x, cache_bn1 = batchnorm_forward(x, part(params, "bn1."), train)
     x, cache_act1 = hardswish_forward(x)
-    x, cache_filter = depthwise_forward(
-        x, params["depthwise.weight"], params["depthwise.bias"], stride, 1
-    )
+    x, cache_filter = depthwise_forward(x, params["depthwise.weight"], 0.0, stride, 1)
     x, cache_bn2 = batchnorm_forward(x, part(params, "bn2."), train)
     x, cache_act2 = hardswish_forward(x)
     cache_se = None
@@ -192,7 +191,7 @@ def _filtered_backward(dy, cache):
         dx, dse = squeeze_excite_backward(dx, cache_se)
         grads |= prefixed(dse, "se.")
     dx, dbn2 = batchnorm_backward(hardswish_backward(dx, cache_act2), cache_bn2)
-    dx, grads["depthwise.weight"], grads["depthwise.bias"] = depthwise_backward(dx, cache_filter)
+    dx, grads["depthwise.weight"], _ = depthwise_backward(dx, cache_filter)
     dx, dbn1 = batchnorm_backward(hardswish_backward(dx, cache_act1), cache_bn1)
     return dx, grads | prefixed(dbn2, "bn2.") | prefixed(dbn1, "bn1.")
 
@@ -211,10 +210,7 @@ def branch_forward(x, params, stride, train):
 
 
 def branch_backward(dy, cache):
-    """The layers in reverse. Returns dx (B, rows, cols, C) and grads with params' keys.
-
-    A BatchNorm takes the mean off, so depthwise.bias before it has a gradient of zero.
-    """
+    """The layers in reverse. Returns dx (B, rows, cols, C) and grads with params' keys."""
     cache_expand, cache, shape = cache
     dx, grads = _filtered_backward(dy.reshape(shape), cache)
     dx, dexpand, _ = linear_backward(dx, cache_expand)
@@ -282,12 +278,13 @@ def _tokens_forward(images, params, config, train):
     x = images.transpose(0, 2, 3, 1)  # (B, height, width, C)
     x, cache_conv = conv_forward(x, params["stem.conv.weight"], None, 2, 1)
     x, cache_stem = _filtered_forward(x, part(params, "stem."), 1, train)
+    x, cache_act = hardswish_forward(x)
     tokens, caches = [], []
     for i, stride in enumerate(config.strides):
         y, cache = branch_forward(x, part(params, f"branches.{i}."), stride, train)
         tokens.append(y)
         caches.append((y.shape[1], cache))
-    return array_module(x).concatenate(tokens, axis=1), (cache_conv, cache_stem, caches)
+    return array_module(x).concatenate(tokens, axis=1), (cache_conv, cache_stem, cache_act, caches)
 
 
 def _tokens_backward(dx, cache, config):
@@ -295,14 +292,14 @@ def _tokens_backward(dx, cache, config):
     if config.stem == "patches":
         _, dweight, dbias = patch_embed_backward(dx, cache, need_dimages=False)
         return {"patch_embed.proj.weight": dweight, "patch_embed.proj.bias": dbias}
-    cache_conv, cache_stem, caches = cache
+    cache_conv, cache_stem, cache_act, caches = cache
     grads, dgrid, start = {}, 0.0, 0
     for i, (count, cache_branch) in enumerate(caches):
         dbranch, dparams = branch_backward(dx[:, start : start + count], cache_branch)
         dgrid = dgrid + dbranch
         start += count
         grads |= prefixed(dparams, f"branches.{i}.")
-    dgrid, dstem = _filtered_backward(dgrid, cache_stem)
+    dgrid, dstem = _filtered_backward(hardswish_backward(dgrid, cache_act), cache_stem)
     _, dstem["conv.weight"], _ = conv_backward(dgrid, cache_conv, need_dx=False)
     return grads | prefixed(dstem, "stem.")
 
@@ -369,8 +366,7 @@ def _mlp(width, hidden, out):
 
 def _filtered(inside, out, k):
     """Name to shape of what _filtered_forward needs, but for squeeze-excite."""
-    shapes = prefixed(_batchnorm(inside), "bn1.")
-    shapes |= {"depthwise.weight": (inside, 1, k, k), "depthwise.bias": (inside,)}
+    shapes = prefixed(_batchnorm(inside), "bn1.") | {"depthwise.weight": (inside, 1, k, k)}
     shapes |= prefixed(_batchnorm(inside), "bn2.") | {"project.weight": (out, inside)}
     return shapes | prefixed(_batchnorm(out), "bn3.")
 

@@ -413,7 +413,7 @@ class Filtered(nn.Module):
     def __init__(self, inside, out, kernel, stride, hidden=None):
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(inside)
-        self.depthwise = nn.Conv2d(inside, inside, kernel, stride, 1, groups=inside)
+        self.depthwise = nn.Conv2d(inside, inside, kernel, stride, 1, groups=inside, bias=False)
         if hidden:
             self.se = nn.ModuleDict({"fc1": nn.Linear(inside, hidden)})
             self.se["fc2"] = nn.Linear(hidden, inside)
@@ -435,7 +435,7 @@ class Stem(Filtered):
         self.conv = nn.Conv2d(channels, inside, 3, 2, 1, bias=False)
 
     def forward(self, x):
-        return self.filtered(self.conv(x))
+        return nn.functional.hardswish(self.filtered(self.conv(x)))
 
 
 class Branch(Filtered):

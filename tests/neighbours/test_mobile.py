@@ -39,8 +39,6 @@ SMALL = MobileConfig(
     "conv", "fusion", (2, 4), 8, num_classes=3, embed_dim=8, depth=2, num_heads=2, hidden_dim=10
 )
 WHOLE = ("conv_fusion", "conv_mean", "patches_class_token")
-DEAD = ("depthwise.bias", "stem.bn3.bias")
-"""Biases that a BatchNorm takes off again: their gradient is 0, where autograd has round-off."""
 
 
 def load(name):
@@ -60,10 +58,7 @@ def test_whole_networks_equal_torch_in_training(name, blocks):
     assert grads.keys() == mobile_shapes(config).keys() == parts["in"].keys()
     assert grads.keys() - parts["grad"].keys() == parts["after"].keys()
     for key, expected in parts["grad"].items():
-        if key.endswith(DEAD):
-            assert max(np.abs(grads[key]).max(), np.abs(expected).max()) < 1e-12
-        else:
-            assert_equal(grads[key], expected)
+        assert_equal(grads[key], expected)
     AdamW(parts["in"]).step(parts["in"], grads, lr=1e-3)
     for key, expected in parts["after"].items():
         assert_equal(parts["in"][key], expected)
@@ -201,7 +196,7 @@ def test_a_configuration_comes_back_from_json_and_tells_its_kind():
 
 
 def test_the_whole_has_as_many_parameters_as_the_smallest_convit():
-    assert count_parameters(MOBILES["mobile_micro32"]) == 112_364  # convit_micro32: 118,630
+    assert count_parameters(MOBILES["mobile_micro32"]) == 112_208  # convit_micro32: 118,630
 
 
 def test_pieces_have_32_images_or_more_and_any_number_of_workers_gives_the_same_bits():
