@@ -26,8 +26,9 @@ NUMBERS = (bool, int, float)
 
 
 def reset():
-    """Counters to zero; nothing forbidden, no limit."""
+    """Counters to zero; nothing forbidden, no limit. What lives on is another count's."""
     vars(STATE).update(waits=0, uploads=0, allocations=0, copies=0, used=0, reserved=0)
+    vars(STATE).update(count=object())
     vars(STATE).update(launches=0, bytes=0, products=0)
     vars(STATE).update(limit=None, forbidden=set(), recorded=None, graphs=0)
 
@@ -74,7 +75,7 @@ class Memory:
     """A piece of device memory, counted while it lives."""
 
     def __init__(self, size):
-        self.size = 0
+        self.size, self.count = 0, STATE.count
         if STATE.limit is not None and STATE.used + size > STATE.limit:
             raise OutOfMemoryError(f"out of memory allocating {size:,} bytes")
         self.size = size
@@ -83,7 +84,7 @@ class Memory:
         STATE.reserved = max(STATE.reserved, STATE.used)
 
     def __del__(self):
-        if STATE is not None:  # as when Python ends
+        if STATE is not None and self.count is STATE.count:  # None as Python ends
             STATE.used -= self.size
 
 

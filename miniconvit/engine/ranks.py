@@ -330,9 +330,7 @@ def import_mpi(started):
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except ImportError:
-        raise UserError(
-            f"{started}, but mpi4py is not installed: pip install 'miniconvit[mpi]'"
-        ) from None
+        raise UserError(f"{started}, but mpi4py is not installed: pip install mpi4py") from None
     except RuntimeError as error:
         raise UserError(
             f"{started}, but mpi4py finds no MPI library ({str(error).splitlines()[0]}): load your "

@@ -230,7 +230,7 @@ def _cmt_block(rng, functions, s):
 
 def _cmt(rng, functions, s):
     """A whole network of two stages: one with two blocks, one whose keys lie on the same grid."""
-    config = CMTConfig(16, s.channels, s.classes, 3, (s.dim, 2 * s.dim), (2, 1), (s.heads, 2),
+    config = CMTConfig(32, s.channels, s.classes, 3, (s.dim, 2 * s.dim), (2, 1), (s.heads, 2),
                        (COARSER, 1), 1.5, s.hidden)  # fmt: skip
     images = rng.standard_normal((s.B, s.channels, *config.image))
 

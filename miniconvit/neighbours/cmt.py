@@ -2,8 +2,8 @@
 
 A stem of three convolutions, then four stages, each on half the grid of the one before. A block
 adds to a token what a filter finds around it, attends to a coarser grid, and filters inside its
-feed-forward. Names, shapes and each norm's eps are those of the authors' code. Its dropout and drop
-path are not here.
+feed-forward. Names, shapes and each norm's eps are those of the authors' code. Its dropout, its
+drop path and its counters (num_batches_tracked) are not here.
 """
 
 from dataclasses import dataclass, replace

@@ -401,7 +401,7 @@ def test_a_grader_that_is_asked_to_end_cleans_up(grader, temporary, name):
 def test_the_page_says_what_the_limits_are():
     page = (ROOT / "docs" / "coursework.md").read_text()
     assert Limits() == Limits(seconds=30.0, memory=2 << 30, output=1 << 20)
-    for words in ("30 seconds", "2 GiB", "1 MiB", f"{confine.DESCRIPTORS} descriptors"):
+    for words in ("30 seconds", "2 GiB", "1 MiB", f"{confine.DESCRIPTORS} open files"):
         assert words in page, words
     assert f"{sandbox.LARGEST_ARRAY:,} entries" in page
     assert f"{sandbox.MOST_KEPT >> 20} MiB in all" in page

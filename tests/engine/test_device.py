@@ -219,6 +219,10 @@ def test_the_stand_in_counts_memory_copies_and_uploads(cupy):
     assert state.used == 120  # a view keeps its memory
     cupy.asarray(np.zeros(4))
     assert (state.uploads, state.reserved) == (1, 120 + 120 + 72)  # x, its copy and y
+    fakecupy.reset()
+    del view
+    assert state.used == 0  # what an earlier test still held is not this one's
+    view = cupy.zeros((5, 3), "float32")
     with fakecupy.memory_limit(100), pytest.raises(MemoryError):
         cupy.zeros((26,), "float32")
     with fakecupy.forbid("float64"), pytest.raises(TypeError, match="float64"):

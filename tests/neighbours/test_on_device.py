@@ -89,6 +89,32 @@ def test_similarities_and_the_names_of_gpus_are_there(cupy):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.skipif(not fakecuda.COMPILER, reason=fakecuda.REASON)
+def test_a_gpu_trains_running_statistics_and_takes_a_batch_as_one_piece(cupy):
+    config = CMTConfig(8, embed_dims=(6, 8), depths=(1, 1), num_heads=(1, 2), sr_ratios=(2, 1))
+    objective, rng = classification(config, 0.1), np.random.default_rng(0)
+    batch = rng.standard_normal((70, 3, 8, 8), dtype="float32"), np.arange(70) % 10
+    params = MODELS[CMTConfig].init(config, 0)
+    here, there = (to_device(params, xp) for xp in (np, cupy))
+    here = {name: value.copy() for name, value in here.items()}
+    images, labels = to_device(batch, cupy)
+    optimizers = [mc.AdamW(tensors, 1e-2) for tensors in (here, there)]
+    _, grads = objective.step(batch, here, 1.0, 0, 0, 0, layers)
+    with make_engine(objective, cupy) as engine:
+        engine.hold(there, optimizers[1])
+        *_, found = engine.loss_and_grads(lambda *_: (images, labels), 70, there)
+        norm = engine.clip(found, 0.1)
+        engine.update(optimizers[1], there, found)
+        logits = engine.logits(lambda start, stop: images[start:stop], 70, there)
+    assert norm.item() == pytest.approx(mc.clip_grad_norm(grads, 0.1), rel=1e-4)
+    optimizers[0].step(here, grads)
+    for name, grad in found.items():
+        np.testing.assert_allclose(to_cpu(grad), grads[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        if is_running(name):
+            np.testing.assert_allclose(to_cpu(there[name]), here[name], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits, objective.answer(batch, to_cpu(there), layers), atol=1e-4)
+
+
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("stem", ["patches", "conv"])
 def test_a_mobile_transformer_is_the_same_on_the_device(cupy, stem, readout):

@@ -15,6 +15,7 @@ import pytest
 from small_run import FLAGS, small_dataset
 
 import miniconvit.training.loop as training
+from miniconvit.system import arithmetic
 from miniconvit.training.settings import make_settings
 
 ROOT = Path(__file__).parents[2]
@@ -29,16 +30,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def mpirun(out, n, *flags, workers=1, mpirun=MPIRUN, **variables):
-    """The finished process of n ranks that train in the folder `out`."""
+def mpirun(out, n, *flags, workers=1, mpirun=MPIRUN, beside=(), **variables):
+    """The finished process of n ranks that train in the folder `out`.
+
+    beside: the words before the command of one more rank.
+    """
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     env = os.environ | as_root | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, env=env)
     more = ["--oversubscribe"] if "Open MPI" in version.stdout else []
-    command = [mpirun, *more, "-n", n, sys.executable, ROOT / "tests/small_run.py", "train"]
-    command += [*FLAGS, *(word for pair in FEW.items() for word in pair), "--workers", workers]
+    command = [sys.executable, ROOT / "tests/small_run.py", "train", *FLAGS]
+    command += [*(word for pair in FEW.items() for word in pair), "--workers", workers]
+    command += ["--out", out, *flags]
+    last = [":", "-n", 1, *beside, *command] if beside else []
     return subprocess.run(
-        [str(word) for word in [*command, "--out", out, *flags]],
+        [str(word) for word in [mpirun, *more, "-n", n, *command, *last]],
         env=env | {name: str(value) for name, value in variables.items()},
         capture_output=True, text=True, timeout=300,
         start_new_session=True,  # a signal to all of its group does not reach pytest
@@ -145,6 +151,52 @@ def test_other_images_on_one_rank_are_one_sentence(tmp_path):
     sentence = f"Error: the images of rank 1 on {host} are not those of rank 0 on {host}: put"
     assert done.stderr.startswith(sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_machines_of_two_kinds_are_named_and_train_the_same_model(whole, tmp_path):
+    """A rank whose matrix products are those of another processor."""
+    ours = arithmetic()["blas"]
+    other = next(kind for kind in ("Haswell", "Nehalem") if kind not in ours)
+    theirs = subprocess.run(
+        [sys.executable, "-c", "from miniconvit.system import arithmetic; print(arithmetic())"],
+        env=os.environ | {"OPENBLAS_CORETYPE": other}, cwd=ROOT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    if other not in theirs:
+        pytest.skip("NumPy's products have one kind of processor here")
+    done = mpirun(tmp_path / "run", 1, beside=["env", f"OPENBLAS_CORETYPE={other}"])
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[1]
+    assert line.startswith("the last digits depend on who computes what: the machines have NumPy ")
+    assert ours in line and other in line
+    for row, true in zip(rows(tmp_path / "run"), rows(whole), strict=True):
+        assert row["train_loss"] == pytest.approx(true["train_loss"], rel=1e-3)
+
+
+@pytest.fixture
+def small_disk(whole, tmp_path):
+    """A disk on which a run's last checkpoint has no room beside the two before it, and a function
+    that makes it larger."""
+    size = sum((whole / f"{name}.safetensors").stat().st_size for name in ("last", "best"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 5 // 4}", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_at_rank_0_ends_all_and_the_run_goes_on(whole, tmp_path, small_disk):
+    disk, enlarge = small_disk
+    done = mpirun(disk / "run", 2, SAVE_SECONDS=0)
+    assert done.returncode == 2
+    assert done.stderr.count("No space left on device") == done.stderr.count("\n") == 1, done.stderr
+    assert (disk / "run/last.safetensors").exists()
+    enlarge()
+    assert train(disk / "run", resume=True).step == STEPS
+    same_files(disk / "run", whole)
 
 
 @pytest.mark.full
