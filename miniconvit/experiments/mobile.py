@@ -35,7 +35,7 @@ def arms():
     for stem, tokens in STEMS.items():
         for readout, pooled in READOUTS.items():
             name = f"{stem}-{readout}"
-            model = "mobile_micro32" if name == WHOLE else f"mobile_{stem}_{readout}32"
+            model = "mobile_micro32" if name == WHOLE else f"mobile_micro32_{stem}_{readout}"
             yield name, f"{tokens}, {pooled}", model
 
 

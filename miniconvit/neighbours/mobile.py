@@ -450,9 +450,9 @@ def init_mobile(config, seed=0):
 _STEMS = {"patches": {"stem": "patches"}, "conv": {"strides": (2,)}, "grids": {}}
 """For 32 px images: patches of 4 pixels, a grid of 8x8 after convolutions, or 8x8 + 4x4 + 1x1."""
 MOBILES = {
-    f"mobile_{stem}_{readout}32": MobileConfig(readout=readout, **fields)
+    f"mobile_micro32_{stem}_{readout}": MobileConfig(readout=readout, **fields)
     for stem, fields in _STEMS.items()
     for readout in READOUTS
 }
-MOBILES["mobile_micro32"] = MOBILES.pop("mobile_grids_fusion32")
+MOBILES["mobile_micro32"] = MOBILES.pop("mobile_micro32_grids_fusion")
 """Name to configuration: the whole system, and what lacks some part of it."""
