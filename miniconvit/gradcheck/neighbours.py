@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..layers.names import part
 from ..neighbours.cmt import CMTConfig, cmt_shapes
 from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
 from ..neighbours.mobile import MobileConfig, branch_shapes, mobile_shapes
@@ -195,9 +196,7 @@ def _cmt_part(rng, functions, s, name, prefix, expect_zero):
             8, embed_dims=(s.dim,), depths=(1,), num_heads=(s.heads,), sr_ratios=(COARSER,),
             mlp_ratio=s.hidden / s.dim, local=has_filters, ff_filter=has_filters,
         )  # fmt: skip
-        shapes = cmt_shapes(config)
-        prefix = f"blocks_a.0.{prefix.removeprefix('blocks_a.0.')}"
-        shapes = {n.removeprefix(prefix): v for n, v in shapes.items() if n.startswith(prefix)}
+        shapes = part(cmt_shapes(config), f"blocks_a.0.{prefix}")
         inputs = draw(rng, x=(s.B, rows, cols, s.dim))
         if name != "irffn":
             inputs |= draw(rng, relative_pos=(s.heads, rows * cols, rows * cols // COARSER**2))

@@ -395,45 +395,51 @@ def cmt_backward(dlogits, cache):
     return {name: grads[name] for name in cmt_shapes(config)}
 
 
+def _conv(out, into, k):
+    return {"weight": (out, into, k, k), "bias": (out,)}
+
+
+def _norm(D):
+    return {"weight": (D,), "bias": (D,)}
+
+
+def _batchnorm(D):
+    return _norm(D) | {"running_mean": (D,), "running_var": (D,)}
+
+
+def _block_shapes(D, M, k, config):
+    """Short name to shape of a block's parameters, in the official order."""
+    linear = {"weight": (D, D), "bias": (D,)}
+    parts = {"norm1.": _norm(D)}
+    parts |= dict.fromkeys(("attn.q.", "attn.k.", "attn.v.", "attn.proj."), linear)
+    if k > 1:
+        parts |= {"attn.sr.0.": _conv(D, 1, k), "attn.sr.1.": _batchnorm(D)}
+    parts |= {"norm2.": _norm(D), "mlp.conv1.0.": _conv(M, D, 1), "mlp.conv1.2.": _batchnorm(M)}
+    parts |= {"mlp.proj.": _conv(M, 1, 3)} if config.ff_filter else {}
+    parts |= {"mlp.proj_bn.": _batchnorm(M), "mlp.conv2.0.": _conv(D, M, 1)}
+    parts |= {"mlp.conv2.1.": _batchnorm(D)}
+    parts |= {"proj.": _conv(D, 1, 3)} if config.local else {}
+    return {prefix + n: shape for prefix, of in parts.items() for n, shape in of.items()}
+
+
 def cmt_shapes(config):
     """Name to shape of every parameter, running statistics among them, in the official order."""
-
-    def conv(out, into, k):
-        return {"weight": (out, into, k, k), "bias": (out,)}
-
-    def norm(D):
-        return {"weight": (D,), "bias": (D,)}
-
-    def batchnorm(D):
-        return norm(D) | {"running_mean": (D,), "running_var": (D,)}
-
     c, into, shapes = config, config.in_chans, {}
-    stages = list(zip(STAGES, c.embed_dims, c.grids, c.num_heads, c.sr_ratios, strict=False))
-    for stage, _, (rows, cols), H, k in stages:
+    stages = list(zip(STAGES, c.embed_dims, c.sr_ratios, strict=False))
+    for (stage, _, k), (rows, cols), H in zip(stages, c.grids, c.num_heads, strict=True):
         shapes[f"relative_pos_{stage}"] = (H, rows * cols, rows * cols // k**2)
     for i in (1, 2, 3):
-        shapes |= prefixed(conv(c.stem_channel, into, 3), f"stem_conv{i}.")
-        shapes |= prefixed(batchnorm(c.stem_channel), f"stem_norm{i}.")
+        shapes |= prefixed(_conv(c.stem_channel, into, 3), f"stem_conv{i}.")
+        shapes |= prefixed(_batchnorm(c.stem_channel), f"stem_norm{i}.")
         into = c.stem_channel
-    for stage, D, *_ in stages:
-        shapes |= prefixed(conv(D, into, 2), f"patch_embed_{stage}.proj.")
-        shapes |= prefixed(norm(D), f"patch_embed_{stage}.norm.")
+    for stage, D, _ in stages:
+        shapes |= prefixed(_conv(D, into, 2), f"patch_embed_{stage}.proj.")
+        shapes |= prefixed(_norm(D), f"patch_embed_{stage}.norm.")
         into = D
-    for (stage, D, _, _, k), M, depth in zip(stages, c.hidden_dims, c.depths, strict=True):
-        linear = {"weight": (D, D), "bias": (D,)}
-        parts = {"norm1.": norm(D), "attn.q.": linear, "attn.k.": linear, "attn.v.": linear}
-        parts |= {"attn.proj.": linear}
-        if k > 1:
-            parts |= {"attn.sr.0.": conv(D, 1, k), "attn.sr.1.": batchnorm(D)}
-        parts |= {"norm2.": norm(D), "mlp.conv1.0.": conv(M, D, 1), "mlp.conv1.2.": batchnorm(M)}
-        parts |= {"mlp.proj.": conv(M, 1, 3)} if c.ff_filter else {}
-        parts |= {"mlp.proj_bn.": batchnorm(M), "mlp.conv2.0.": conv(D, M, 1)}
-        parts |= {"mlp.conv2.1.": batchnorm(D)}
-        parts |= {"proj.": conv(D, 1, 3)} if c.local else {}
+    for (stage, D, k), M, depth in zip(stages, c.hidden_dims, c.depths, strict=True):
         for j in range(depth):
-            for name, entries in parts.items():
-                shapes |= prefixed(entries, f"blocks_{stage}.{j}.{name}")
-    shapes |= prefixed(conv(c.fc_dim, into, 1), "_fc.") | prefixed(batchnorm(c.fc_dim), "_bn.")
+            shapes |= prefixed(_block_shapes(D, M, k, c), f"blocks_{stage}.{j}.")
+    shapes |= prefixed(_conv(c.fc_dim, into, 1), "_fc.") | prefixed(_batchnorm(c.fc_dim), "_bn.")
     return shapes | {"head.weight": (c.num_classes, c.fc_dim), "head.bias": (c.num_classes,)}
 
 
