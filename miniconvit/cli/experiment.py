@@ -71,7 +71,7 @@ class _Fractions(click.ParamType):
     metavar="X,Y,...",
     group=DATA,
     help="For sample-efficiency and hybrid, the shares of the images to compare.",
-    shown="; ".join(",".join(map(str, of)) for of in FRACTIONS.values()),
+    shown=" or ".join(",".join(map(str, of)) for of in FRACTIONS.values()),
 )
 @setting_option(
     "model",
