@@ -47,13 +47,14 @@ MODELS = {
 """Experiment to the model of which it is trained, where the data's recipe does not say."""
 KINDS = {"convit": "ConViT", "vit": "ViT"}
 HYBRID = {
-    "vit": ("ViT", "vit", ""),
-    "convit": ("ConViT", "convit", ""),
-    "cmt": ("CMT", "cmt", ""),
-    "cmt-nolocal": ("CMT without LPU", "cmt", "_nolocal"),
-    "cmt-nofilter": ("CMT without IRFFN's filter", "cmt", "_nofilter"),
+    "vit": ("ViT", "vit", "", 0.5),
+    "convit": ("ConViT", "convit", "", 0.5),
+    "cmt": ("CMT", "cmt", "", 1.0),
+    "cmt-nolocal": ("CMT without LPU", "cmt", "_nolocal", 1.0),
+    "cmt-nofilter": ("CMT without IRFFN's filter", "cmt", "_nofilter", 1.0),
 }
-"""CMT: row to its label, its model, and how that one's name ends."""
+"""CMT: row to its label, its model, how that one's name ends, and its share of the recipe's rate.
+The rates were chosen on the validation split, see the note under the table."""
 STRENGTHS = (0.01, 0.1, 1.0)
 GPSA_SHARES = (0.0, 0.25, 0.5, 0.75)  # figure 8a: 0, 3, 6 and 9 of 12 blocks
 MASKED_SHARES = {3: 0.3, 5: 0.5, 10: 1.0}  # table 6: 3, 5 and 10 of 10 GPSA layers
@@ -144,8 +145,9 @@ class Plan:
     def recipe(self):
         """What all rows have in common, in words."""
         s = self.rows[0].settings
+        rates = " or ".join(f"{lr:g}" for lr in sorted({row.settings.lr for row in self.rows}))
         return (
-            f"recipe {s.recipe}: batches of {s.batch_size}, peak learning rate {s.lr:g}, "
+            f"recipe {s.recipe}: batches of {s.batch_size}, peak learning rate {rates}, "
             f"augmentation {s.augment}, weight decay {s.weight_decay:g}"
         )
 
@@ -268,12 +270,15 @@ def rows_of(asked):
     cannot be done."""
     experiment = asked["experiment"]
     if experiment in FRACTIONS:
-        kinds = {kind: (label, kind, "") for kind, label in KINDS.items()}
+        kinds = {kind: (label, kind, "", 1.0) for kind, label in KINDS.items()}
+        kinds = HYBRID if experiment == "hybrid" else kinds
+        rate = RECIPES[_recipe(asked["data"], asked["model"])]["lr"]
         return [
-            _row(asked, f"{name}-{_percent(f)}pct", f"{label}, {_percent(f)} %", kind, f, end)
+            _row(asked, f"{name}-{_percent(f)}pct", f"{label}, {_percent(f)} %", kind, f, end,
+                 lr=share * rate)
             for f in sorted(asked["fractions"], key=lambda f: (f not in FIRST, f))
-            for name, (label, kind, end) in (HYBRID if experiment == "hybrid" else kinds).items()
-        ]
+            for name, (label, kind, end, share) in kinds.items()
+        ]  # fmt: skip
     if experiment == "ablation":
         return [
             _row(asked, key, f"{key} ({label})", "vit" if key == "e" else "convit", **changes)

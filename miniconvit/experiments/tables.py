@@ -77,7 +77,10 @@ NOTES = {
     "hybrid": "The rule was fixed before the runs. The claim is shown where CMT is ahead of ViT "
     "and of ConViT, beyond the spread, at every share. LPU is the filter at a block's start, IRFFN "
     "its feed-forward. Running statistics are no parameters. Images per second are those of "
-    "training: the median over a row's runs.",
+    "training: the median over a row's runs. ViT and ConViT have half the peak rate of CMT. "
+    "The rates were chosen by the validation split of CIFAR-10, in runs of 400 steps on all its "
+    "images with one seed. Of 0.0015, 0.003 and 0.006 the first was best for ViT and ConViT. For "
+    "CMT the last two were half a point apart.",
 }
 
 
