@@ -83,14 +83,13 @@ def multiplications(config):
     ("name", "millions", "billions"),
     [
         ("cmt_ti", 9.49, 0.64),
-        ("cmt_xs", 15.24, 1.55),
-        ("cmt_s", 26.26, 4.03),  # 25.14 in the paper, whose sizes its code does not have
+        ("cmt_xs", 15.25, 1.55),
+        ("cmt_s", 26.26, 4.03),
         ("cmt_b", 45.72, 9.32),
     ],
 )
-def test_published_sizes_have_the_published_parameters_and_multiplications(
-    name, millions, billions
-):
+def test_the_authors_sizes_have_their_parameters_and_the_published_cost(name, millions, billions):
+    """Parameters as counted in the authors' code, multiplications as the paper has them."""
     config = CMT_VARIANTS[name]
     assert count_parameters(config) / 1e6 == pytest.approx(millions, abs=0.01)
     assert multiplications(config) / 1e9 == pytest.approx(billions, abs=0.005)
