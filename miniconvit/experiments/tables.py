@@ -70,7 +70,8 @@ NOTES = {
     "median over the runs. The protocol is ours, after the paper, which has no such table. The "
     "rule was fixed before the runs. It asks that the whole (convolutions, three grids, fusion) be "
     "ahead of patches with a class token beyond the spread. A part's effect is the average over "
-    "the other factor, seed by seed.",
+    "the other factor, seed by seed. All have one rate. Of 0.0015, 0.003 and 0.006 the validation "
+    "split chose it for patches with a class token, in runs of 400 steps with one seed.",
     "diversity": "Similarity is the mean of |cos| over all pairs of two patches of an image, after "
     "the layer. The rule was fixed before the runs. The claim is shown where the cosine loss at "
     "least halves it in the last layer, in every seed. Accuracy stands beside it.",
