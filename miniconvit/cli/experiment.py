@@ -76,11 +76,11 @@ class _Fractions(click.ParamType):
     metavar="X,Y,...",
     group=DATA,
     help="For sample-efficiency and hybrid, the shares of the images to compare.",
-    shown="; ".join(",".join(map(str, of)) for of in FRACTIONS.values()),
+    shown=" or ".join(",".join(map(str, of)) for of in FRACTIONS.values()),
 )
 @setting_option(
     "model",
-    "A ConViT. Its ViT twin comes by itself. `train --help` lists the names.",
+    "A ConViT. Its ViT twin comes by itself. `train --help` lists the names. mobile has its own.",
     shown="that of the data's recipe, for diversity convit_deep32",
 )
 @option(
@@ -120,6 +120,7 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     escape             nonlocality and gates over training (figures 5 and 6)
     diversity          losses that keep patches apart (Patch Diversification)
     hybrid             convolutions in a transformer on shares of the data (CMT)
+    mobile             three stems by three read-outs (mobile ViT)
     biases             mixers of tokens reconstruct hidden patches (Cazenavette)
     gan                a transformer draws, another judges (ViTGAN)
     lipschitz          whether attention by distance is Lipschitz (ViTGAN)

@@ -7,6 +7,7 @@ import numpy as np
 from ..analysis import pictures, style
 from ..analysis.inspection import CLASS_TOKEN
 from ..config import VARIANTS
+from . import mobile
 from .plan import HYBRID, STRENGTHS
 from .tables import name, number
 
@@ -24,8 +25,12 @@ def draw(plan, outcomes, entries, out):
         return _draw_escape(plan, outcomes, path)
     if plan.experiment == "diversity":
         return _draw_diversity(plan, outcomes, entries, path)
-    function = {"sample-efficiency": _draw_sample_efficiency, "locality": _draw_locality}
-    function["hybrid"] = _draw_hybrid
+    function = {
+        "sample-efficiency": _draw_sample_efficiency,
+        "locality": _draw_locality,
+        "hybrid": _draw_hybrid,
+        "mobile": lambda plan, entries: mobile.draw(entries),
+    }
     figure = function.get(plan.experiment, _draw_dots)(plan, entries)
     if len(plan.seeds) > 1:
         note = f"±: sample standard deviation over {len(plan.seeds)} seeds"

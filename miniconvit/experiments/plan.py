@@ -12,9 +12,11 @@ from ..errors import UserError, unknown_name
 from ..neighbours.models import ALL_VARIANTS
 from ..system import read_json, write_file
 from ..training.settings import DEFAULT_RECIPE, RECIPES, Settings, flag, make_settings
+from . import mobile
 
 PLAN = "plan.json"
-SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0}
+SUBSETS = {"ablation": 0.1, "locality": 0.1, "masking": 1.0, "escape": 1.0, "diversity": 1.0,
+           "mobile": 1.0}  # fmt: skip
 FRACTIONS = {"sample-efficiency": (0.05, 0.1, 0.3, 0.5, 1.0), "hybrid": (0.1, 0.3, 1.0)}
 EXPERIMENTS = (*SUBSETS, *FRACTIONS)
 """Those that compare on one share of the images, and those on several: their defaults."""
@@ -38,7 +40,11 @@ DIVERSITY = {
     "convit-cosine": ("ConViT + cosine", "convit", ("cosine",)),
 }
 """Patch Diversification: row to its label, its model and its losses, of weight 1."""
-DEEP = "convit_deep32"  # of which diversity is trained: similarity is a matter of depth
+MODELS = {
+    "diversity": "convit_deep32",  # similarity is a matter of depth
+    "mobile": "mobile_micro32",  # and what lacks some part of it
+}
+"""Experiment to the model of which it is trained, where the data's recipe does not say."""
 KINDS = {"convit": "ConViT", "vit": "ViT"}
 HYBRID = {
     "vit": ("ViT", "vit", "", 0.5),
@@ -206,7 +212,7 @@ def complete(experiment, given):
     asked = {
         "experiment": experiment,
         "data": data,
-        "model": DEEP if experiment == "diversity" else RECIPES[DEFAULT_RECIPE[data]]["model"],
+        "model": MODELS.get(experiment, RECIPES[DEFAULT_RECIPE[data]]["model"]),
         **({} if "steps" in given else {"budget": 60.0}),
         "seeds": 3,
         own: list(FRACTIONS[experiment]) if own == "fractions" else SUBSETS[experiment],
@@ -222,7 +228,10 @@ def _check_options(asked, own):
         raise UserError(f"--{own} must be above 0 and at most 1, not {asked[own]}")
     if len({_percent(fraction) for fraction in fractions}) < len(fractions):
         raise UserError(f"--{own} must differ in their first six digits: {asked[own]}")
-    if not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
+    if asked["experiment"] == "mobile":
+        if asked["model"] != MODELS["mobile"]:
+            raise UserError("mobile trains nine models of its own: leave out --model")
+    elif not asked["model"].startswith("convit_") or asked["model"] not in VARIANTS:
         raise UserError(f"--model must be a ConViT, its ViT twin comes by itself: {asked['model']}")
     if asked["experiment"] == "hybrid" and asked["model"].replace("convit", "cmt") not in (
         ALL_VARIANTS
@@ -282,6 +291,8 @@ def rows_of(asked):
             _row(asked, name, label, kind, **{loss: LOSSES[loss] for loss in losses})
             for name, (label, kind, losses) in DIVERSITY.items()
         ]
+    if experiment == "mobile":
+        return [_row(asked, name, label, model=model) for name, label, model in mobile.arms()]
     masks = {"convit": [], "vit": []}
     if experiment == "masking":
         depths = sorted(set(masked_layers(VARIANTS[asked["model"]]).values()))
@@ -318,16 +329,16 @@ def _share(share, whole):
 
 
 def _row(asked, name, label, kind="convit", fraction=None, end="", masks=(), **changes):
+    changes = {"model": asked["model"].replace("convit", kind) + end} | changes
     settings = make_settings(
         _recipe(asked["data"], asked["model"]),
         data=asked["data"],
-        model=asked["model"].replace("convit", kind) + end,
         subset=asked["subset"] if fraction is None else fraction,
         steps=LEAST_STEPS,
         seed=0,
         **changes,
     )
-    few = {"escape": READINGS, "diversity": FEW, "hybrid": FEW}
+    few = {"escape": READINGS, "diversity": FEW, "hybrid": FEW, "mobile": FEW}
     validations = few.get(asked["experiment"], VALIDATIONS)
     return Row(name, label, settings, list(masks), validations)
 
@@ -342,7 +353,8 @@ def _recipe(data, model):
 def speed_key(settings):
     """Runs with equal keys are equally fast: only one of them is timed."""
     losses = settings.cosine, settings.contrastive, settings.patch_mixing
-    return settings.model, settings.local_up_to_layer, settings.attention, *map(bool, losses)
+    model = mobile.stem_of(settings.model) or settings.model
+    return model, settings.local_up_to_layer, settings.attention, *map(bool, losses)
 
 
 def make_plan(asked, rows, images, speeds, measured_on):

@@ -173,7 +173,7 @@ def _run(plan, row, seed, out, report, where):
         history = _similarities(folder, settings, where)
         values |= {FIRST_LAYER: history[0], LAST_LAYER: history[-1]}
     about = {"trained_on": _trained_on(folder), "was_finished": result.was_finished}
-    if plan.experiment == "hybrid":
+    if plan.experiment in ("hybrid", "mobile"):
         about["cost"] = _cost(folder, result.rows)
     return Outcome(row.name, seed, values, history=history, **about)
 

@@ -12,8 +12,9 @@ from ..neighbours.gan import (
     generator_shapes,
 )
 from ..neighbours.isotropic import MIXERS, IsotropicConfig, isotropic_shapes
+from ..neighbours.mobile import MobileConfig, branch_shapes, mobile_shapes
 from ..optim import is_running
-from .drawing import APART, Case, at_every_size, composite, draw, draw_params, far_from_zero
+from .drawing import APART, TALL, Case, at_every_size, composite, draw, draw_params, far_from_zero
 
 
 def _l2_attention(rng, functions, s):
@@ -369,8 +370,68 @@ def _cmt(rng, functions, s):
     def forward(params):
         return functions.cmt_forward(images.astype(params["head.bias"].dtype), params, config, True)
 
-    dead = sum(DEAD.values(), ())
+    dead = sum((DEAD[name] for name in ("cmt_attention", "irffn", "cmt")), ())
     yield _in_training(rng, cmt_shapes(config), forward, functions.cmt_backward, {}, dead)
+
+
+def _hardswish(rng, functions, s):
+    yield Case(
+        functions.hardswish_forward, functions.hardswish_backward, {"x": far_from_zero(rng, s.x)}
+    )
+
+
+def _squeeze_excite(rng, functions, s):
+    shapes = {"fc1.weight": (s.hidden, s.dim), "fc1.bias": (s.hidden,)}
+    shapes |= {"fc2.weight": (s.dim, s.hidden), "fc2.bias": (s.dim,)}
+    yield composite("squeeze_excite", functions, rng, shapes, (s.B, *s.grid, s.dim))
+
+
+def _fusion(rng, functions, s):
+    shapes = {"weight": (s.tokens,), "fc1.weight": (s.hidden, s.dim), "fc1.bias": (s.hidden,)}
+    shapes |= {"fc2.weight": (1, s.hidden), "fc2.bias": (1,)}
+    yield composite("fusion", functions, rng, shapes, s.x)
+
+
+def _mobile_config(s, stem="conv", readout="fusion", strides=(2, 4), img_size=(8, 16)):
+    return MobileConfig(
+        stem, readout, strides, img_size, 4, s.channels, s.classes,
+        embed_dim=s.dim, depth=2, num_heads=s.heads, hidden_dim=s.hidden, stem_dims=(5, 6),
+        expand_dim=7, squeeze_dim=3, fusion_dim=4,
+    )  # fmt: skip
+
+
+def _branch(rng, functions, s):
+    stride = 3 if s is TALL else 2
+    grid = stride * s.grid[0], stride * s.grid[1]
+
+    def backward(dy, cache):
+        dx, grads = functions.branch_backward(dy, cache)
+        return {"x": dx} | grads
+
+    yield _in_training(
+        rng,
+        branch_shapes(_mobile_config(s), stride),
+        lambda params, x: functions.branch_forward(x, params, stride, True),
+        backward,
+        draw(rng, x=(s.B, *grid, 6)),
+        (),
+    )
+
+
+def _mobile(rng, functions, s):
+    """Whole networks: each stem and each read-out, grids that are wide, tall and square."""
+    kinds = [("conv", "fusion", (2, 4), (16, 8) if s is TALL else (8, 16))]
+    if s is APART:
+        kinds += [("patches", "class_token", (2,), (8, 12)), ("conv", "mean", (3, 2), (24, 12))]
+    for kind in kinds:
+        config = _mobile_config(s, *kind)
+        images = rng.standard_normal((s.B, config.in_chans, *config.image))
+
+        def forward(params, images=images, config=config):
+            images = images.astype(params["head.bias"].dtype)
+            return functions.mobile_forward(images, params, config, True)
+
+        yield _in_training(rng, mobile_shapes(config), forward, functions.mobile_backward, {}, ())
 
 
 NEIGHBOURS = {
@@ -402,5 +463,10 @@ NEIGHBOURS = {
     "irffn": at_every_size(_irffn),
     "cmt_block": at_every_size(_cmt_block),
     "cmt": at_every_size(_cmt),
+    "hardswish": at_every_size(_hardswish),
+    "squeeze_excite": at_every_size(_squeeze_excite),
+    "branch": at_every_size(_branch),
+    "fusion": at_every_size(_fusion),
+    "mobile": at_every_size(_mobile),
 }
 """Layer to the function (rng, functions) that yields its cases."""

@@ -6,6 +6,7 @@ diversity     losses that keep patch tokens apart (Gong et al. 2021: Patch Diver
 gan           a transformer that draws and one that judges (Lee et al. 2021: ViTGAN)
 isotropic     four ways of mixing tokens (Cazenavette, Lucey 2021: the bias against biases)
 lipschitz     attention by distance, and weights of a given spectral norm (Lee et al. 2021: ViTGAN)
+mobile        tokens of several grids, and their weighted sum (Chen et al. 2021: mobile ViT)
 """
 
 from .cmt import (
@@ -76,4 +77,16 @@ from .lipschitz import (
     spectral_forward,
     tied_attention_backward,
     tied_attention_forward,
+)
+from .mobile import (
+    branch_backward,
+    branch_forward,
+    fusion_backward,
+    fusion_forward,
+    hardswish_backward,
+    hardswish_forward,
+    mobile_backward,
+    mobile_forward,
+    squeeze_excite_backward,
+    squeeze_excite_forward,
 )

@@ -15,21 +15,30 @@ from .cmt import CMT_VARIANTS, CMTConfig, cmt_backward, cmt_forward, cmt_shapes,
 from .diversity import PatchHeadConfig, init_with_patch_head, patch_head_shapes
 from .gan import GANConfig, gan_shapes, init_gan
 from .isotropic import IsotropicConfig, init_isotropic, isotropic_shapes
+from .mobile import (
+    MOBILES,
+    MobileConfig,
+    init_mobile,
+    mobile_backward,
+    mobile_forward,
+    mobile_shapes,
+)
 
 
 @dataclass(frozen=True)
 class Model:
     """kind: its name in files; shapes(config): name to shape; init(config, seed): parameters.
 
-    Of a classifier beside ConViT also forward(images, params, config, train) -> logits, cache and
-    backward(dlogits, cache) -> gradients by name; and what an Objective is told of its config:
-    image, in_chans, num_classes, and rows. variants: configurations by name, to choose by --model.
+    Of a classifier beside ConViT also forward(images, params, config, train, blocks) -> logits,
+    cache and backward(dlogits, cache) -> gradients by name; and what an Objective is told of its
+    config: image, in_chans, num_classes, and rows. blocks: as in convit_forward. variants:
+    configurations by name, to choose by --model.
     """
 
     kind: str
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]
     init: Callable[[Any, int], Params]
-    forward: Callable[[Array, Params, Any, bool], tuple[Array, Any]] | None = None
+    forward: Callable[[Array, Params, Any, bool, Any], tuple[Array, Any]] | None = None
     backward: Callable[[Array, Any], Params] | None = None
     variants: dict[str, Any] = field(default_factory=dict)
 
@@ -40,6 +49,9 @@ MODELS = {
     IsotropicConfig: Model("isotropic", isotropic_shapes, init_isotropic),
     GANConfig: Model("vitgan", gan_shapes, init_gan),
     CMTConfig: Model("cmt", cmt_shapes, init_cmt, cmt_forward, cmt_backward, CMT_VARIANTS),
+    MobileConfig: Model(
+        "mobile", mobile_shapes, init_mobile, mobile_forward, mobile_backward, MOBILES
+    ),
 }
 """The class of a configuration to the functions of its model."""
 

@@ -358,7 +358,7 @@ def make_settings(recipe: str | None = None, **given: Any) -> Settings:
     values.setdefault("augment", suits)
     variant = _known("model", values["model"], ALL_VARIANTS)
     for name in OF_THE_MODEL:
-        if hasattr(variant, name):
+        if is_convit(variant) or name not in OF_CONVIT:
             values.setdefault(name, getattr(variant, name))
     return Settings(**values)
 

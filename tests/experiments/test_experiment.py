@@ -89,11 +89,11 @@ def program(capsys):
 # The plan.
 
 
-SIZED = {"hybrid": "convit_micro32"}  # no CMT is as large as convit_mini32
+SIZED = {"hybrid": "convit_micro32", "mobile": "mobile_micro32"}  # there are no larger ones
 
 
-def planned(name, model="convit_mini32", **given):
-    asked = complete(name, {"model": model} | given)
+def planned(name, model=None, **given):
+    asked = complete(name, {"model": model or SIZED.get(name, "convit_mini32")} | given)
     rows = rows_of(asked)
     images = {row.settings.subset: int(45000 * row.settings.subset) for row in rows}
     speeds = {
@@ -110,10 +110,9 @@ def planned(name, model="convit_mini32", **given):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("budget, seeds", [(50.0, 1), (333.0, 3), (10000.0, 2)])
 def test_a_plan_fits_its_budget_and_uses_it(name, budget, seeds):
-    model = SIZED.get(name, "convit_mini32")
-    plan = planned(name, model, budget=budget, seeds=seeds)
+    plan = planned(name, budget=budget, seeds=seeds)
     recipe, size = ("cifar10-10min", 64) if name in SIZED else ("cifar10-hour", 32)
-    most = {"escape": 20, "diversity": 2, "hybrid": 2}.get(name, 10)
+    most = {"escape": 20, "diversity": 2, "hybrid": 2, "mobile": 2}.get(name, 10)
     seconds, steps, warmups = 0.0, set(), []
     for row in plan.rows:
         s, speed = row.settings, row.speed
@@ -139,11 +138,11 @@ def test_a_plan_fits_its_budget_and_uses_it(name, budget, seeds):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_budget_too_small_names_one_that_is_large_enough(name):
     with pytest.raises(UserError, match=r"runs do not fit into --budget 0\.5:") as error:
-        planned(name, SIZED.get(name, "convit_mini32"), budget=0.5)
+        planned(name, budget=0.5)
     enough = float(re.search(r"they take about (\d+) minutes", str(error.value))[1])
-    assert planned(name, SIZED.get(name, "convit_mini32"), budget=enough).steps >= 200
+    assert planned(name, budget=enough).steps >= 200
     with pytest.raises(UserError):
-        planned(name, SIZED.get(name, "convit_mini32"), budget=0.9 * enough - 1)
+        planned(name, budget=0.9 * enough - 1)
 
 
 def test_steps_stand_in_place_of_the_budget():
@@ -217,7 +216,7 @@ def test_the_other_experiments_have_their_rows():
     expected = {"vit": {}, "vit-cosine": cosine, "vit-all": cosine | more, "convit": back(twin)}
     expected["convit-cosine"] = back(twin) | cosine
     assert {name: changes(row, rows["vit"]) for name, row in rows.items()} == expected
-    rows = planned("hybrid", "convit_micro32", budget=500.0, fractions=[0.1, 1.0]).rows
+    rows = planned("hybrid", budget=500.0, fractions=[0.1, 1.0]).rows
     assert [row.settings.subset for row in rows] == [0.1] * 5 + [1.0] * 5
     names = ["vit_micro32", "convit_micro32"]
     names += [f"cmt_micro32{end}" for end in ("", "_nolocal", "_nofilter")]
@@ -803,7 +802,7 @@ def outcomes_of_hybrid(plan, top1):
 
 @pytest.mark.parametrize(("convit", "said"), [(0.3, "2 of 2"), (0.5, "0 of 2")])
 def test_cmt_is_ahead_of_both_or_not_share_by_share(convit, said):
-    plan = planned("hybrid", "convit_micro32", budget=500.0, seeds=3, fractions=[0.1, 1.0])
+    plan = planned("hybrid", budget=500.0, seeds=3, fractions=[0.1, 1.0])
     top1 = {"vit": lambda seed: 0.3 + 0.01 * seed, "convit": lambda seed: convit}
     top1 |= dict.fromkeys(("cmt", "cmt-nolocal", "cmt-nofilter"), lambda seed: 0.4 + 0.01 * seed)
     entries = entries_of(plan, outcomes_of_hybrid(plan, top1))

@@ -26,6 +26,9 @@ Everything here is composed anew of torch's own functions. Its keys:
     cmt, cmt_plain/...      a whole CMT, with all its filters and without, a pair of its parameters,
                             with config, images, and as batchnorm after/NAME and evaluated
     isotropic_MIXER/...     a whole network, a pair of its parameters, with config, images, mask
+    mobile_STEM_READOUT/... a whole network in training: config (JSON), images, targets, logits,
+                            loss, in/NAME and grad/NAME of parameters; after/NAME, its running
+                            statistics after the step; evaluated and evaluated_loss before it
     lipschitz/SEED          (layer, ray, scale): 2-norms of Jacobians, in the experiment's order
 """
 
@@ -38,7 +41,9 @@ import numpy as np
 import torch
 from make_timm_golden import make_config, random_parameter
 from timm.models.convit import GPSA, ConVit
+from timm.models.vision_transformer import Block
 from torch import from_numpy as tensor
+from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import (
     batch_norm,
@@ -61,6 +66,7 @@ from miniconvit.neighbours import cmt_backward, cmt_forward
 from miniconvit.neighbours.cmt import CMT_VARIANTS, CMTConfig, cmt_shapes
 from miniconvit.neighbours.gan import GANConfig, augmentation, critic_shapes, gan_shapes
 from miniconvit.neighbours.isotropic import IsotropicConfig, isotropic_shapes
+from miniconvit.neighbours.mobile import MobileConfig, mobile_shapes
 
 OUTPUT = Path(__file__).with_name("neighbours.npz")
 HEADS = 3
@@ -519,6 +525,122 @@ def compare_with_official(folder):
         print(f"{name}: {count:,} parameters, the same names and shapes: {same}")
 
 
+class Filtered(nn.Module):
+    """What stem and branches have in common; squeeze-excite where there is a hidden width."""
+
+    def __init__(self, inside, out, kernel, stride, hidden=None):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(inside)
+        self.depthwise = nn.Conv2d(inside, inside, kernel, stride, 1, groups=inside, bias=False)
+        if hidden:
+            self.se = nn.ModuleDict({"fc1": nn.Linear(inside, hidden)})
+            self.se["fc2"] = nn.Linear(hidden, inside)
+        self.project = nn.Conv2d(inside, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+
+    def filtered(self, x):
+        x = nn.functional.hardswish(self.bn1(x))
+        x = nn.functional.hardswish(self.bn2(self.depthwise(x)))
+        if hasattr(self, "se"):
+            hidden = gelu(self.se["fc1"](x.mean((2, 3))))
+            x = x * self.se["fc2"](hidden).sigmoid()[..., None, None]
+        return self.bn3(self.project(x))
+
+
+class Stem(Filtered):
+    def __init__(self, channels, inside, out):
+        super().__init__(inside, out, 3, 1)
+        self.conv = nn.Conv2d(channels, inside, 3, 2, 1, bias=False)
+
+    def forward(self, x):
+        return nn.functional.hardswish(self.filtered(self.conv(x)))
+
+
+class Branch(Filtered):
+    def __init__(self, c, stride):
+        super().__init__(c.expand_dim, c.embed_dim, stride + 1, stride, c.squeeze_dim)
+        self.expand = nn.Conv2d(c.stem_dims[1], c.expand_dim, 1, bias=False)
+
+    def forward(self, x):
+        return self.filtered(self.expand(x)).flatten(2).transpose(1, 2)
+
+
+class Fusion(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.num_tokens))
+        self.fc1, self.fc2 = nn.Linear(c.embed_dim, c.fusion_dim), nn.Linear(c.fusion_dim, 1)
+
+    def forward(self, x):
+        content = self.fc2(gelu(self.fc1(x)))[..., 0].sigmoid()
+        return torch.einsum("n,bn,bnd->bd", self.weight, content, x)
+
+
+class Mobile(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        D, P = c.embed_dim, c.patch_size
+        if c.stem == "patches":
+            self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c.in_chans, D, P, P)})
+        else:
+            self.stem = Stem(c.in_chans, *c.stem_dims)
+            self.branches = nn.ModuleList(Branch(c, stride) for stride in c.strides)
+        self.pos_embed = nn.Parameter(torch.empty(1, c.num_tokens, D))
+        if c.readout == "class_token":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        ratio = c.hidden_dim / D
+        self.blocks = nn.Sequential(*(Block(D, c.num_heads, ratio) for _ in range(c.depth)))
+        for block in self.blocks:
+            block.norm1.eps = block.norm2.eps = 1e-6
+        self.norm, self.head = nn.LayerNorm(D, 1e-6), nn.Linear(D, c.num_classes)
+        if c.readout == "fusion":
+            self.fusion = Fusion(c)
+
+    def forward(self, images):
+        if hasattr(self, "patch_embed"):
+            x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        else:
+            x = self.stem(images)
+            x = torch.cat([branch(x) for branch in self.branches], 1)
+        x = x + self.pos_embed
+        if hasattr(self, "cls_token"):
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = self.norm(self.blocks(x))
+        if hasattr(self, "fusion"):
+            return self.head(self.fusion(x))
+        return self.head(x[:, 0] if hasattr(self, "cls_token") else x.mean(1))
+
+
+def mobile(stem, readout, strides, img_size):
+    """Everything that the file holds about the network with this stem and read-out, by key."""
+    rng = np.random.default_rng(len(stem) + len(readout))
+    config = MobileConfig(stem, readout, strides, img_size, 4, 2, 5, 12, 2, 3, 10, (5, 6), 7, 3, 4)
+    shapes = mobile_shapes(config)
+    inputs = {k: random_parameter(rng, k, s).astype(np.float64) for k, s in shapes.items()}
+    inputs |= {k: 0.5 + v * v for k, v in inputs.items() if k.endswith("running_var")}
+    images, targets = rng.standard_normal((4, 2, *img_size)), rng.integers(5, size=4)
+    model = Mobile(config)
+    theirs = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert theirs.keys() == inputs.keys()
+    model.load_state_dict(
+        {k: tensor(inputs[k]).reshape(v.shape) for k, v in theirs.items()}, strict=False
+    )
+    case = {"config": json.dumps(vars(config)), "images": images, "targets": targets}
+    logits = model.eval()(tensor(images))
+    case |= {"evaluated": logits.detach().numpy()}
+    case["evaluated_loss"] = cross_entropy(logits, tensor(targets)).item()
+    logits = model.train()(tensor(images))
+    loss = cross_entropy(logits, tensor(targets))
+    loss.backward()
+    case |= {"logits": logits.detach().numpy(), "loss": loss.item()}
+    case |= {f"in/{name}": value for name, value in inputs.items()}
+    grads = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    case |= {f"grad/{name}": grad.reshape(shapes[name]) for name, grad in grads.items()}
+    after = {name: value.numpy() for name, value in model.state_dict().items()}
+    case |= {f"after/{name}": after[name] for name in shapes if "running" in name}
+    return {f"mobile_{stem}_{readout}/{key}": value for key, value in case.items()}
+
+
 def jacobian_norms(seed):
     """(layer, ray, scale), at the experiment's weights and inputs."""
     params, rays = lipschitz.draw(seed)
@@ -595,6 +717,9 @@ def main():
         inputs = {key: rng.standard_normal(shape) for key, shape in inputs.items()}
         content |= make_case(name, rng, inputs, function)
     content |= judged("dot") | judged("l2") | adversarial()
+    content |= mobile("conv", "fusion", (2, 4), (16, 8))
+    content |= mobile("conv", "mean", (3, 2), (12, 24))
+    content |= mobile("patches", "class_token", (2,), (8, 12))
     for blocks in (0, 2, 3):  # of three: a ViT, a ConViT, and no class token at all
         content |= diversified(blocks)
     content |= {f"lipschitz/{seed}": jacobian_norms(seed) for seed in range(3)}

@@ -1,6 +1,7 @@
 """The papers beside ConViT on the stand-in for CuPy: the same numbers, on the device."""
 
 import fakecuda
+import fakecupy
 import numpy as np
 import pytest
 
@@ -8,12 +9,14 @@ import miniconvit as mc
 from miniconvit import layers, neighbours
 from miniconvit.arrays import to_cpu, to_device
 from miniconvit.engine import Classification, classification, make_engine
+from miniconvit.engine.gpu import DeviceEngine
 from miniconvit.experiments import lipschitz
 from miniconvit.neighbours.cmt import CMTConfig
 from miniconvit.neighbours.gan import GANConfig, augmentation, latents, spectral_names
 from miniconvit.neighbours.isotropic import MIXERS, IsotropicConfig, hidden_patches
+from miniconvit.neighbours.mobile import READOUTS, MobileConfig, init_mobile
 from miniconvit.neighbours.models import MODELS
-from miniconvit.optim import is_running
+from miniconvit.optim import AdamW, is_running
 from miniconvit.training.objectives import Adversarial, Diversified, Masked
 
 
@@ -129,3 +132,48 @@ def test_a_gpu_trains_running_statistics_and_takes_a_batch_as_one_piece(cupy):
         if is_running(name):
             np.testing.assert_allclose(to_cpu(there[name]), here[name], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(logits, objective.answer(batch, to_cpu(there), layers), atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("stem", ["patches", "conv"])
+def test_a_mobile_transformer_is_the_same_on_the_device(cupy, stem, readout):
+    config = MobileConfig(stem, readout, (2, 4), 16, embed_dim=16, depth=2)
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), dtype="float32")
+
+    def run(images, params):
+        evaluated, _ = neighbours.mobile_forward(images, params, config)
+        logits, cache = neighbours.mobile_forward(images, params, config, True)
+        return evaluated, logits, neighbours.mobile_backward(logits, cache)
+
+    assert_alike(*both(cupy, run, images, init_mobile(config)))
+
+
+@pytest.mark.skipif(not fakecuda.COMPILER, reason=fakecuda.REASON)
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_engine_for_a_gpu_trains_a_mobile_transformer_by_its_kernels(
+    cupy, monkeypatch, readout
+):
+    monkeypatch.setattr(fakecupy.RawModule, "LANES", 32)
+    config = MobileConfig("conv", readout, (2, 4), 16, embed_dim=16, depth=2)
+    objective, params = classification(config, 0.1), init_mobile(config)
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((6, 3, 16, 16), dtype="float32"), np.arange(6)
+
+    def steps(engine, xp):
+        mine, load = to_device((params, batch), xp)
+        mine = {name: value.copy() for name, value in mine.items()}
+        optimizer = AdamW(mine, lr=1e-2)
+        engine.hold(mine, optimizer)
+        for step in range(3):
+            *numbers, grads = engine.loss_and_grads(
+                lambda a, b: tuple(x[a:b] for x in load), 6, mine, 0, step
+            )
+            engine.update(optimizer, mine, grads)
+        return to_cpu((numbers, mine, engine.logits(lambda a, b: load[0][a:b], 6, mine)))
+
+    with DeviceEngine(objective, cupy) as there, make_engine(objective, np, 1) as here:
+        ours, theirs = steps(there, cupy), steps(here, np)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-2, atol=1e-3)
+    for name in filter(is_running, params):
+        np.testing.assert_allclose(ours[1][name], theirs[1][name], rtol=1e-2, atol=1e-4)
