@@ -18,10 +18,12 @@ from miniconvit.engine import gpu as engine_gpu
 from miniconvit.engine import nccl as engine_nccl
 from miniconvit.engine import ranks as engine_ranks
 from miniconvit.engine.nccl import SharingEngine
-from miniconvit.engine.objective import Classification
+from miniconvit.engine.objective import Classification, classification
 from miniconvit.engine.pieces import Tree
 from miniconvit.engine.ranks import LostRank, Mpi, Ranks, find_ranks
 from miniconvit.engine.threads import Engine
+from miniconvit.neighbours.mobile import MobileConfig
+from miniconvit.neighbours.models import MODELS
 from miniconvit.system import LAUNCHERS, limited
 
 CONFIG = ConViTConfig((24, 32), (4, 8), 2, 5, 12, 4, 4, 2.0, True, 3, drop_path_rate=0.3)
@@ -97,12 +99,16 @@ def test_whoever_has_which_pieces_all_ranks_get_the_bits_of_one():
             assert {out.tobytes() for _, out in found} == {true.tobytes()}
 
 
+MOBILE = MobileConfig(img_size=(8, 16), strides=(2, 4), in_chans=2, num_classes=5, num_heads=2)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MOBILE], ids=["convit", "batch statistics"])
 @pytest.mark.parametrize("n", [300, 40])
-def test_engines_on_ranks_have_the_bits_of_one(n):
-    """40 images are a single piece: the other ranks only learn of it."""
+def test_engines_on_ranks_have_the_bits_of_one(n, config):
+    """40 images are a single piece of the first: the other ranks only learn of it."""
     rng = np.random.default_rng(0)
-    images = rng.standard_normal((n, CONFIG.in_chans, *CONFIG.image)).astype("float32")
-    labels, params = rng.integers(CONFIG.num_classes, size=n), init_params(CONFIG)
+    images = rng.standard_normal((n, config.in_chans, *config.image)).astype("float32")
+    labels, params = rng.integers(config.num_classes, size=n), MODELS[type(config)].init(config, 0)
     asked = []
 
     def load(start, stop):
@@ -110,7 +116,7 @@ def test_engines_on_ranks_have_the_bits_of_one(n):
         return images[start:stop], labels[start:stop]
 
     def step(ranks):
-        with Engine(Classification(CONFIG, 0.1), 1, ranks=ranks) as engine:
+        with Engine(classification(config, 0.1), 1, ranks=ranks) as engine:
             return engine.loss_and_grads(load, n, params, 3, 8), engine.logits(load, n, params)
 
     (true, logits), alone = step(Ranks()), sorted(asked)
