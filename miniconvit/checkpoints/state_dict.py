@@ -10,8 +10,8 @@ import numpy as np
 from ..errors import UserError
 from .torch_file import Opaque
 
-ANCHOR = "patch_embed.proj.weight"
-"""Every ConViT has a tensor of this name: what stands before it is the prefix of all."""
+ANCHORS = "patch_embed.proj.weight", "stem_conv1.weight"
+"""Every ConViT, or CMT, has a tensor of this name: what stands before it is the prefix of all."""
 MOST_DEEP, MOST_MODELS = 8, 16
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which timm looks, in its order."""
@@ -55,8 +55,8 @@ class StateDict:
 def find_state_dict(value: Any, path: Path) -> StateDict:
     """The StateDict in what a file holds, the first by rank where there are several.
 
-    Where none has the names of a ConViT it is the dict with the most tensors of a network. Raises
-    UserError where no dict holds one.
+    Where none has the names of a ConViT or a CMT it is the dict with the most tensors of a network.
+    Raises UserError where no dict holds one.
     """
     holders = list(_holders(value))
     dicts = [(where, holder) for where, holder in holders if isinstance(holder, dict)]
@@ -108,7 +108,7 @@ def _word(key):
 def _models(where, entries):
     """(entries without their prefix, others, where) of each prefix that some names share."""
     names = [name for name in entries if isinstance(name, str)]
-    prefixes = {n.removesuffix(ANCHOR) for n in names if n == ANCHOR or n.endswith("." + ANCHOR)}
+    prefixes = {n.removesuffix(a) for n in names for a in ANCHORS if f".{n}".endswith(f".{a}")}
     prefixes = sorted(prefixes, key=len, reverse=True)[:MOST_MODELS]
     groups, beside = {prefix: {} for prefix in prefixes[::-1]}, {}
     for name, entry in entries.items() if prefixes else ():

@@ -205,10 +205,12 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None, any_kind=
     """
     path, place = place.path, with_config(place)
     found = find_state_dict(_content(path), path)
-    tensors = {name: v for name, v in found.entries.items() if isinstance(v, np.ndarray)}
+    named = {name: v for name, v in found.entries.items() if isinstance(name, str)}
+    tensors = {name: v for name, v in named.items() if isinstance(v, np.ndarray)}
+    kind = "CMT" if any_kind and is_cmt(tensors) else "ConViT"
     try:
         _refuse_objects(found)
-        if any_kind and is_cmt(tensors):
+        if kind == "CMT":
             config = recognise_cmt(tensors)
         else:
             config = recognise(tensors, num_heads, img_size, place.img_size, num_classes)
@@ -224,7 +226,7 @@ def _open_bare(place, num_heads=None, img_size=None, num_classes=None, any_kind=
             raise UserError(f"{problem}; use another file")
         left_out = _left_out(found, shapes)
     except UserError as error:
-        raise UserError(f"{path} holds no ConViT that is known here: {error}") from None
+        raise UserError(f"{path} holds no {kind} that is known here: {error}") from None
     if found.count > 1:
         others = ", ".join(found.equals[:8])
         doubt = f", but no name tells it from {others}" if others else ""
@@ -291,7 +293,7 @@ def _left_out(found, shapes):
             )
         is_head = HEAD[0] not in shapes and not str(name).startswith(("blocks.", "patch_embed."))
         if not (is_counter(name, entry) or is_head):
-            raise UserError(f"the tensor {name[:80]} is none of the model's; use another file")
+            raise UserError(f"the tensor {str(name)[:80]} is none of the model's; use another file")
     return [str(name)[:80] for name in others]
 
 

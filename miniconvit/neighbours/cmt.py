@@ -350,7 +350,7 @@ def _stage_backward(dx, cache, i):
     (cache_proj, cache_norm, caches), stage, grads = cache, STAGES[i], {}
     dpos = 0.0
     for j in reversed(range(len(caches))):
-        dx, dblock = cmt_block_backward(dx, caches.pop())
+        dx, dblock = cmt_block_backward(dx, caches[j])
         dpos = dpos + dblock.pop("relative_pos")
         grads |= prefixed(dblock, f"blocks_{stage}.{j}.")
     dx, dnorm = _named(*layernorm_backward(dx, cache_norm))
@@ -482,7 +482,11 @@ def recognise_cmt(tensors):
             local="blocks_a.0.proj.weight" in tensors,
             ff_filter="blocks_a.0.mlp.proj.weight" in tensors,
         )
-    except (KeyError, ValueError, TypeError, ZeroDivisionError, IndexError) as error:
+    except KeyError as error:
+        raise UserError(f"the tensor {error.args[0]} is missing") from None
+    except UserError as error:
+        raise UserError(f"its shapes tell no CMT: {error}") from None
+    except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"its shapes tell no CMT ({error!r:.80})") from None
 
 

@@ -79,6 +79,8 @@ class MobileConfig:
             raise UserError("strides must be integers of at least 2")
         if len(self.stem_dims) != 2 or not all(is_count(width, 1) for width in self.stem_dims):
             raise UserError("stem_dims must be two integers of at least 1")
+        if len(self.image) != 2 or not all(is_count(side, 1) for side in self.image):
+            raise UserError("img_size must be one or two integers of at least 1")
         cells = self._cells
         if any(side % cell for side in self.image for cell in cells):
             raise UserError(

@@ -10,6 +10,7 @@ from golden_cases import GOLDEN, assert_equal, read_parts
 from small_run import small_dataset, stop_after
 
 from miniconvit import layers
+from miniconvit.checkpoints import weights
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.cli import eval as evaluation
 from miniconvit.engine import classification, kernels, make_engine
@@ -43,6 +44,8 @@ def test_whole_networks_equal_autograd(name):
     logits, cache = cmt_forward(case["images"], params, config, True)
     assert_equal(logits, case["y"])
     grads = cmt_backward(case["dy"], cache)
+    again = cmt_backward(case["dy"], cache)  # no cache is used up
+    assert all(np.array_equal(again[name], grad) for name, grad in grads.items())
     trained = [name for name in grads if not is_running(name)]
     assert list(grads) == list(cmt_shapes(config)) and trained == sorted(
         case["grad"], key=trained.index
@@ -198,6 +201,49 @@ def test_shapes_tell_a_configuration(name):
     del tensors["relative_pos_d"]
     with pytest.raises(UserError):
         recognise_cmt({"stem_conv1.weight": tensors["stem_conv1.weight"]})
+
+
+def official(seed=0, prefix=""):
+    return {prefix + name: value for name, value in init_cmt(SMALL, seed).items()}
+
+
+def opened(value, tmp_path, monkeypatch):
+    """What open_weights makes of a .pth file that holds this."""
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"PK" + bytes(50))
+    monkeypatch.setattr(weights, "read_torch_file", lambda path: value)
+    return weights.open_weights(path, any_kind=True)[1].params
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"model": official(1)},  # of the average, as the official script evaluates it
+        {"exp_avg": official(1)},
+        {"optimizer": {"exp_avg": official(1)}},
+    ],
+)
+def test_of_several_state_dicts_the_one_is_read_that_a_convit_would_be(
+    others, tmp_path, monkeypatch
+):
+    value = others | {"model_ema": official(prefix="module.")}
+    params = opened(value, tmp_path, monkeypatch)
+    assert params.keys() == official().keys()
+    assert all(np.array_equal(params[name], p) for name, p in official().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({0: np.zeros(3)}, "holds no CMT that is known here: the tensor 0 is none"),
+        ({"relative_pos_a": np.zeros((7, 4, 1))}, r"tell no CMT: embed_dims .* multiples of"),
+        ({"head.weight": None}, "the tensor head.weight is missing"),
+    ],
+)
+def test_what_is_no_state_of_a_cmt_is_refused_by_a_sentence(changes, told, tmp_path, monkeypatch):
+    value = {name: v for name, v in (official() | changes).items() if v is not None}
+    with pytest.raises(UserError, match=told):
+        opened(value, tmp_path, monkeypatch)
 
 
 # Runs.
