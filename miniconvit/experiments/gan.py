@@ -233,15 +233,18 @@ class Run:
             exp_avg=critic.exp_avg | generator.exp_avg,
             exp_avg_sq=critic.exp_avg_sq | generator.exp_avg_sq,
         )
-        about = {"optimizer": both, "ema": self.average, "state": {"rows": self.rows}}
+        state = {"rows": self.rows, "norms": self._norms, "seed": self._seed}
+        about = {"optimizer": both, "ema": self.average, "state": state}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self._path, self.params, self._config, **about)
 
     def _load(self):
         found = load_checkpoint(self._path)
         with suppress(TypeError, LookupError):
-            self.rows = found.state["rows"]
-            if found.config == self._config and found.moments and self.rows[-1]["distance"] >= 0:
+            state, mine = found.state, (self._config, self._norms, self._seed)
+            self.rows = state["rows"]
+            is_mine = (found.config, state["norms"], state["seed"]) == mine
+            if is_mine and found.moments and self.rows[-1]["distance"] >= 0:
                 arrays = found.params, found.ema, found.moments
                 self.params, self.average, moments = to_device(arrays, self._engine.xp)
                 self._optimizers = self._fresh_optimizers()

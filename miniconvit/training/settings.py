@@ -17,7 +17,8 @@ from ..data.imagefolder import BROKEN
 from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
 from ..neighbours.diversity import PatchHeadConfig
-from ..neighbours.models import ALL_VARIANTS, is_convit
+from ..neighbours.models import ALL_VARIANTS, is_convit, shapes_of
+from ..optim import is_running
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
@@ -303,6 +304,11 @@ class Settings:
         config = replace(config, **fitting)
         if self.patch_mixing:
             config = PatchHeadConfig(**config.to_dict())
+        if self.batch_size == 1 and any(map(is_running, shapes_of(config))):
+            raise UserError(
+                f"{self.model} normalises an image by the others of its batch: give --batch-size 2 "
+                "or more"
+            )
         image = dataset.train.images.shape[2:]
         if config.image != image:
             expected, found = (

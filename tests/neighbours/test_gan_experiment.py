@@ -8,6 +8,7 @@ from small_run import small_dataset
 
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.engine import make_engine
+from miniconvit.errors import UserError
 from miniconvit.experiments import gan
 from miniconvit.neighbours.gan import GANConfig, init_gan, latents
 from miniconvit.training.interrupt import Interrupted
@@ -149,6 +150,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_bit(small, tmp_path):
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
     times = [row["cpu_seconds"] for row in rows]
     assert times == sorted(times)
+    with pytest.raises(UserError, match="is no run of this plan"):
+        trained(cut, norm="sn")  # a folder that was moved to another arm
 
 
 def test_a_run_whose_gradient_is_not_finite_breaks_off(small, tmp_path):

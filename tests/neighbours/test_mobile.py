@@ -272,6 +272,7 @@ def test_commands_answer_by_it_or_refuse_it_by_one_sentence(small, program):
         ("inspect", "run"): "kind mobile: this needs a ConViT or a ViT",
         ("train", *RUN, "--patch-size", 2): "--patch-size is for these alone: leave it out",
         ("train", *RUN, "--img-size", 12): "multiples of them",
+        ("train", *RUN, "--batch-size", 1): "give --batch-size 2 or more",
         ("experiment", "mobile", "--model", "convit_mini32"): "leave out --model",
     }.items():
         code, _, err = program(*argv)
