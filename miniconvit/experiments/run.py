@@ -39,8 +39,8 @@ FIRST_LAYER, LAST_LAYER = (f"similarity in the {which} layer" for which in ("fir
 class Outcome:
     """What one run came to. values: {quantity: number, None where it is not finite}, None where it
     diverged (the reason); trained_on: the device; was_finished: nothing was left to do; history:
-    run_history's list, or the similarities of patches, for the experiment that looks at it; cost:
-    of one that looks at it, parameters and images a second."""
+    run_history's list, or the similarities of patches, for the experiment that looks at it;
+    parameters: their number, for one that looks at it."""
 
     row: str
     seed: int
@@ -49,7 +49,7 @@ class Outcome:
     diverged: str | None = None
     was_finished: bool = False
     history: tuple = ()
-    cost: tuple = ()
+    parameters: int | None = None
 
 
 def measure(settings, images, **where):
@@ -174,7 +174,8 @@ def _run(plan, row, seed, out, report, where):
         values |= {FIRST_LAYER: history[0], LAST_LAYER: history[-1]}
     about = {"trained_on": _trained_on(folder), "was_finished": result.was_finished}
     if plan.experiment in ("hybrid", "mobile"):
-        about["cost"] = _cost(folder, result.rows)
+        model = config_from_dict(folder.config()["model"])
+        about["parameters"] = count_parameters(model)
     return Outcome(row.name, seed, values, history=history, **about)
 
 
@@ -183,12 +184,6 @@ def _similarities(folder, settings, where):
     model = load_checkpoint(folder.last)
     images = reading_images(_dataset(settings, where))
     return similarities(images, model.params, model.config)
-
-
-def _cost(folder, rows):
-    """(parameters, images a second in the run's median epoch)."""
-    speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
-    return count_parameters(config_from_dict(folder.config()["model"])), median(speeds)
 
 
 def _trained_on(folder):
