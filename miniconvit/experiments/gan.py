@@ -404,7 +404,7 @@ def _draw_pictures(found, configs, held_out, out):
     average = load_checkpoint(out / "-".join(arm) / "seed0" / LAST).ema
     z = latents(0, NO_STEP, np.arange(SHOWN), configs[arm])
     drawn, _ = generator_forward(z, part(average, "generator."), configs[arm])
-    figure, (axes,) = style.new_figure(1, 2, height=3.2)
+    figure, (axes,) = style.new_figure(1, 2, height=2.3)
     titles = f"drawn ({name_of(arm)})", "held-out images"
     for axis, title, pictures in zip(
         axes, titles, (drawn, as_pixels(held_out[:SHOWN])), strict=True
