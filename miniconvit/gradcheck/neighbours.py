@@ -306,7 +306,8 @@ def _in_training(rng, shapes, forward, backward, inputs, expect_zero):
 
     def call(**given):
         params = {name: given.pop(name) for name in drawn}
-        return forward(params | running, **given)
+        dtype = next(iter(params.values())).dtype
+        return forward(params | {n: x.astype(dtype) for n, x in running.items()}, **given)
 
     zero = tuple(name for name in drawn if name.endswith(expect_zero))
     return Case(call, by_name, inputs | drawn, zero)
