@@ -98,8 +98,12 @@ def _batchnorm(rng, functions, s):
         dx, grads = functions.batchnorm_backward(dy, cache)
         return {"x": dx, "weight": grads["weight"], "bias": grads["bias"]}
 
+    def forward(x, **params):
+        cast = {name: value.astype(x.dtype) for name, value in running.items()}
+        return functions.batchnorm_forward(x, params | cast, True)
+
     yield Case(
-        lambda x, **params: functions.batchnorm_forward(x, params | running, True),
+        forward,
         backward,
         draw(rng, x=(s.B, *s.grid, s.dim), weight=(s.dim,), bias=(s.dim,)),
     )
