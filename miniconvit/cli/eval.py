@@ -96,6 +96,7 @@ def command(
         refuse_old_files(out)
     xp, place = resolve_device(device)
     path, model = open_weights(checkpoint, variant, img_size, any_kind=True)
+    params, masked = _masked(path, model, mask, mask_pos_embed)
     name = data or model.data
     if name is None:
         raise UserError(f"{path} does not say on which data it was trained: add --data")
@@ -110,10 +111,7 @@ def command(
         )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, before the work
-    if not is_convit(model.config) and (mask or mask_pos_embed):
-        raise UserError(f"{path} holds no ConViT or ViT: leave out --mask and --mask-pos-embed")
-    params = without_pos_embed(model.params) if mask_pos_embed else model.params
-    params = to_device(without_branch(params, *mask) if mask else params, xp)
+    params = to_device(params, xp)
     mean, std = model.mean or dataset.mean, model.std or dataset.std
     said = []  # (predicted classes, their probabilities), a pair for each chunk
 
@@ -127,8 +125,6 @@ def command(
     values = {"checkpoint": str(path), "data": name, "split": split, "images": len(images.labels)}
     values |= {"classes": classes} if classes else {}
     values |= {"loss": loss, "top1": top1, "top5": top5, "computed": without_reason(place)}
-    masked = ["pos_embed"] * mask_pos_embed
-    masked += [f"{mask[0]} in the first {mask[1]} layers"] if mask else []
     values |= {"masked": ", ".join(masked)} if masked else {}
     answers = Answers(dataset.classes, images.labels, *map(np.concatenate, zip(*said, strict=True)))
     _show(values, answers, as_json)
@@ -138,6 +134,20 @@ def command(
             click.echo(folded(f"\nin {out}: {', '.join(written)}"))
         for line in notes:
             click.echo(line, err=True)
+
+
+def _masked(path, model, mask, mask_pos_embed):
+    """The parameters without what is masked, and what that is, in words. Raises UserError where
+    the model has no such thing."""
+    if not is_convit(model.config) and (mask or mask_pos_embed):
+        raise UserError(f"{path} holds no ConViT or ViT: leave out --mask and --mask-pos-embed")
+    params, words = model.params, []
+    if mask_pos_embed:
+        params, words = without_pos_embed(params), ["pos_embed"]
+    if mask:
+        params = without_branch(params, *mask)
+        words.append(f"{mask[0]} in the first {mask[1]} layers")
+    return params, words
 
 
 def _show(values, answers, as_json):

@@ -136,14 +136,11 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     """
     given = {key: value for key, value in flags.items() if value is not None}
     if name == "lipschitz":
-        here = {"data_dir": data_dir, "workers": workers, "plan": plan_file}
-        here |= {"device": None if device == "auto" else device}
-        given |= {key: value for key, value in here.items() if value is not None}
-        return _lipschitz(out or Path("runs", name), **given)
+        where = {"workers": workers, "device": None if device == "auto" else device}
+        return _lipschitz(out, given, data_dir=data_dir, plan=plan_file, **where)
     if name in ONE_PLAN:
         given |= {"data_dir": data_dir} if data_dir else {}
-        where = {"workers": workers, "device": device}
-        return _one_plan(ctx, out, plan_file, where, **given)
+        return _one_plan(ctx, out, plan_file, {"workers": workers, "device": device}, **given)
     replayed = load_plan(plan_file) if plan_file else None
     if replayed:
         _refuse_flags(replayed, name, given)
@@ -173,10 +170,13 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     return 0
 
 
-def _lipschitz(out, seeds=3, **other):
-    for name in other:
+def _lipschitz(out, given, **where):
+    """given: the flags that are there; where: the others, None where they are not."""
+    seeds = given.pop("seeds", 3)
+    for name in (*given, *(name for name, value in where.items() if value is not None)):
         raise UserError(f"lipschitz trains nothing: leave out {flag(name)}")
     _check_seeds(seeds)
+    out = out or Path("runs", "lipschitz")
     text, names = lipschitz.run(out, seeds, can_draw())
     _show(text, out, names)
     return 0

@@ -100,7 +100,7 @@ def spectral_forward(weight, norm=1.0):
 
     weight (out, in). norm: 1 in Miyato et al. 2018; in ViTGAN sigma at the start. Nothing is
     iterated over the steps: u (out, 1) and v (in, 1) are those of now. The shorter one is an
-    eigenvector of W W^T or W^T W, twice as fast as all singular vectors.
+    eigenvector of W W^T or W^T W.
     """
     xp = array_module(weight)
     wide = weight if len(weight) <= weight.shape[1] else weight.T

@@ -643,10 +643,12 @@ def test_no_false_alarm_over_200_seeds(layer):
 @pytest.mark.full
 @pytest.mark.parametrize("layer", ALL_CASES)
 def test_no_false_alarm_along_every_entry(layer):
-    """200 seeds of the leaves, ten of what is made of them, one of three whole models: they have
+    """200 seeds of the leaves, ten of what is made of them, one of whole models: they have
     thousands of entries."""
-    composites = ("gpsa", "gpsa_dense", "psa", "mhsa", "block", "last_block")
-    for seed in range(1 if layer == "convit" else 10 if layer in composites else 200):
+    composites = ("gpsa", "gpsa_dense", "psa", "mhsa", "block", "last_block", "tied_attention",
+                  "kim_attention", "cmt_attention", "irffn", "cmt_block", "branch")  # fmt: skip
+    whole = ("convit", "isotropic", "cmt", "mobile", "critic", "generator")
+    for seed in range(1 if layer in whole else 10 if layer in composites else 200):
         for report in check_layer(layer, seed, every_entry=True):
             assert report.ok, f"seed {seed}\n{report}"
 

@@ -4,8 +4,8 @@ import pytest
 
 from miniconvit.gradcheck.cases import ALL_CASES, check_layer
 
-WHOLE = {"convit", "block", "last_block", "isotropic", "cmt", "cmt_block", "mobile", "critic"}
-WHOLE |= {"generator"}
+WHOLE = {"convit", "block", "last_block", "isotropic", "cmt", "cmt_block", "mobile", "critic",
+         "generator"}  # fmt: skip
 
 
 @pytest.mark.parametrize("every_entry", [False, True])

@@ -177,9 +177,6 @@ def test_the_error_of_a_reading_is_that_of_the_loss(small):
     assert found["error"] == pytest.approx(loss, rel=1e-5) and 0 <= found["probe"] <= 1
 
 
-DAMAGED = '{"experiment": "biases", "steps": "8"}'
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -192,11 +189,8 @@ DAMAGED = '{"experiment": "biases", "steps": "8"}'
         (("--out", "damaged"), "plan.json is damaged"),
     ],
 )
-def test_what_does_not_fit_is_refused(small, tmp_path, program, arguments, words):
-    files = {"other/plan.json": "{}", "full/diary.txt": "", "damaged/plan.json": DAMAGED}
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(text)
+def test_what_does_not_fit_is_refused(small, folders_of_others, program, arguments, words):
+    folders_of_others("biases")
     status, _, err = run(program, *arguments)
     assert status == 2 and words in err and err.count("\n") == 1
 

@@ -7,12 +7,11 @@ from math import prod
 import numpy as np
 import pytest
 from golden_cases import GOLDEN, assert_equal, read_parts
-from small_run import small_dataset, stop_after
+from small_run import stop_after
 
 from miniconvit import layers
 from miniconvit.checkpoints import weights
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.cli import eval as evaluation
 from miniconvit.engine import classification, kernels, make_engine
 from miniconvit.engine.kernels import inference
 from miniconvit.engine.pieces import cut
@@ -27,7 +26,6 @@ from miniconvit.neighbours.models import (
     count_parameters,
 )
 from miniconvit.optim import AdamW, is_running
-from miniconvit.training import run as run_module
 from miniconvit.training.settings import make_settings
 
 SMALL = CMTConfig(8, 3, 3, 4, (6, 8), (1, 2), (1, 2), (2, 1), 1.5, 10)
@@ -250,28 +248,13 @@ def test_what_is_no_state_of_a_cmt_is_refused_by_a_sentence(changes, told, tmp_p
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
-    """`cmt_micro32` is SMALL, and every data set has 8x8 images."""
+def small(monkeypatch, small_data):
+    """`cmt_micro32` is SMALL."""
     monkeypatch.setitem(CMT_VARIANTS, "cmt_micro32", SMALL)
-    for module in (run_module, evaluation):
-        monkeypatch.setattr(module, "load_dataset", small_dataset)
-    monkeypatch.chdir(tmp_path)
 
 
-RUN = [
-    "--data",
-    "shapes",
-    "--model",
-    "cmt_micro32",
-    "--epochs",
-    "4",
-    "--batch-size",
-    "64",
-    "--lr",
-    "3e-3",
-    "--device",
-    "cpu",
-]
+RUN = ["--data", "shapes", "--model", "cmt_micro32", "--epochs", "4", "--batch-size", "64"]
+RUN += ["--lr", "3e-3", "--device", "cpu"]
 MIXED = ["--mixup", "0.5", "--label-smoothing", "0.1", "--ema", "0.5", "--clip-grad", "1"]
 
 
@@ -332,6 +315,8 @@ def test_every_command_answers_or_refuses_by_one_sentence(small, program, tmp_pa
     for argv, told in refused.items():
         code, _, err = program(*argv)
         assert code != 0 and told in err and "Traceback" not in err, (argv, err)
+    assert program("eval", "run", "--mask-pos-embed", "--out", "m")[0] == 2
+    assert not (tmp_path / "m").exists()  # nothing is made before it is refused
 
 
 @pytest.mark.parametrize(

@@ -184,12 +184,8 @@ def test_a_run_whose_gradient_is_not_finite_breaks_off(small, tmp_path):
         (("--out", "damaged"), "plan.json is damaged"),
     ],
 )
-def test_what_does_not_fit_is_refused(small, tmp_path, program, arguments, words):
-    damaged = '{"experiment": "gan", "steps": "8"}'
-    files = {"other/plan.json": "{}", "full/diary.txt": "", "damaged/plan.json": damaged}
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(text)
+def test_what_does_not_fit_is_refused(small, folders_of_others, program, arguments, words):
+    folders_of_others("gan")
     status, _, err = run(program, *arguments)
     assert status == 2 and words in err and err.count("\n") == 1
 

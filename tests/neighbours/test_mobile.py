@@ -6,11 +6,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from golden_cases import GOLDEN, assert_equal, read_parts
-from small_run import small_dataset, stop_after
+from small_run import stop_after
 
 from miniconvit import layers
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.cli import eval as evaluation
 from miniconvit.engine import classification, kernels, make_engine
 from miniconvit.engine.pieces import cut
 from miniconvit.errors import UserError
@@ -33,7 +32,6 @@ from miniconvit.neighbours.mobile import (
 )
 from miniconvit.neighbours.models import config_from_dict, config_to_dict, count_parameters
 from miniconvit.optim import AdamW, is_running
-from miniconvit.training import run as run_module
 
 SMALL = MobileConfig(
     "conv", "fusion", (2, 4), 8, num_classes=3, embed_dim=8, depth=2, num_heads=2, hidden_dim=10
@@ -227,12 +225,9 @@ def test_pieces_have_32_images_or_more_and_any_number_of_workers_gives_the_same_
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
-    """`mobile_micro32` is SMALL, and every data set has 8x8 images."""
+def small(monkeypatch, small_data):
+    """`mobile_micro32` is SMALL."""
     monkeypatch.setitem(MOBILES, "mobile_micro32", SMALL)
-    for module in (run_module, evaluation):
-        monkeypatch.setattr(module, "load_dataset", small_dataset)
-    monkeypatch.chdir(tmp_path)
 
 
 RUN = ["--model", "mobile_micro32", "--epochs", 4, "--batch-size", 64, "--device", "cpu"]
