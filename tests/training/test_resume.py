@@ -8,6 +8,7 @@ import os
 import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -119,19 +120,21 @@ def test_killed_at_a_random_moment(tmp_path, uninterrupted, seed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no terminals to close")
 def test_a_closed_terminal_saves_the_run(tmp_path, uninterrupted):
-    """Its end is a SIGHUP, and no line can be shown any more."""
+    """Its end is a SIGHUP, and no line can be shown any more. The run waits for it after step 9, so
+    that it cannot be over before."""
     folder = tmp_path / "run"
     argv = [sys.executable, str(PROGRAM), "train", *FLAGS, "--out", str(folder), "--workers", "2"]
     path = os.pathsep.join([str(ROOT), *sys.path])
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, argv, os.environ | {"PYTHONPATH": path})
-    shown = b""
-    while not re.search(rb"\n +2 ", shown):  # the second epoch
-        shown += os.read(terminal, 4096)
-    os.close(terminal)
+        stops = {"PYTHONPATH": path, "SIGNAL_AT": f"0:9:{signal.SIGSTOP}"}
+        os.execve(sys.executable, argv, os.environ | stops)
+    while os.waitpid(pid, os.WNOHANG | os.WUNTRACED) == (0, 0):
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)  # it goes on, to end
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
-    assert re.search(r"stopped by SIGHUP after step \d+\n$", (folder / "log.txt").read_text())
+    assert (folder / "log.txt").read_text().endswith("stopped by SIGHUP after step 9\n")
     resume(folder)
     assert outcome(folder) == uninterrupted
 
