@@ -9,14 +9,7 @@ from math import ceil, prod
 
 import numpy as np
 
-from .. import layers
 from ..errors import UserError
-
-try:
-    from . import kernels
-    from .kernels import inference
-except ImportError:  # the folder was deleted: everything works, only slower
-    kernels = inference = layers
 
 PIECE_ROWS = 1024  # tokens in a piece: large matrix products, and a layer that stays in the cache
 

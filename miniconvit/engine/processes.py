@@ -23,7 +23,8 @@ import numpy as np
 
 from ..arguments import check_params
 from ..errors import UserError
-from .pieces import PIECE_ROWS, kernels
+from .cpu import of_one_call
+from .pieces import PIECE_ROWS
 from .threads import Engine
 
 TASKS = 2  # of a worker at a time: the next piece is loaded while it computes
@@ -64,7 +65,7 @@ class ProcessEngine(Engine):
     LostWorker or LostUpdate where one is killed; the next call starts others.
     """
 
-    def __init__(self, objective, workers, blocks=kernels, ranks=None):
+    def __init__(self, objective, workers, blocks=None, ranks=None):
         super().__init__(objective, 1, blocks, ranks)
         self.workers = workers
         self._shapes = objective.shapes
@@ -77,6 +78,7 @@ class ProcessEngine(Engine):
         weakref.finalize(self, _end, self._workers, os.getpid())  # also when it is dropped
         self._slots = []  # where nothing lies that is still needed
         self._put_off = None  # additions that wait for the last piece, once it is the last's turn
+        self._calls, self._called = 0, (0, None)  # _called: a worker's last call and its blocks
         try:
             self._start()
         except UserError:
@@ -211,6 +213,7 @@ class ProcessEngine(Engine):
         indices, pieces = zip(*self.pieces(n).items(), strict=True)
         tasks = list(self._workers) * TASKS  # connections that may be given a piece
         self._slots, self._put_off = list(range(self._most_slots)), None
+        self._calls += 1
         sent, found, running = 0, 0, {}  # running: connection to [(index, slot, place)]
         try:
             while found < len(pieces):
@@ -222,7 +225,7 @@ class ProcessEngine(Engine):
                     place = GRADS if work == self._train and sent == 0 else SLOTS + slot
                     running.setdefault(connection, []).append((indices[sent], slot, place))
                     where = given, slot, arrays, place, dtype.str
-                    self._ask(connection, work, options, pieces[sent], *where)
+                    self._ask(connection, work, self._calls, options, pieces[sent], *where)
                     sent += 1
                 for connection in wait([c for c in running if running[c]]):
                     index, slot, place = running[connection].pop(0)
@@ -345,20 +348,28 @@ class ProcessEngine(Engine):
         except BaseException:
             os._exit(0)
 
-    def _train(self, options, piece, given, slot, arrays, place, dtype):
+    def _blocks(self, call, keep):
+        """The blocks of a call, which are those of all its pieces."""
+        if self._called[0] != call:
+            self._called = call, of_one_call(self.blocks, keep)
+        return self._called[1]
+
+    def _train(self, call, options, piece, given, slot, arrays, place, dtype):
         """A piece's numbers and its gradients' names; the gradients are left at their place."""
+        blocks = self._blocks(call, keep=True)
         batch = tuple(self._views(self._in_place(slot), arrays))
         n, *drawn = options
-        numbers, grads = self._step(batch, *piece, n, self._tensors(given, dtype), *drawn)
+        numbers, grads = self._step(batch, *piece, n, self._tensors(given, dtype), *drawn, blocks)
         tensors = self._tensors(place, dtype)
         for name, grad in grads.items():
             tensors[name][...] = grad
         return numbers, tuple(grads)
 
-    def _infer(self, options, piece, given, slot, arrays, place, dtype):
+    def _infer(self, call, options, piece, given, slot, arrays, place, dtype):
         """The shape of a piece's logits, which are left at their place."""
         batch = tuple(self._views(self._in_place(slot), arrays))
-        y = self.objective.answer(batch, self._tensors(given, dtype), self._inference)
+        blocks = self._blocks(call, keep=False)
+        y = self.objective.answer(batch, self._tensors(given, dtype), blocks)
         next(self._views(place * self._out_size, [(y.shape, dtype)]))[...] = y
         return (y.shape,)
 

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 from ..errors import UserError
 from ..optim import clip_grad_norm, update_average
 from ..system import available_threads
-from .pieces import Layout, Tree, cut, inference, kernels
+from .cpu import cpu_blocks, of_one_call
+from .pieces import Layout, Tree, cut
 from .ranks import Ranks
 
 
@@ -61,7 +62,7 @@ class Engine:
     """Runs training steps and inference of one Objective over pieces of a batch.
 
     workers: threads, by default on all available cores; BLAS runs at one thread inside each.
-    blocks: what the model's blocks run on, by default the kernels for the CPU.
+    blocks: what the model's blocks run on, by default the fastest there are for float32.
     ranks: with whom this engine shares each batch, by default nobody. They call it alike.
     Use as a context manager, or close() it; after that every use raises UserError.
     """
@@ -70,10 +71,9 @@ class Engine:
     steps_between_reads = 1
     takes_whole_steps = False
 
-    def __init__(self, objective, workers=None, blocks=kernels, ranks=None):
-        self.objective, self.blocks, self.ranks = objective, blocks, ranks or Ranks()
+    def __init__(self, objective, workers=None, blocks=None, ranks=None):
+        self.objective, self.blocks, self.ranks = objective, blocks or cpu_blocks(), ranks or Ranks()
         self._layout = Layout(objective.shapes)
-        self._inference = inference if blocks is kernels else blocks
         self.workers = workers or available_threads()
         keep_freed_memory()
         ONE_BLAS_THREAD.want()
@@ -138,15 +138,17 @@ class Engine:
         call may write into the gradients.
         """
 
+        blocks = of_one_call(self.blocks)
+
         def run(start, stop):
-            return self._step(load(start, stop), start, stop, n, params, seed, step)
+            return self._step(load(start, stop), start, stop, n, params, seed, step, blocks)
 
         return self._summed(zip(self.pieces(n), self._map(run, n), strict=True), n)
 
-    def _step(self, batch, start, stop, n, params, seed, step):
+    def _step(self, batch, start, stop, n, params, seed, step, blocks):
         """A piece's numbers and gradients."""
         share = (stop - start) / n
-        numbers, grads = self.objective.step(batch, params, share, start, seed, step, self.blocks)
+        numbers, grads = self.objective.step(batch, params, share, start, seed, step, blocks)
         return [number.item() for number in numbers], grads
 
     def _summed(self, answers, n):
@@ -214,10 +216,12 @@ class Engine:
         load(start, stop) -> images, or as for a step, of which the targets are not used.
         """
 
+        blocks = of_one_call(self.blocks, keep=False)
+
         def run(start, stop):
             loaded = load(start, stop)
             batch = loaded if isinstance(loaded, tuple) else (loaded,)
-            return self.objective.answer(batch, params, self._inference)
+            return self.objective.answer(batch, params, blocks)
 
         return self._together(zip(self.pieces(n), self._map(run, n), strict=True))
 

@@ -1,141 +1,165 @@
 """The block for the CPU, with the signatures of `layers/block.py`, for float32 NumPy arrays.
 
-Given anything else, such as float64 or CuPy arrays, a whole block runs the reference. Every cache
-is (function, cache) and so names the backward that understands it.
+Given anything else, such as float64 or CuPy arrays, or PSA, a whole block runs the reference. Every
+cache is (function, cache) and so names the backward that understands it.
 """
 
 import numpy as np
 
 from ... import layers
 from ...layers.names import part, prefixed
-from . import tokenwise
 from .attention import (
+    attention_backward,
+    attention_forward,
     first_token_backward,
     first_token_forward,
-    gpsa_backward,
-    gpsa_forward,
-    mhsa_backward,
-    mhsa_forward,
 )
-from .tokenwise import features_first, is_served, mlp_backward, mlp_forward, tokens_first
+from .float32 import gelu
 
 
-def _laid_out(x):
-    """The same x (B, N, D), features first."""
-    return tokens_first(features_first(x), x.shape[:-1])
 
+class Blocks:
+    """What convit_forward takes as `blocks`, by an arithmetic such as Float32.
 
-def _branch_forward(x, function, norm, keep, keep_prob):
-    """As layers.block's, on as many first tokens as the function returns."""
-    normed, cache_norm = tokenwise.layernorm_forward(x, norm["weight"], norm["bias"])
-    y, cache_function = function(normed)
-    cache_drop = None
-    if keep is not None:
-        y, cache_drop = layers.drop_path_forward(y, keep, keep_prob)
-    return x[:, : y.shape[1]] + y, (cache_norm, cache_function, cache_drop)
-
-
-def _branch_backward(dy, function_backward, cache):
-    """As layers.block's; dy belongs to the first tokens, dx to all."""
-    cache_norm, cache_function, cache_drop = cache
-    dbranch = dy if cache_drop is None else layers.drop_path_backward(dy, cache_drop)
-    dnormed, grads = function_backward(dbranch, cache_function)
-    dx, dweight, dbias = tokenwise.layernorm_backward(dnormed, cache_norm)
-    dx[:, : dy.shape[1]] += dy
-    return dx, grads, {"weight": dweight, "bias": dbias}
-
-
-def _branches_forward(x, params, attention, keep, keep_prob, mlp):
-    """Both branches, on x laid out features first; attention is a function of x alone."""
-    x = _laid_out(x)
-    x, cache1 = _branch_forward(x, attention, part(params, "norm1."), keep[0], keep_prob)
-    mlp_params = part(params, "mlp.")
-    x, cache2 = _branch_forward(
-        x, lambda x: mlp(x, mlp_params), part(params, "norm2."), keep[1], keep_prob
-    )
-    return x, cache1, cache2
-
-
-def _branches_backward(dy, cache):
-    """Both in reverse: dx (B, N, D) and grads with params' keys."""
-    cache1, cache2, attention_backward = cache
-    dx, dmlp, dnorm2 = _branch_backward(_laid_out(dy), mlp_backward, cache2)
-    dx, dattn, dnorm1 = _branch_backward(dx, attention_backward, cache1)
-    return dx, (
-        prefixed(dnorm1, "norm1.")
-        | prefixed(dattn, "attn.")
-        | prefixed(dnorm2, "norm2.")
-        | prefixed(dmlp, "mlp.")
-    )
-
-
-def block_forward(x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, mlp=mlp_forward):
-    """As layers.block_forward; PSA has no kernel, so its attention is the reference's."""
-    if not is_served(x):
-        y, cache = layers.block_forward(x, params, num_heads, grid, keep, keep_prob)
-        return y, (layers.block_backward, cache)
-    attn = part(params, "attn.")
-    if "gating_param" in attn:
-        forward, backward, more = gpsa_forward, gpsa_backward, (grid,)
-    elif "pos_proj.weight" in attn:
-        forward, backward, more = layers.psa_forward, layers.psa_backward, (grid,)
-    else:
-        forward, backward, more = mhsa_forward, mhsa_backward, ()
-
-    def attention(x):
-        return forward(x, attn, num_heads, *more)
-
-    y, *caches = _branches_forward(x, params, attention, keep, keep_prob, mlp)
-    return y, (_branches_backward, (*caches, backward))
-
-
-def last_block_forward(
-    x, params, num_heads, grid, keep=(None, None), keep_prob=1.0, mlp=mlp_forward
-):
-    """Queries, proj and MLP for the class token alone; keys and values for all tokens.
-
-    GPSA and PSA have no class token: their last block is a block.
+    An arithmetic may keep what it makes of the parameters, so that one of Blocks is for one state
+    of them: fresh() gives the next. keep: whether a backward pass may follow.
     """
-    if not is_served(x):
-        y, cache = layers.last_block_forward(x, params, num_heads, grid, keep, keep_prob)
-        return y, (layers.last_block_backward, cache)
-    attn = part(params, "attn.")
-    if "pos_proj.weight" in attn:
-        y, cache = block_forward(x, params, num_heads, grid, keep, keep_prob, mlp)
-        return y[:, 0], (_first_of_block_backward, (cache, y.shape))
 
-    def attention(x):
-        return first_token_forward(x, attn, num_heads)
+    def __init__(self, arithmetic, keep=True):
+        self._arithmetic, self._a, self._keep = arithmetic, arithmetic(), keep
 
-    y, *caches = _branches_forward(x, params, attention, keep, keep_prob, mlp)
-    return y[:, 0], (_first_token_backward, (*caches, first_token_backward))
+    def fresh(self, keep=True):
+        """The same for parameters that may have changed."""
+        return Blocks(self._arithmetic, keep)
+
+    @property
+    def gelu_pair(self):
+        """As layers.gelu_forward and layers.gelu_backward."""
+        return self._gelu_forward, _gelu_backward
+
+    def block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
+        """As layers.block_forward."""
+        if not _is_served(x, params):
+            y, cache = layers.block_forward(x, params, num_heads, grid, keep, keep_prob)
+            return y, (layers.block_backward, cache)
+        y, cache = self._forward(x, params, num_heads, grid, keep, keep_prob, False)
+        return y, (self._backward, cache)
+
+    def last_block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
+        """Queries, proj and MLP for the class token alone; keys and values for all tokens.
+
+        GPSA has no class token: its last block is a block.
+        """
+        if not _is_served(x, params) or "attn.gating_param" in params:
+            y, cache = self.block_forward(x, params, num_heads, grid, keep, keep_prob)
+            return y[:, 0], (self._first_of_block_backward, (cache, y.shape))
+        y, cache = self._forward(x, params, num_heads, grid, keep, keep_prob, True)
+        return y[:, 0], (self._first_token_backward, cache)
+
+    def block_backward(self, dy, cache):
+        """As layers.block_backward, by the function that forward chose."""
+        backward, cache = cache
+        return backward(dy, cache)
+
+    last_block_backward = block_backward
+
+    def _gelu_forward(self, x):
+        if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+            return layers.gelu_forward(x)
+        y, slope = gelu(np.array(x).reshape(-1, x.shape[-1]), self._keep)
+        return y.reshape(x.shape), slope
+
+    def _first_of_block_backward(self, dy, cache):
+        cache_block, shape = cache
+        dtokens = np.zeros(shape, dy.dtype)
+        dtokens[:, 0] = dy
+        return self.block_backward(dtokens, cache_block)
+
+    def _first_token_backward(self, dy, cache):
+        return self._backward(dy[:, None], cache)
+
+    def _forward(self, x, params, num_heads, grid, keep, keep_prob, first):
+        """Both branches, the second and the first one's sum for all tokens or the first alone."""
+        a, (B, N, D) = self._a, x.shape
+        tokens = 1 if first else N
+        factor1, factor2 = (_factor(mask, keep_prob, B, tokens) for mask in keep)  # (B * tokens,)
+        x0 = np.ascontiguousarray(x).reshape(-1, D)  # (R, D)
+        normed1, statistics1 = a.norm(x0, params["norm1.weight"], params["norm1.bias"])
+        attend = first_token_forward if first else attention_forward
+        attended, cache = attend(a, normed1, part(params, "attn."), B, num_heads, grid)
+        residual = np.ascontiguousarray(x[:, :tokens]).reshape(-1, D)
+        x1 = a.branch(
+            attended, params["attn.proj.weight"], params["attn.proj.bias"], factor1, residual
+        )
+        normed2, statistics2 = a.norm(x1, params["norm2.weight"], params["norm2.bias"])
+        active, slope = a.gelu(normed2, params["mlp.fc1.weight"], params["mlp.fc1.bias"], self._keep)
+        x2 = a.branch(active, params["mlp.fc2.weight"], params["mlp.fc2.bias"], factor2, x1)
+        cache1 = x0, normed1, statistics1, attended, cache, factor1, first
+        cache2 = x1, normed2, statistics2, active, slope, factor2
+        return x2.reshape(B, tokens, D), (cache1, cache2, params, x.shape)
+
+    def _backward(self, dy, cache):
+        """Both in reverse: dx (B, N, D) and grads with params' keys."""
+        a, (cache1, cache2, params, shape) = self._a, cache
+        dx2 = np.ascontiguousarray(dy).reshape(-1, shape[-1])
+        dx1, grads2 = _mlp_backward(a, dx2, params, cache2)
+        dx0, grads1 = _attention_backward(a, dx1, params, cache1)
+        return dx0.reshape(shape), grads1 | grads2
 
 
-def _first_of_block_backward(dy, cache):
-    """As layers.last_block_backward."""
-    cache_block, shape = cache
-    dtokens = np.zeros(shape, dy.dtype)
-    dtokens[:, 0] = dy
-    return block_backward(dtokens, cache_block)
+def _gelu_backward(dy, cache):
+    if isinstance(cache, tuple):
+        return layers.gelu_backward(dy, cache)
+    return dy * cache.reshape(dy.shape)
 
 
-def _first_token_backward(dy, cache):
-    return _branches_backward(dy[:, None], cache)
+def _mlp_backward(a, dx2, params, cache):
+    """dx1 and the gradients of norm2 and mlp."""
+    x1, normed, statistics, active, slope, factor = cache
+    dbranch, dfc2_bias = a.scaled(dx2, factor)
+    dhidden, dfc1_bias = a.back_gelu(dbranch, params["mlp.fc2.weight"], slope)
+    dnormed = a.back(dhidden, [params["mlp.fc1.weight"]])
+    dx1, dweight, dbias = a.norm_backward(dnormed, x1, statistics, params["norm2.weight"], dx2)
+    return dx1, {
+        "norm2.weight": dweight,
+        "norm2.bias": dbias,
+        "mlp.fc1.weight": a.outer(dhidden, normed),
+        "mlp.fc1.bias": dfc1_bias,
+        "mlp.fc2.weight": a.outer(dbranch, active),
+        "mlp.fc2.bias": dfc2_bias,
+    }
 
 
-def layernorm_forward(x, weight, bias):
-    """As layers.layernorm_forward: for the norm after the last block."""
-    if not is_served(x):
-        y, cache = layers.layernorm_forward(x, weight, bias)
-        return y, (layers.layernorm_backward, cache)
-    y, cache = tokenwise.layernorm_forward(x, weight, bias)
-    return y, (tokenwise.layernorm_backward, cache)
+def _attention_backward(a, dx1, params, cache):
+    """dx0 and the gradients of norm1 and attn."""
+    x0, normed, statistics, attended, cache_attention, factor, first = cache
+    dbranch, dproj_bias = a.scaled(dx1, factor)
+    dattended = a.back_operand(dbranch, [params["attn.proj.weight"]])
+    backward = first_token_backward if first else attention_backward
+    dnormed, dattn = backward(a, dattended, cache_attention)
+    dresidual = dx1
+    if first:
+        dresidual = np.zeros_like(x0)
+        dresidual[:: len(x0) // len(dx1)] = dx1
+    dx0, dweight, dbias = a.norm_backward(
+        dnormed, x0, statistics, params["norm1.weight"], dresidual
+    )
+    return dx0, prefixed(dattn, "attn.") | {
+        "norm1.weight": dweight,
+        "norm1.bias": dbias,
+        "attn.proj.weight": a.outer(dbranch, attended),
+        "attn.proj.bias": dproj_bias,
+    }
 
 
-def block_backward(dy, cache):
-    """As layers.block_backward, by the function that forward chose."""
-    backward, cache = cache
-    return backward(dy, cache)
+def _is_served(x, params):
+    """Whether these functions are for it: float32 arrays of NumPy, and no PSA."""
+    psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
+    return isinstance(x, np.ndarray) and x.dtype == np.float32 and not psa
 
 
-last_block_backward = layernorm_backward = block_backward
+def _factor(keep, keep_prob, B, tokens):
+    """Drop path's factor of each row, (B * tokens,)."""
+    if keep is None:
+        return np.ones(B * tokens, np.float32)
+    return np.repeat((keep / keep_prob).astype(np.float32), tokens)

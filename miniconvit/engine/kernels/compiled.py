@@ -1,0 +1,60 @@
+"""Loops that Numba compiles to machine code: once on a machine, then they are read from a cache."""
+
+import os
+import tempfile
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+import numba
+import numpy as np
+
+CACHE_LINE = 64  # bytes
+FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}  # what is not finite stays so
+_TEMPORARY = []  # a folder for compiled loops, which goes with the process
+
+
+def empty(shape, dtype=np.float32):
+    """An empty array at the start of a cache line. All memory that the loops work on comes from
+    here."""
+    size, line = int(np.prod(shape)), CACHE_LINE // np.dtype(dtype).itemsize
+    whole = np.empty(size + line, dtype)
+    start = -whole.__array_interface__["data"][0] // whole.itemsize % line
+    return whole[start : start + size].reshape(shape)
+
+
+def inlined(function):
+    """A function for other loops to call."""
+    return numba.njit(fastmath=FAST, error_model="numpy")(function)
+
+
+def loop(signature):
+    """Compiles a function that works on arrays of these types, which allocates nothing."""
+    return numba.njit(signature, fastmath=FAST, error_model="numpy", nogil=True, cache=True)
+
+
+@contextmanager
+def cached():
+    """While it lasts, what is compiled is kept where the next process finds it, beside nothing of
+    another version of these files."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = before or str(_folder())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _folder():
+    """A folder for this version of the loops, a temporary one where the home cannot be written."""
+    digest = sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        folder = Path(home) / "miniconvit" / f"numba-{digest.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="miniconvit-"))
+    return _TEMPORARY[-1].name

@@ -1,0 +1,209 @@
+"""What stands between two matrix products, each in one pass over memory. All arrays are rows of
+tokens, (R, D), contiguous, float32."""
+
+import numpy as np
+
+from .compiled import inlined, loop
+
+F = np.float32  # Numba knows no weak numbers: a plain 0.5 would turn an expression into float64
+LOG2_E = F(1.4426950408889634)
+INVERSE_SQRT_2PI = F(0.3989422804014327)
+
+
+@inlined
+def as_float(bits):
+    """The float32 of an integer's 32 bits."""
+    return np.int32(bits).view(np.float32)
+
+
+@inlined
+def exp2_of_negative(y):
+    """2^y for y <= 0, off by 1e-7 of itself; 0 below float32's normal numbers; NaN stays NaN.
+
+    2^y = 2^n 2^f with a whole n and f in [-1/2, 1/2], of which 2^f is a polynomial.
+    """
+    tiny = y < F(-126.0)
+    bounded = F(-126.0) if tiny else y
+    n = np.int32((bounded if bounded > F(-127.0) else F(-126.0)) - F(0.5))  # NaN is no integer
+    f = bounded - F(n)
+    p = F(0.00015345822511180808)
+    p = p * f + F(0.0013399936168615352)
+    p = p * f + F(0.009618488964649938)
+    p = p * f + F(0.055503287648527834)
+    p = p * f + F(0.24022646890135874)
+    p = p * f + F(0.6931472057427635)
+    p = p * f + F(1.0)
+    return F(0.0) if tiny else p * as_float((n + np.int32(127)) << np.int32(23))
+
+
+@inlined
+def normal_cdf(x):
+    """Phi(x), and exp(-x^2 / 2), of which Phi(-|x|) is a polynomial in t = 1 / (1 + 0.35 |x|).
+
+    The polynomial was fitted so that Phi is off by at most 4e-8, and by 4e-6 of itself.
+    """
+    e = exp2_of_negative(x * x * (F(-0.5) * LOG2_E))
+    t = F(1.0) / (F(1.0) + F(0.35) * abs(x))
+    p = F(0.044615018861974526)
+    p = p * t + F(-0.18442743293929992)
+    p = p * t + F(0.21107975796590442)
+    p = p * t + F(0.008929212436410539)
+    p = p * t + F(0.14315555623267817)
+    p = p * t + F(0.13687148120253123)
+    p = p * t + F(0.13977644193518213)
+    tail = p * t * e
+    return (F(1.0) - tail if x >= F(0.0) else tail), e
+
+
+@loop("void(f4[:,::1], f4[::1], f4[::1], f4, f4[:,::1], f4[:,::1])")
+def norm_forward(x, weight, bias, eps, y, statistics):
+    """y = weight * xhat + bias. statistics (R, 2): a row's mean and 1 / deviation."""
+    R, D = x.shape
+    for r in range(R):
+        total, squares = F(0.0), F(0.0)
+        for d in range(D):
+            total += x[r, d]
+        mean = total / F(D)
+        for d in range(D):
+            squares += (x[r, d] - mean) * (x[r, d] - mean)
+        rstd = F(1.0) / np.sqrt(squares / F(D) + eps)
+        statistics[r, 0], statistics[r, 1] = mean, rstd
+        for d in range(D):
+            y[r, d] = (x[r, d] - mean) * rstd * weight[d] + bias[d]
+
+
+@loop("void(f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], f4[::1], f4[::1])")
+def norm_backward(dy, x, statistics, weight, dresidual, dx, dweight, dbias):
+    """dx = dresidual + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)), dxhat = weight *
+    dy; dweight = sum of dy * xhat and dbias = sum of dy over the rows.
+
+    dresidual is what reaches x beside the norm.
+    """
+    R, D = x.shape
+    dweight[:] = F(0.0)
+    dbias[:] = F(0.0)
+    for r in range(R):
+        mean, rstd = statistics[r, 0], statistics[r, 1]
+        through_mean, through_variance = F(0.0), F(0.0)
+        for d in range(D):
+            xhat, dxhat = (x[r, d] - mean) * rstd, dy[r, d] * weight[d]
+            through_mean += dxhat
+            through_variance += dxhat * xhat
+            dweight[d] += dy[r, d] * xhat
+            dbias[d] += dy[r, d]
+        through_mean /= F(D)
+        through_variance /= F(D)
+        for d in range(D):
+            xhat, dxhat = (x[r, d] - mean) * rstd, dy[r, d] * weight[d]
+            dx[r, d] = dresidual[r, d] + rstd * (dxhat - through_mean - xhat * through_variance)
+
+
+@loop("void(f4[:,::1], f4[::1])")
+def add_bias(y, bias):
+    """y += bias."""
+    for r in range(y.shape[0]):
+        for d in range(y.shape[1]):
+            y[r, d] += bias[d]
+
+
+@loop("void(f4[:,::1], f4[::1], f4[::1], f4[:,::1])")
+def add_branch(y, bias, factor, residual):
+    """y = residual + factor * (y + bias), with one factor for each row."""
+    for r in range(y.shape[0]):
+        for d in range(y.shape[1]):
+            y[r, d] = residual[r, d] + factor[r] * (y[r, d] + bias[d])
+
+
+@loop("void(f4[:,::1], f4[::1], f4[:,::1], f4[::1])")
+def scale(dy, factor, scaled, sums):
+    """scaled = factor * dy, and its sums over the rows."""
+    sums[:] = F(0.0)
+    for r in range(dy.shape[0]):
+        for d in range(dy.shape[1]):
+            value = factor[r] * dy[r, d]
+            scaled[r, d] = value
+            sums[d] += value
+
+
+@loop("void(f4[:,::1], f4[::1])")
+def sum_rows(x, sums):
+    """The sum over the rows."""
+    sums[:] = F(0.0)
+    for r in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            sums[d] += x[r, d]
+
+
+@loop("void(f4[:,::1], f4[::1], f4[:,::1])")
+def gelu(x, bias, active):
+    """active = gelu(x + bias), and x becomes its derivative Phi(x + bias) + (x + bias) phi(...)."""
+    for r in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            value = x[r, d] + bias[d]
+            cdf, e = normal_cdf(value)
+            active[r, d] = value * cdf
+            x[r, d] = cdf + value * e * INVERSE_SQRT_2PI
+
+
+@loop("void(f4[:,::1], f4[::1])")
+def gelu_alone(x, bias):
+    """x = gelu(x + bias)."""
+    for r in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            value = x[r, d] + bias[d]
+            x[r, d] = value * normal_cdf(value)[0]
+
+
+@loop("void(f4[:,::1], f4[:,::1], f4[::1])")
+def gelu_backward(dactive, slope, sums):
+    """dactive *= slope, and its sums over the rows."""
+    sums[:] = F(0.0)
+    for r in range(dactive.shape[0]):
+        for d in range(dactive.shape[1]):
+            value = dactive[r, d] * slope[r, d]
+            dactive[r, d] = value
+            sums[d] += value
+
+
+@loop("void(f4[:,::1], f4)")
+def softmax(S, factor):
+    """S = softmax of factor * S over its rows."""
+    for r in range(S.shape[0]):
+        largest, total = S[r, 0], F(0.0)
+        for k in range(S.shape[1]):
+            largest = S[r, k] if S[r, k] > largest else largest
+        for k in range(S.shape[1]):
+            value = exp2_of_negative((S[r, k] - largest) * factor * LOG2_E)
+            S[r, k] = value
+            total += value
+        inverse = F(1.0) / total
+        for k in range(S.shape[1]):
+            S[r, k] *= inverse
+
+
+@loop("void(f4[:,:,:,::1], f4[::1], f4[:,:,::1], f4[:,:,:,::1])")
+def mix(C, keep, gP, A):
+    """A = keep C + gP, of maps C (B, H, queries, keys) and gP (H, queries, keys)."""
+    for b in range(C.shape[0]):
+        for h in range(C.shape[1]):
+            for q in range(C.shape[2]):
+                for k in range(C.shape[3]):
+                    A[b, h, q, k] = keep[h] * C[b, h, q, k] + gP[h, q, k]
+
+
+@loop("void(f4[:,:,:,::1], f4[:,:,:,::1], f4[::1], f4, f4[:,:,::1], f4[::1])")
+def softmax_backward(dA, C, keep, factor, dA_sum, rho_sum):
+    """dA becomes factor keep C (dA - rho) with rho the sum of C dA over a row. dA is added to
+    dA_sum (H, queries, keys) and rho to rho_sum (H,)."""
+    for b in range(C.shape[0]):
+        for h in range(C.shape[1]):
+            for q in range(C.shape[2]):
+                rho = F(0.0)
+                for k in range(C.shape[3]):
+                    rho += C[b, h, q, k] * dA[b, h, q, k]
+                    dA_sum[h, q, k] += dA[b, h, q, k]
+                rho_sum[h] += rho
+                for k in range(C.shape[3]):
+                    dA[b, h, q, k] = (
+                        factor * keep[h] * C[b, h, q, k] * (dA[b, h, q, k] - rho)
+                    )
