@@ -17,12 +17,6 @@ def _layers(params):
     return names, weights, [params.get(f"{name}.bias") for name in names]
 
 
-def _thirds(qkv):
-    """q, k and v (R, D) each: views of (R, 3D)."""
-    D = qkv.shape[1] // 3
-    return qkv[:, :D], qkv[:, D : 2 * D], qkv[:, 2 * D :]
-
-
 def _named(dweight, dbias, names, weights, biases):
     """The gradients of layers side by side, by name."""
     grads, begin = {}, 0
@@ -72,7 +66,7 @@ def attention_forward(a, x, params, B, num_heads, grid):
         P = _position_maps(params["pos_proj.weight"], params["pos_proj.bias"], grid)
         keep, gP = 1.0 - g, g[:, None, None] * P
         gate = g, P, grid
-    y, C = a.attend(*_thirds(qkv), (B, num_heads), keep, gP)
+    y, C = a.attend(*a.split(qkv, 3), (B, num_heads), keep, gP)
     return y, (x, qkv, C, keep, gP, gate, params)
 
 
@@ -80,7 +74,7 @@ def attention_backward(a, dy, cache):
     """dy: an operand of (R, D). Returns dx (R, D) of the normalised tokens, and grads."""
     x, qkv, C, keep, gP, gate, params = cache
     dqkv = a.like(qkv)
-    dA, rho = a.attend_backward(dy, *_thirds(qkv), C, keep, gP, *_thirds(dqkv))
+    dA, rho = a.attend_backward(dy, *a.split(qkv, 3), C, keep, gP, *a.split(dqkv, 3))
     names, weights, biases = _layers(params)
     grads = _named(a.outer(dqkv, x), a.sums(dqkv), names, weights, biases)
     if gate:
@@ -98,16 +92,17 @@ def first_token_forward(a, x, params, B, num_heads, grid):
     first = a.first(x, B)
     q = a.linear(first, [weight[:D]], [None if bias is None else bias[:D]])  # (B, D)
     kv = a.linear(x, [weight[D:]], [None if bias is None else bias[D:]])  # (R, 2D)
-    y, C = a.attend(q, kv[:, :D], kv[:, D:], (B, num_heads))
+    y, C = a.attend(q, *a.split(kv, 2), (B, num_heads))
     return y, (x, first, q, kv, C, params)
 
 
 def first_token_backward(a, dy, cache):
     """As attention_backward: dy of (B, D), dx (R, D)."""
     x, first, q, kv, C, params = cache
-    weight, D = params["qkv.weight"], q.shape[1]
+    weight = params["qkv.weight"]
+    D = len(weight) // 3
     dq, dkv = a.like(q), a.like(kv)
-    a.attend_backward(dy, q, kv[:, :D], kv[:, D:], C, None, None, dq, dkv[:, :D], dkv[:, D:])
+    a.attend_backward(dy, q, *a.split(kv, 2), C, None, None, dq, *a.split(dkv, 2))
     grads = {"qkv.weight": np.concatenate([a.outer(dq, first), a.outer(dkv, x)])}
     if "qkv.bias" in params:
         grads["qkv.bias"] = np.concatenate([a.sums(dq), a.sums(dkv)])

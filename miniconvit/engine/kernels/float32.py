@@ -81,6 +81,10 @@ class Float32:
         """An empty operand of the same shape."""
         return empty(x.shape)
 
+    def split(self, x, count):
+        """So many operands of equal width, which lie side by side in x."""
+        return np.split(x, count, axis=1)
+
     def attend(self, q, k, v, shape, keep=None, gP=None):
         """y = A v with A = keep C + gP and C = softmax(q k^T / sqrt d), or A = C.
 

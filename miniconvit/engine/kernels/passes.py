@@ -55,20 +55,26 @@ def normal_cdf(x):
     return (F(1.0) - tail if x >= F(0.0) else tail), e
 
 
+@inlined
+def mean_and_rstd(x, r, eps):
+    """A row's mean and 1 / sqrt(variance + eps)."""
+    D = x.shape[1]
+    total, squares = F(0.0), F(0.0)
+    for d in range(D):
+        total += x[r, d]
+    mean = total / F(D)
+    for d in range(D):
+        squares += (x[r, d] - mean) * (x[r, d] - mean)
+    return mean, F(1.0) / np.sqrt(squares / F(D) + eps)
+
+
 @loop("void(f4[:,::1], f4[::1], f4[::1], f4, f4[:,::1], f4[:,::1])")
 def norm_forward(x, weight, bias, eps, y, statistics):
     """y = weight * xhat + bias. statistics (R, 2): a row's mean and 1 / deviation."""
-    R, D = x.shape
-    for r in range(R):
-        total, squares = F(0.0), F(0.0)
-        for d in range(D):
-            total += x[r, d]
-        mean = total / F(D)
-        for d in range(D):
-            squares += (x[r, d] - mean) * (x[r, d] - mean)
-        rstd = F(1.0) / np.sqrt(squares / F(D) + eps)
+    for r in range(x.shape[0]):
+        mean, rstd = mean_and_rstd(x, r, eps)
         statistics[r, 0], statistics[r, 1] = mean, rstd
-        for d in range(D):
+        for d in range(x.shape[1]):
             y[r, d] = (x[r, d] - mean) * rstd * weight[d] + bias[d]
 
 

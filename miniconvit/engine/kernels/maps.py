@@ -1,0 +1,149 @@
+"""The attention maps of one head of one image at a time, with bf16 products on AMX tiles.
+
+q, k and v lie in rows of all heads: head h of image b begins at row b * N and column h * d. What a
+tile reads beside them is another head's or image's, and meets zeros.
+"""
+
+import numpy as np
+
+from .compiled import inlined, loop
+from .passes import LOG2_E, F, exp2_of_negative
+from .products import (
+    BLOCK,
+    as_bf16,
+    from_bf16,
+    multiply,
+    pair_up,
+    transpose_words,
+)
+from .tiles import CONFIG, begin_tiles, end_tiles
+
+
+@inlined
+def product_into(rows, r, begin, pairs, steps, out):
+    """out = A B, in whole blocks; A begins at row r and column `begin`."""
+    lda, ldb, ldc = rows.strides[0], pairs.strides[0], out.strides[0]
+    a, b, c = rows.ctypes.data + r * lda + 2 * begin, pairs.ctypes.data, out.ctypes.data
+    for i in range(0, out.shape[0], BLOCK):
+        for j in range(0, out.shape[1], BLOCK):
+            multiply(a + i * lda, lda, b + 4 * j, ldb, steps, c + i * ldc + 4 * j, ldc)
+
+
+@inlined
+def store_rows(block, count, d, rows, r, begin):
+    """The first `count` rows and d columns as rows."""
+    for i in range(count):
+        for j in range(d):
+            rows[r + i, begin + j] = as_bf16(block[i, j])
+
+
+@inlined
+def pair_columns(rows, r, begin, d, pairs):
+    """The transpose of d columns of rows from r on, (d, N), as pairs; 0 from d on."""
+    step = rows.strides[0]
+    transpose_words(
+        rows.ctypes.data + r * step + 2 * begin, step, pairs.shape[1], pairs.shape[0],
+        pairs.ctypes.data, pairs.strides[0],
+    )  # fmt: skip
+    for p in range(d // 2, pairs.shape[0]):
+        for c in range(pairs.shape[1]):
+            pairs[p, c] = pairs[p, c] & np.uint32(0xFFFF) if 2 * p < d else np.uint32(0)
+
+
+FORWARD = (
+    "void(u2[:,::1], i8, u2[:,::1], i8, u2[:,::1], i8, i8, f4[::1], f4[:,:,::1], "
+    "u4[:,::1], f4[:,::1], u2[:,::1], u4[:,::1], f4[:,::1], u2[:,:,:,::1], u2[:,::1])"
+)
+
+
+@loop(FORWARD)
+def maps_forward(q, q0, k, k0, v, v0, d, keep, gP, k_pairs, S, A, v_pairs, Y, C, y):
+    """C = softmax(q k^T / sqrt d) and y = (keep C + gP) v.
+
+    q, k and v are rows that begin at columns q0, k0 and v0; keep (H,); gP (H, queries, keys); C
+    (B, H, queries, keys) in bf16. k_pairs, S, A, v_pairs and Y are for one map, A with zeros.
+    """
+    B, H, queries, keys = C.shape
+    depth, breadth = k_pairs.shape[0] // 16, v_pairs.shape[0] // 16  # steps of the two products
+    factor = LOG2_E / np.sqrt(F(d))
+    begin_tiles(CONFIG.ctypes.data)
+    for b in range(B):
+        for h in range(H):
+            pair_columns(k, b * keys, k0 + h * d, d, k_pairs)
+            pair_up(v, b * keys, v0 + h * d, keys, v_pairs)
+            product_into(q, b * queries, q0 + h * d, k_pairs, depth, S)
+            for i in range(queries):
+                largest, total = S[i, 0], F(0.0)
+                for j in range(keys):
+                    largest = S[i, j] if S[i, j] > largest else largest
+                for j in range(keys):
+                    S[i, j] = exp2_of_negative((S[i, j] - largest) * factor)
+                    total += S[i, j]
+                inverse = F(1.0) / total
+                for j in range(keys):
+                    share = S[i, j] * inverse
+                    C[b, h, i, j] = as_bf16(share)
+                    A[i, j] = as_bf16(keep[h] * share + gP[h, i, j])
+            product_into(A, 0, 0, v_pairs, breadth, Y)
+            store_rows(Y, queries, d, y, b * queries, h * d)
+    end_tiles()
+
+
+BACKWARD = (
+    "void(u2[:,::1], u2[:,::1], i8, u2[:,::1], i8, u2[:,::1], i8, i8, f4[::1], f4[:,:,::1], "
+    "u2[:,:,:,::1], u4[:,::1], f4[:,::1], u2[:,:,::1], u4[:,::1], u2[:,::1], u4[:,::1], "
+    "u4[:,::1], f4[:,::1], u2[:,::1], u2[:,::1], u2[:,::1], f4[:,:,::1], f4[::1])"
+)
+
+
+@loop(BACKWARD)
+def maps_backward(
+    dy, q, q0, k, k0, v, v0, d, keep, gP, C,
+    v_pairs, S, maps, map_pairs, turned, turned_words, thin_pairs, Y, dq, dk, dv, dA_sum, rho_sum,
+):  # fmt: skip
+    """dA = dy v^T;  dS = keep C (dA - rho) / sqrt d;  dq = dS k;  dk = dS^T q;  dv = A^T dy.
+
+    Arguments as in maps_forward; dy begins at column 0, dq, dk and dv where q, k and v do. dA is
+    added to dA_sum (H, queries, keys), rho to rho_sum (H,). maps: dS and A, with zeros; turned:
+    the transpose of one, which turned_words sees as words.
+    """
+    B, H, queries, keys = C.shape
+    depth = v_pairs.shape[0] // 16  # steps of dy v^T
+    factor = F(1.0) / np.sqrt(F(d))
+    begin_tiles(CONFIG.ctypes.data)
+    for b in range(B):
+        for h in range(H):
+            r, s, c = b * queries, b * keys, h * d
+            pair_columns(v, s, v0 + c, d, v_pairs)
+            product_into(dy, r, c, v_pairs, depth, S)
+            for i in range(queries):
+                rho = F(0.0)
+                for j in range(keys):
+                    rho += from_bf16(C[b, h, i, j]) * S[i, j]
+                    dA_sum[h, i, j] += S[i, j]
+                rho_sum[h] += rho
+                for j in range(keys):
+                    share = keep[h] * from_bf16(C[b, h, i, j])
+                    maps[0, i, j] = as_bf16(factor * share * (S[i, j] - rho))
+                    maps[1, i, j] = as_bf16(share + gP[h, i, j])
+            key_pairs = thin_pairs[: (keys + 31) // 32 * 16]
+            pair_up(k, s, k0 + c, keys, key_pairs)
+            product_into(maps[0], 0, 0, key_pairs, key_pairs.shape[0] // 16, Y[: S.shape[0]])
+            store_rows(Y, queries, d, dq, r, q0 + c)
+            query_pairs = thin_pairs[: map_pairs.shape[0]]
+            for which in range(2):
+                pair_up(maps[which], 0, 0, queries, map_pairs)
+                transpose_words(
+                    map_pairs.ctypes.data, map_pairs.strides[0], map_pairs.shape[0],
+                    map_pairs.shape[1], turned_words.ctypes.data, turned_words.strides[0],
+                )  # fmt: skip
+                if which == 0:
+                    pair_up(q, r, q0 + c, queries, query_pairs)
+                else:
+                    pair_up(dy, r, c, queries, query_pairs)
+                product_into(turned, 0, 0, query_pairs, query_pairs.shape[0] // 16, Y[: S.shape[1]])
+                if which == 0:
+                    store_rows(Y, keys, d, dk, s, k0 + c)
+                else:
+                    store_rows(Y, keys, d, dv, s, v0 + c)
+    end_tiles()

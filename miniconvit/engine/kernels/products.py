@@ -1,0 +1,239 @@
+"""Operands in bf16 and their products on AMX tiles, with what follows in the same pass.
+
+Rows, the left operand (M, K), are uint16. Pairs, the right one (K, N), are (K / 2, N) uint32, two
+neighbours along K in each, as a tile wants them. A product reads and computes blocks of 32 x 32 and
+keeps of the last ones what belongs to the result. So the buffers of rows and pairs are larger than
+what they hold (see bf16.py): all sizes of which blocks are read lie within them, and zeros, where
+they meet numbers, lie around.
+"""
+
+import numpy as np
+
+from .compiled import inlined, loop
+from .passes import INVERSE_SQRT_2PI, F, as_float, mean_and_rstd, normal_cdf
+from .tiles import (
+    CONFIG,
+    begin_tiles,
+    end_tiles,
+    multiply_tiles,
+    store_tiles,
+    transpose_square,
+    zero_tiles,
+)
+
+BLOCK = 32
+IN_CACHE = 16  # squares of 32 x 32 pairs, 32 KB, stay in the L1 cache
+
+
+@inlined
+def as_bf16(x):
+    """The bf16 next to a float32, of two the even one, as its 16 bits; NaN stays NaN."""
+    bits = np.float32(x).view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(nearest) if x == x else np.uint16(0x7FC0)
+
+
+@inlined
+def from_bf16(half):
+    """The float32 of a bf16's 16 bits."""
+    return as_float(np.uint32(half) << np.uint32(16))
+
+
+@loop("void(f4[:,::1], f4[::1], u2[:,::1], f4[::1])")
+def scale_rows(x, factor, rows, sums):
+    """rows = factor * x, with one factor for each row, and the sums over the rows."""
+    sums[:] = F(0.0)
+    for r in range(x.shape[0]):
+        for d in range(x.shape[1]):
+            value = factor[r] * x[r, d]
+            rows[r, d] = as_bf16(value)
+            sums[d] += value
+
+
+@loop("void(u2[:,::1], f4[::1], i8)")
+def sum_rows(rows, sums, count):
+    """The sums over the first `count` rows."""
+    sums[:] = F(0.0)
+    for r in range(count):
+        for d in range(sums.size):
+            sums[d] += from_bf16(rows[r, d])
+
+
+@loop("void(f4[:,::1], f4[::1], f4[::1], f4, u2[:,::1], f4[:,::1])")
+def norm_rows(x, weight, bias, eps, rows, statistics):
+    """rows = weight * xhat + bias. statistics (R, 2): a row's mean and 1 / deviation."""
+    for r in range(x.shape[0]):
+        mean, rstd = mean_and_rstd(x, r, eps)
+        statistics[r, 0], statistics[r, 1] = mean, rstd
+        for d in range(x.shape[1]):
+            rows[r, d] = as_bf16((x[r, d] - mean) * rstd * weight[d] + bias[d])
+
+
+@inlined
+def pair_up(rows, first, begin, count, pairs):
+    """pairs[p, d] = rows[first + 2p, begin + d], rows[first + 2p + 1, begin + d]; 0 from `count` on."""
+    for p in range(pairs.shape[0]):
+        low, high = first + 2 * p, first + 2 * p + 1
+        if 2 * p + 1 < count:
+            for d in range(pairs.shape[1]):
+                pairs[p, d] = np.uint32(rows[low, begin + d]) | (
+                    np.uint32(rows[high, begin + d]) << np.uint32(16)
+                )
+        elif 2 * p < count:
+            for d in range(pairs.shape[1]):
+                pairs[p, d] = np.uint32(rows[low, begin + d])
+        else:
+            for d in range(pairs.shape[1]):
+                pairs[p, d] = np.uint32(0)
+
+
+@loop("void(u2[:,::1], i8, u4[:,::1])")
+def pair_rows(rows, count, pairs):
+    """Rows (K, N), of which `count` are something, as the right operand (K, N)."""
+    pair_up(rows, 0, 0, count, pairs)
+
+
+@inlined
+def transpose_words(source, step, rows, columns, out, out_step):
+    """The transpose of words of four bytes, in squares of 16 x 16, from address to address."""
+    for r in range(0, rows, 16):
+        for c in range(0, columns, 16):
+            transpose_square(
+                source + r * step + 4 * c, step, out + c * out_step + 4 * r, out_step
+            )
+
+
+@loop("void(u4[:,::1], i8, i8, u4[:,::1])")
+def transpose_pairs(pairs, rows, columns, out):
+    """out = the transpose of the first rows and columns, both multiples of 16.
+
+    Of pairs (K, N) it gives rows (N, K), and of rows (N, K), seen as words, pairs (K, N).
+    """
+    transpose_words(
+        pairs.ctypes.data, pairs.strides[0], rows, columns, out.ctypes.data, out.strides[0]
+    )
+
+
+@inlined
+def multiply(a, lda, b, ldb, steps, c, ldc):
+    """A block, 32 x 32 float32 at address c, of rows at a and pairs at b, with K = 32 * steps."""
+    zero_tiles()
+    for k in range(steps):
+        multiply_tiles(a + 64 * k, lda, b + 16 * k * ldb, ldb)
+    store_tiles(c, ldc)
+
+
+@inlined
+def block_of(rows, r, pairs, c, steps, block):
+    """multiply for the block that begins at row r and column c."""
+    lda, ldb = rows.strides[0], pairs.strides[0]
+    multiply(
+        rows.ctypes.data + r * lda, lda, pairs.ctypes.data + 4 * c, ldb, steps,
+        block.ctypes.data, 4 * BLOCK,
+    )  # fmt: skip
+
+
+@inlined
+def group_of(steps):
+    """As many columns of pairs as stay in the cache, while all rows pass by."""
+    return BLOCK * max(1, IN_CACHE // steps)
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[:,::1])")
+def product(rows, pairs, steps, block, out):
+    """out = A B."""
+    R, N = out.shape
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                for i in range(min(BLOCK, R - r)):
+                    for j in range(min(BLOCK, N - c)):
+                        out[r + i, c + j] = block[i, j]
+    end_tiles()
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[:,::1], f4[:,::1])")
+def product_transposed(rows, pairs, steps, block, turned, out):
+    """out = (A B)^T."""
+    N, R = out.shape
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                step = block.strides[0]
+                transpose_words(block.ctypes.data, step, BLOCK, BLOCK, turned.ctypes.data, step)
+                for j in range(min(BLOCK, N - c)):
+                    for i in range(min(BLOCK, R - r)):
+                        out[c + j, r + i] = turned[j, i]
+    end_tiles()
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], i8, u2[:,::1])")
+def product_rows(rows, pairs, steps, block, bias, R, out):
+    """out = A B + bias, as rows, of which R are something."""
+    N = bias.size
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                for i in range(min(BLOCK, R - r)):
+                    for j in range(min(BLOCK, N - c)):
+                        out[r + i, c + j] = as_bf16(block[i, j] + bias[c + j])
+    end_tiles()
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], f4[::1], f4[:,::1], f4[:,::1])")
+def product_branch(rows, pairs, steps, block, bias, factor, residual, out):
+    """out = residual + factor * (A B + bias), with one factor for each row."""
+    R, N = out.shape
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                for i in range(min(BLOCK, R - r)):
+                    for j in range(min(BLOCK, N - c)):
+                        value = factor[r + i] * (block[i, j] + bias[c + j])
+                        out[r + i, c + j] = residual[r + i, c + j] + value
+    end_tiles()
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], i8, b1, u2[:,::1], u2[:,::1])")
+def product_gelu(rows, pairs, steps, block, bias, R, keep, active, slope):
+    """active = gelu(A B + bias) and, with keep, its derivative, both as rows."""
+    N = bias.size
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                for i in range(min(BLOCK, R - r)):
+                    for j in range(min(BLOCK, N - c)):
+                        x = block[i, j] + bias[c + j]
+                        cdf, e = normal_cdf(x)
+                        active[r + i, c + j] = as_bf16(x * cdf)
+                        if keep:
+                            slope[r + i, c + j] = as_bf16(cdf + x * e * INVERSE_SQRT_2PI)
+    end_tiles()
+
+
+@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], u2[:,::1], i8, u2[:,::1], f4[::1])")
+def product_slope(rows, pairs, steps, block, slope, R, out, sums):
+    """out = slope * (A B), as rows, and its sums over the rows."""
+    N = sums.size
+    sums[:] = F(0.0)
+    begin_tiles(CONFIG.ctypes.data)
+    for group in range(0, N, group_of(steps)):
+        for r in range(0, R, BLOCK):
+            for c in range(group, min(N, group + group_of(steps)), BLOCK):
+                block_of(rows, r, pairs, c, steps, block)
+                for i in range(min(BLOCK, R - r)):
+                    for j in range(min(BLOCK, N - c)):
+                        value = block[i, j] * from_bf16(slope[r + i, c + j])
+                        out[r + i, c + j] = as_bf16(value)
+                        sums[c + j] += value
+    end_tiles()
