@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from .errors import UserError
+
+NUMBA = "0.68"
+"""The version of Numba whose compiled loops are tested. Another one may compute otherwise."""
 
 MOST_TEXT_BYTES = 2**22  # as JSON of empty lists this takes thirty times as much memory
 MOST_JSON_DEPTH = 20
@@ -69,8 +72,18 @@ def numpy_blas():
     return min(libraries, key=lambda one: not one["filepath"].startswith(own), default={})
 
 
+def numba_version():
+    """The version of Numba where it is the one that the kernels are tested with, else None."""
+    try:
+        found = version("numba")
+    except PackageNotFoundError:
+        return None
+    return found if found.startswith(f"{NUMBA}.") else None
+
+
 def arithmetic():
-    """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}."""
+    """What the last digits of a training hang on: {"numpy": version, ..., "blas", "cpu"}. Numba
+    counts where it compiles the kernels, else it is None."""
     blas = numpy_blas()
     names = (blas.get(key) for key in ("internal_api", "version", "architecture"))
     cpu = ""
@@ -80,6 +93,7 @@ def arithmetic():
     return {
         "numpy": version("numpy"),
         "scipy": version("scipy"),
+        "numba": numba_version(),
         "blas": " ".join(filter(None, names)),
         "cpu": cpu or platform.processor(),
     }

@@ -13,6 +13,7 @@ from .options import (
     device_option,
     json_option,
     option,
+    precision_option,
     print_json,
     setting_option,
     workers_option,
@@ -28,7 +29,7 @@ from .options import (
 @setting_option("img_size", "Size of the images in pixels, as N or HEIGHTxWIDTH.")
 @setting_option("patch_size")
 @setting_option("batch_size", default=64)
-@setting_option("precision", default="float32")
+@precision_option
 @setting_option("steps", "Number of steps to measure.", default=10)
 @option("--inference", is_flag=True, help="Measure forward passes only.")
 @device_option

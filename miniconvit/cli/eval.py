@@ -30,6 +30,7 @@ from .options import (
     json_option,
     option,
     overflow_is_answered,
+    precision_option,
     print_json,
     stored_data_options,
     workers_option,
@@ -68,6 +69,7 @@ from .options import (
     metavar="FOLDER",
     help="Write the confusion matrix and the mistakes into this folder, as CSV files and pictures.",
 )
+@precision_option
 @device_option
 @workers_option
 @json_option
@@ -82,6 +84,7 @@ def command(
     variant,
     img_size,
     out,
+    precision,
     device,
     workers,
     as_json,
@@ -118,7 +121,8 @@ def command(
     def note(logits):
         said.append((logits.argmax(axis=1), softmax_forward(logits)[0].max(axis=1)))
 
-    with make_engine(classification(model.config), xp, workers) as engine, overflow_is_answered():
+    objective = classification(model.config)
+    with make_engine(objective, xp, workers, precision) as engine, overflow_is_answered():
         loss, top1, top5 = evaluate(engine, images, mean, std, params, note=note)
     if not isfinite(loss):
         raise UserError(f"{path} gives no finite loss on {name}: use another checkpoint")

@@ -206,6 +206,7 @@ workers_option = option(
     help="How many processes share the work on a CPU. Any number gives the same bits.",
     shown="all cores",
 )
+precision_option = setting_option("precision", default="float32")
 device_option = option(
     "--device",
     type=Name(DEVICES),

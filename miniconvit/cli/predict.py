@@ -14,7 +14,7 @@ from ..checkpoints.weights import open_weights
 from ..data import normalize
 from ..data.images import BrokenImage, read_image, require_pillow
 from ..data.layout import counted, images_below
-from ..engine import classification
+from ..engine import classification, make_engine
 from ..engine.cuda import resolve_device, without_reason
 from ..errors import UserError
 from ..layers import softmax_forward
@@ -28,6 +28,7 @@ from .options import (
     json_option,
     option,
     overflow_is_answered,
+    precision_option,
     print_json,
 )
 
@@ -43,9 +44,10 @@ from .options import (
     metavar="FILE",
     help="Draw into this PNG file where a small change of a pixel moves the first answer most.",
 )
+@precision_option
 @device_option
 @json_option
-def command(checkpoint, images, variant, img_size, saliency, device, as_json):
+def command(checkpoint, images, variant, img_size, saliency, precision, device, as_json):
     """Say what image files show.
 
     It prints the five most probable classes of each file. IMAGE may be a folder of images too.
@@ -66,7 +68,7 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
     _refuse_no_answers(path, model)
     if saliency is not None and not is_convit(config):
         raise UserError(f"{path} holds no ConViT or ViT: leave out --saliency")
-    objective = classification(config)
+    answer = _answerer(classification(config), xp, precision)
     params = to_device(model.params, xp)
     dtype = next(iter(params.values())).dtype
     answers, failed, drawn = [], [], []
@@ -80,7 +82,7 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
             continue
         with overflow_is_answered():
             inputs = normalize(to_device(pixels, xp), model.mean, model.std, dtype)
-            logits = objective.answer((inputs,), params, layers)
+            logits = answer(inputs, params)
         if not xp.isfinite(logits).all():
             raise UserError(f"{path} gives no finite answer for {file}: use another checkpoint")
         probabilities = to_cpu(softmax_forward(logits)[0][0])
@@ -106,6 +108,15 @@ def command(checkpoint, images, variant, img_size, saliency, device, as_json):
             first = f" of the first {MOST} images" if len(answers) > MOST else ""
             click.echo(f"saliency{first} in {saliency}")
     return 1 if failed else 0
+
+
+def _answerer(objective, xp, precision):
+    """A function of images and parameters that gives logits. In float32 it is the lesson's layers,
+    which no image has to wait for."""
+    if precision == "float32":
+        return lambda images, params: objective.answer((images,), params, layers)
+    engine = make_engine(objective, xp, 1, precision)
+    return lambda images, params: engine.logits(lambda start, stop: images, 1, params)
 
 
 def _refuse_no_answers(path, model):

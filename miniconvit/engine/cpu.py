@@ -1,36 +1,53 @@
-"""What a CPU computes blocks with: the kernels where Numba is installed, else the lesson's layers."""
-
-from importlib.metadata import PackageNotFoundError, version
+"""What a CPU computes blocks with: kernels where Numba is installed, else the lesson's layers."""
 
 from .. import layers
+from ..errors import UserError
+from ..system import NUMBA, numba_version
 
-NUMBA = (0, 68)
-"""The version whose compiled loops are tested. Another one may compute otherwise."""
-PLAIN = ": pip install 'miniconvit[fast]' makes it faster"
-
-
-def numba_version():
-    """The version of Numba that the kernels would be compiled by, or None."""
-    try:
-        found = version("numba")
-    except PackageNotFoundError:
-        return None
-    return found if tuple(map(int, found.split(".")[:2])) == NUMBA else None
+PRECISIONS = ("float32", "bf16")
+"""Of matrix products on a CPU."""
+INSTALL = "pip install 'miniconvit[fast]'"
 
 
-def cpu_blocks():
-    """The blocks for float32, in the form that convit_forward takes."""
+def check_cpu_precision(precision):
+    """Raises UserError where this CPU has no products of this precision."""
+    if precision == "float32":
+        return
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is for --device cuda: a CPU takes {' or '.join(PRECISIONS)}"
+        )
+    if numba_version() is None:
+        raise UserError(f"--precision bf16 on a CPU needs Numba {NUMBA}: {INSTALL}")
+    if not _has_tiles():
+        raise UserError(
+            "--precision bf16 needs AMX, which Intel's Xeons have since 2023, and Linux. This CPU "
+            "or system has none: leave it at float32"
+        )
+
+
+def cpu_blocks(precision="float32"):
+    """The blocks of a precision, in the form that convit_forward takes."""
     if numba_version() is None:
         return layers
     try:
         from .kernels.block import Blocks
-        from .kernels.float32 import Float32
     except ImportError:  # the folder was deleted
         return layers
-    return Blocks(Float32)
+    if precision == "bf16":
+        from .kernels.bf16 import Bf16 as arithmetic
+    else:
+        from .kernels.float32 import Float32 as arithmetic
+    return Blocks(arithmetic)
 
 
 def of_one_call(blocks, keep=True):
     """These blocks for a call, in which the parameters stay what they are. keep: whether a backward
     pass may follow."""
     return blocks.fresh(keep) if hasattr(blocks, "fresh") else blocks
+
+
+def _has_tiles():
+    from .kernels.tiles import has_tiles
+
+    return has_tiles()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError, unknown_name
+from .cpu import check_cpu_precision
 
 DEVICES = ("auto", "cpu", "cuda")
 WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
@@ -66,7 +67,8 @@ def check_precision(precision, xp):
     if precision == "float32":
         return
     if xp is np:
-        raise UserError(f"--precision {precision} is for --device cuda: a CPU takes float32 alone")
+        check_cpu_precision(precision)
+        return
     capability = _compute_capability() or OF_TENSOR_CORES
     if capability < OF_TENSOR_CORES:
         raise UserError(

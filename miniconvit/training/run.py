@@ -176,9 +176,11 @@ def _ranks_lines(ranks):
     """Who trains, and what keeps the bits of some ranks from being those of others."""
     if ranks.line:
         yield ranks.line
-    kinds = {(kind["numpy"], kind["blas"]) for kind in ranks.all(arithmetic())}
+    kinds = {(kind["numpy"], kind["blas"], kind["numba"]) for kind in ranks.all(arithmetic())}
     if len(kinds) > 1:
-        versions = ", ".join(sorted(f"NumPy {numpy} with {blas}" for numpy, blas in kinds))
+        versions = ", ".join(
+            sorted(f"NumPy {numpy} with {blas} and Numba {numba}" for numpy, blas, numba in kinds)
+        ).replace("Numba None", "no Numba")
         yield f"the last digits depend on who computes what: the machines have {versions}"
 
 
@@ -188,7 +190,7 @@ def _other_arithmetic(folder):
     if isinstance(before, dict):
         known = {name: before[name] for name in now if name in before}
         changes = [
-            f"{name} {now[name]} in place of {old}"
+            f"{name} {now[name] or 'none'} in place of {old or 'none'}"
             for name, old in known.items()
             if old != now[name]
         ]

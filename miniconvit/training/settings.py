@@ -261,8 +261,8 @@ class Settings:
     precision: str = setting(
         TRAINING,
         _one_of(PRECISIONS),
-        "Precision of a GPU's matrix products. tf32 keeps 10 bits after the point and bf16 keeps "
-        "7. Sums, parameters and all else stay float32.",
+        "Precision of matrix products. tf32 keeps 10 bits after the point and bf16 keeps 7. Sums, "
+        "parameters and all else stay float32. On a CPU there is no tf32, and bf16 needs AMX.",
         "float32",
     )
 

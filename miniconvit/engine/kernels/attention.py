@@ -5,7 +5,6 @@ from functools import lru_cache
 import numpy as np
 
 from ...layers.position import position_attention_forward, relative_positions
-from .compiled import empty
 
 SMALLEST = 1e-18  # products of two numbers above it are no denormals, which cost 100 times more
 

@@ -36,6 +36,8 @@ class Bf16:
     It keeps packed weights by their place in memory, and so serves one state of the parameters.
     """
 
+    has_reference = False
+
     def __init__(self):
         self._packed = {}
 

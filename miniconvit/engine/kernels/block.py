@@ -1,12 +1,13 @@
 """The block for the CPU, with the signatures of `layers/block.py`, for float32 NumPy arrays.
 
-Given anything else, such as float64 or CuPy arrays, or PSA, a whole block runs the reference. Every
-cache is (function, cache) and so names the backward that understands it.
+Given anything else, such as float64 or CuPy arrays, or PSA, a whole block runs the reference where
+the arithmetic has one. Every cache is (function, cache) and so names the backward for it.
 """
 
 import numpy as np
 
 from ... import layers
+from ...errors import UserError
 from ...layers.names import part, prefixed
 from .attention import (
     attention_backward,
@@ -15,7 +16,6 @@ from .attention import (
     first_token_forward,
 )
 from .float32 import gelu
-
 
 
 class Blocks:
@@ -39,7 +39,7 @@ class Blocks:
 
     def block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
         """As layers.block_forward."""
-        if not _is_served(x, params):
+        if not self._serves(x, params):
             y, cache = layers.block_forward(x, params, num_heads, grid, keep, keep_prob)
             return y, (layers.block_backward, cache)
         y, cache = self._forward(x, params, num_heads, grid, keep, keep_prob, False)
@@ -50,7 +50,7 @@ class Blocks:
 
         GPSA has no class token: its last block is a block.
         """
-        if not _is_served(x, params) or "attn.gating_param" in params:
+        if "attn.gating_param" in params or not self._serves(x, params):
             y, cache = self.block_forward(x, params, num_heads, grid, keep, keep_prob)
             return y[:, 0], (self._first_of_block_backward, (cache, y.shape))
         y, cache = self._forward(x, params, num_heads, grid, keep, keep_prob, True)
@@ -63,8 +63,19 @@ class Blocks:
 
     last_block_backward = block_backward
 
+    def _serves(self, x, params):
+        """Whether the arithmetic is for it: float32 arrays of NumPy, and no PSA."""
+        psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
+        serves = _is_float32(x) and not psa
+        if not (serves or self._a.has_reference):
+            raise UserError(
+                "bf16 is for float32 parameters and images, and not for PSA: leave --precision at "
+                "float32"
+            )
+        return serves
+
     def _gelu_forward(self, x):
-        if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+        if not _is_float32(x):
             return layers.gelu_forward(x)
         y, slope = gelu(np.array(x).reshape(-1, x.shape[-1]), self._keep)
         return y.reshape(x.shape), slope
@@ -92,9 +103,11 @@ class Blocks:
             attended, params["attn.proj.weight"], params["attn.proj.bias"], factor1, residual
         )
         normed2, statistics2 = a.norm(x1, params["norm2.weight"], params["norm2.bias"])
-        active, slope = a.gelu(normed2, params["mlp.fc1.weight"], params["mlp.fc1.bias"], self._keep)
+        active, slope = a.gelu(
+            normed2, params["mlp.fc1.weight"], params["mlp.fc1.bias"], self._keep
+        )
         x2 = a.branch(active, params["mlp.fc2.weight"], params["mlp.fc2.bias"], factor2, x1)
-        cache1 = x0, normed1, statistics1, attended, cache, factor1, first
+        cache1 = x0, statistics1, attended, cache, factor1, first
         cache2 = x1, normed2, statistics2, active, slope, factor2
         return x2.reshape(B, tokens, D), (cache1, cache2, params, x.shape)
 
@@ -132,7 +145,7 @@ def _mlp_backward(a, dx2, params, cache):
 
 def _attention_backward(a, dx1, params, cache):
     """dx0 and the gradients of norm1 and attn."""
-    x0, normed, statistics, attended, cache_attention, factor, first = cache
+    x0, statistics, attended, cache_attention, factor, first = cache
     dbranch, dproj_bias = a.scaled(dx1, factor)
     dattended = a.back_operand(dbranch, [params["attn.proj.weight"]])
     backward = first_token_backward if first else attention_backward
@@ -152,10 +165,8 @@ def _attention_backward(a, dx1, params, cache):
     }
 
 
-def _is_served(x, params):
-    """Whether these functions are for it: float32 arrays of NumPy, and no PSA."""
-    psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
-    return isinstance(x, np.ndarray) and x.dtype == np.float32 and not psa
+def _is_float32(x):
+    return isinstance(x, np.ndarray) and x.dtype == np.float32
 
 
 def _factor(keep, keep_prob, B, tokens):

@@ -13,6 +13,8 @@ TILE = 2**17  # elements: a tile of maps, 512 KB, stays in the L2 cache
 class Float32:
     """What the blocks compute with. Rows are tokens: x (R, D)."""
 
+    has_reference = True  # the lesson's layers compute in the arrays' precision
+
     def norm(self, x, weight, bias, eps=1e-6):
         """y = layernorm(x), and what its backward needs beside x."""
         y, statistics = empty(x.shape), empty((len(x), 2))

@@ -210,6 +210,4 @@ def softmax_backward(dA, C, keep, factor, dA_sum, rho_sum):
                     dA_sum[h, q, k] += dA[b, h, q, k]
                 rho_sum[h] += rho
                 for k in range(C.shape[3]):
-                    dA[b, h, q, k] = (
-                        factor * keep[h] * C[b, h, q, k] * (dA[b, h, q, k] - rho)
-                    )
+                    dA[b, h, q, k] = factor * keep[h] * C[b, h, q, k] * (dA[b, h, q, k] - rho)

@@ -71,7 +71,7 @@ def norm_rows(x, weight, bias, eps, rows, statistics):
 
 @inlined
 def pair_up(rows, first, begin, count, pairs):
-    """pairs[p, d] = rows[first + 2p, begin + d], rows[first + 2p + 1, begin + d]; 0 from `count` on."""
+    """pairs[p, d] = rows first + 2p and first + 2p + 1 at column begin + d; 0 from `count` rows on."""
     for p in range(pairs.shape[0]):
         low, high = first + 2 * p, first + 2 * p + 1
         if 2 * p + 1 < count:
@@ -98,9 +98,7 @@ def transpose_words(source, step, rows, columns, out, out_step):
     """The transpose of words of four bytes, in squares of 16 x 16, from address to address."""
     for r in range(0, rows, 16):
         for c in range(0, columns, 16):
-            transpose_square(
-                source + r * step + 4 * c, step, out + c * out_step + 4 * r, out_step
-            )
+            transpose_square(source + r * step + 4 * c, step, out + c * out_step + 4 * r, out_step)
 
 
 @loop("void(u4[:,::1], i8, i8, u4[:,::1])")
