@@ -1,16 +1,21 @@
 """One side of a comparison, ours or timm on PyTorch, in a process of its own: what cpu.py calls.
 
-    python benchmarks/cpu_side.py ours|twin|convit|compiled|deit|matmul tiny32|tiny|small BATCH \
-        train|infer THREADS
+    python benchmarks/cpu_side.py SIDE tiny32|tiny|small BATCH train|infer THREADS
 
 Makes a step for every line that it is given and prints its seconds; after the last one, a JSON
-object with its peak memory. Random images, float32, AdamW.
+object with its peak memory. Random images, AdamW. SIDE is one of
+
+    ours, twin, convit, compiled, deit   in float32
+    ours-bf16                            our ConViT with --precision bf16
+    autocast                             timm's ConViT under torch.autocast, in bf16
+    onednn                               timm's ConViT in float32, its products in oneDNN's bf16
+    matmul                               a large product in NumPy
 """
 
 import json
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -44,8 +49,15 @@ def peer(kind, variant, batch, mode, threads):
     import timm
     import torch
 
+    torch.set_flush_denormal(True)  # first of all: PyTorch's threads inherit it from this one
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if kind == "onednn":  # https://docs.pytorch.org/docs/stable/notes/mkldnn.html
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    precision = nullcontext()
+    if kind == "autocast":
+        precision = torch.autocast("cpu", torch.bfloat16)
     config = VARIANTS[f"convit_{variant}"]
     size = {"img_size": config.image[0], "patch_size": config.patch[0]}
     size |= {"num_classes": config.num_classes, "depth": config.depth}
@@ -70,11 +82,13 @@ def peer(kind, variant, batch, mode, threads):
     def step():
         began = time.perf_counter()
         if mode == "infer":
-            with torch.no_grad():
+            with torch.no_grad(), precision:
                 forward(images)
         else:
             optimizer.zero_grad()
-            loss_of(forward(images), labels).backward()
+            with precision:
+                loss = loss_of(forward(images), labels)
+            loss.backward()
             optimizer.step()
         return time.perf_counter() - began
 
@@ -85,9 +99,10 @@ def peer(kind, variant, batch, mode, threads):
 def main(who, variant, batch, mode, threads):
     """Steps until standard input ends."""
     batch, threads = int(batch), int(threads)
-    if who in ("ours", "twin"):
-        config = VARIANTS[f"{'convit' if who == 'ours' else 'vit'}_{variant}"]
-        side = stepper(config, batch, mode == "infer", threads)
+    if who in ("ours", "ours-bf16", "twin"):
+        config = VARIANTS[f"{'vit' if who == 'twin' else 'convit'}_{variant}"]
+        precision = "bf16" if who == "ours-bf16" else "float32"
+        side = stepper(config, batch, mode == "infer", threads, precision=precision)
     elif who == "matmul":
         side = matmul()
     else:
