@@ -11,10 +11,11 @@ import click
 import numpy as np
 
 from .. import __version__
+from ..engine.cpu import check_cpu_precision
 from ..engine.cuda import examine_cuda
 from ..engine.ranks import import_mpi
 from ..errors import UserError
-from ..system import available_threads, numpy_blas
+from ..system import available_threads, numba_version, numpy_blas
 from ..training.report import table
 from .options import Command, json_option, print_json
 
@@ -53,6 +54,8 @@ def examine():
         "matmul_ms": round(milliseconds, 2),
         "matmul_gflops": round(2 * MATMUL**3 / milliseconds / 1e6, 1),
         "mpi": _mpi(),
+        "kernels": f"Numba {numba_version()}" if numba_version() else None,
+        "cpu_bf16": _cpu_bf16(),
     }
     found |= examine_cuda()
     return found | {"verdict": _verdict(found)}
@@ -78,6 +81,15 @@ def _mpi():
         return None
     vendor, numbers = MPI.get_vendor()
     return f"{vendor} {'.'.join(map(str, numbers))} (mpi4py {number})"
+
+
+def _cpu_bf16():
+    """Whether products in bf16 can be had on this CPU, and else why not."""
+    try:
+        check_cpu_precision("bf16")
+    except UserError as error:
+        return str(error)
+    return "ready"
 
 
 def _memory_gb():

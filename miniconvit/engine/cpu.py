@@ -19,7 +19,9 @@ def check_cpu_precision(precision):
         )
     if numba_version() is None:
         raise UserError(f"--precision bf16 on a CPU needs Numba {NUMBA}: {INSTALL}")
-    if not _has_tiles():
+    from .kernels import tiles
+
+    if not tiles.has_tiles():
         raise UserError(
             "--precision bf16 needs AMX, which Intel's Xeons have since 2023, and Linux. This CPU "
             "or system has none: leave it at float32"
@@ -27,27 +29,27 @@ def check_cpu_precision(precision):
 
 
 def cpu_blocks(precision="float32"):
-    """The blocks of a precision, in the form that convit_forward takes."""
+    """The blocks of a precision, in the form that convit_forward takes. Raises UserError as
+    check_cpu_precision."""
+    check_cpu_precision(precision)
     if numba_version() is None:
         return layers
     try:
         from .kernels.block import Blocks
     except ImportError:  # the folder was deleted
         return layers
-    if precision == "bf16":
-        from .kernels.bf16 import Bf16 as arithmetic
-    else:
-        from .kernels.float32 import Float32 as arithmetic
-    return Blocks(arithmetic)
+    if precision == "float32":
+        from .kernels.float32 import Float32
+
+        return Blocks(Float32)
+    from .kernels.bf16 import Bf16, is_exact
+
+    if not is_exact():
+        raise UserError("the bf16 products of this CPU are wrong: leave --precision at float32")
+    return Blocks(Bf16)
 
 
 def of_one_call(blocks, keep=True):
     """These blocks for a call, in which the parameters stay what they are. keep: whether a backward
     pass may follow."""
     return blocks.fresh(keep) if hasattr(blocks, "fresh") else blocks
-
-
-def _has_tiles():
-    from .kernels.tiles import has_tiles
-
-    return has_tiles()

@@ -7,7 +7,7 @@ tile reads beside them is another head's or image's, and meets zeros.
 import numpy as np
 
 from .compiled import inlined, loop
-from .passes import LOG2_E, F, exp2_of_negative
+from .passes import LOG2_E, F, exponentials
 from .products import (
     BLOCK,
     as_bf16,
@@ -33,8 +33,9 @@ def product_into(rows, r, begin, pairs, steps, out):
 def store_rows(block, count, d, rows, r, begin):
     """The first `count` rows and d columns as rows."""
     for i in range(count):
+        here, there = block[i], rows[r + i, begin : begin + d]
         for j in range(d):
-            rows[r + i, begin + j] = as_bf16(block[i, j])
+            there[j] = as_bf16(here[j])
 
 
 @inlined
@@ -45,9 +46,9 @@ def pair_columns(rows, r, begin, d, pairs):
         rows.ctypes.data + r * step + 2 * begin, step, pairs.shape[1], pairs.shape[0],
         pairs.ctypes.data, pairs.strides[0],
     )  # fmt: skip
-    for p in range(d // 2, pairs.shape[0]):
-        for c in range(pairs.shape[1]):
-            pairs[p, c] = pairs[p, c] & np.uint32(0xFFFF) if 2 * p < d else np.uint32(0)
+    if d % 2:
+        pairs[d // 2] &= np.uint32(0xFFFF)
+    pairs[(d + 1) // 2 :] = np.uint32(0)
 
 
 FORWARD = (
@@ -72,18 +73,14 @@ def maps_forward(q, q0, k, k0, v, v0, d, keep, gP, k_pairs, S, A, v_pairs, Y, C,
             pair_columns(k, b * keys, k0 + h * d, d, k_pairs)
             pair_up(v, b * keys, v0 + h * d, keys, v_pairs)
             product_into(q, b * queries, q0 + h * d, k_pairs, depth, S)
+            share = keep[h]
             for i in range(queries):
-                largest, total = S[i, 0], F(0.0)
+                scores, content, position, mixed = S[i], C[b, h, i], gP[h, i], A[i]
+                inverse = exponentials(scores[:keys], factor)
                 for j in range(keys):
-                    largest = S[i, j] if S[i, j] > largest else largest
-                for j in range(keys):
-                    S[i, j] = exp2_of_negative((S[i, j] - largest) * factor)
-                    total += S[i, j]
-                inverse = F(1.0) / total
-                for j in range(keys):
-                    share = S[i, j] * inverse
-                    C[b, h, i, j] = as_bf16(share)
-                    A[i, j] = as_bf16(keep[h] * share + gP[h, i, j])
+                    value = scores[j] * inverse
+                    content[j] = as_bf16(value)
+                    mixed[j] = as_bf16(share * value + position[j])
             product_into(A, 0, 0, v_pairs, breadth, Y)
             store_rows(Y, queries, d, y, b * queries, h * d)
     end_tiles()
@@ -117,15 +114,17 @@ def maps_backward(
             pair_columns(v, s, v0 + c, d, v_pairs)
             product_into(dy, r, c, v_pairs, depth, S)
             for i in range(queries):
+                dA, content, position, total = S[i], C[b, h, i], gP[h, i], dA_sum[h, i]
+                dscores, mixed = maps[0, i], maps[1, i]
                 rho = F(0.0)
                 for j in range(keys):
-                    rho += from_bf16(C[b, h, i, j]) * S[i, j]
-                    dA_sum[h, i, j] += S[i, j]
+                    rho += from_bf16(content[j]) * dA[j]
+                    total[j] += dA[j]
                 rho_sum[h] += rho
                 for j in range(keys):
-                    share = keep[h] * from_bf16(C[b, h, i, j])
-                    maps[0, i, j] = as_bf16(factor * share * (S[i, j] - rho))
-                    maps[1, i, j] = as_bf16(share + gP[h, i, j])
+                    share = keep[h] * from_bf16(content[j])
+                    dscores[j] = as_bf16(factor * share * (dA[j] - rho))
+                    mixed[j] = as_bf16(share + position[j])
             key_pairs = thin_pairs[: (keys + 31) // 32 * 16]
             pair_up(k, s, k0 + c, keys, key_pairs)
             product_into(maps[0], 0, 0, key_pairs, key_pairs.shape[0] // 16, Y[: S.shape[0]])

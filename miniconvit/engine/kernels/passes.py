@@ -56,26 +56,26 @@ def normal_cdf(x):
 
 
 @inlined
-def mean_and_rstd(x, r, eps):
+def mean_and_rstd(x, eps):
     """A row's mean and 1 / sqrt(variance + eps)."""
-    D = x.shape[1]
     total, squares = F(0.0), F(0.0)
-    for d in range(D):
-        total += x[r, d]
-    mean = total / F(D)
-    for d in range(D):
-        squares += (x[r, d] - mean) * (x[r, d] - mean)
-    return mean, F(1.0) / np.sqrt(squares / F(D) + eps)
+    for d in range(x.size):
+        total += x[d]
+    mean = total / F(x.size)
+    for d in range(x.size):
+        squares += (x[d] - mean) * (x[d] - mean)
+    return mean, F(1.0) / np.sqrt(squares / F(x.size) + eps)
 
 
 @loop("void(f4[:,::1], f4[::1], f4[::1], f4, f4[:,::1], f4[:,::1])")
 def norm_forward(x, weight, bias, eps, y, statistics):
     """y = weight * xhat + bias. statistics (R, 2): a row's mean and 1 / deviation."""
     for r in range(x.shape[0]):
-        mean, rstd = mean_and_rstd(x, r, eps)
+        here, there = x[r], y[r]
+        mean, rstd = mean_and_rstd(here, eps)
         statistics[r, 0], statistics[r, 1] = mean, rstd
-        for d in range(x.shape[1]):
-            y[r, d] = (x[r, d] - mean) * rstd * weight[d] + bias[d]
+        for d in range(weight.size):
+            there[d] = (here[d] - mean) * rstd * weight[d] + bias[d]
 
 
 @loop("void(f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], f4[::1], f4[::1])")
@@ -85,39 +85,42 @@ def norm_backward(dy, x, statistics, weight, dresidual, dx, dweight, dbias):
 
     dresidual is what reaches x beside the norm.
     """
-    R, D = x.shape
+    D = weight.size
     dweight[:] = F(0.0)
     dbias[:] = F(0.0)
-    for r in range(R):
+    for r in range(x.shape[0]):
+        here, dhere, residual, there = x[r], dy[r], dresidual[r], dx[r]
         mean, rstd = statistics[r, 0], statistics[r, 1]
         through_mean, through_variance = F(0.0), F(0.0)
         for d in range(D):
-            xhat, dxhat = (x[r, d] - mean) * rstd, dy[r, d] * weight[d]
+            xhat, dxhat = (here[d] - mean) * rstd, dhere[d] * weight[d]
             through_mean += dxhat
             through_variance += dxhat * xhat
-            dweight[d] += dy[r, d] * xhat
-            dbias[d] += dy[r, d]
+            dweight[d] += dhere[d] * xhat
+            dbias[d] += dhere[d]
         through_mean /= F(D)
         through_variance /= F(D)
         for d in range(D):
-            xhat, dxhat = (x[r, d] - mean) * rstd, dy[r, d] * weight[d]
-            dx[r, d] = dresidual[r, d] + rstd * (dxhat - through_mean - xhat * through_variance)
+            xhat, dxhat = (here[d] - mean) * rstd, dhere[d] * weight[d]
+            there[d] = residual[d] + rstd * (dxhat - through_mean - xhat * through_variance)
 
 
 @loop("void(f4[:,::1], f4[::1])")
 def add_bias(y, bias):
     """y += bias."""
     for r in range(y.shape[0]):
-        for d in range(y.shape[1]):
-            y[r, d] += bias[d]
+        here = y[r]
+        for d in range(bias.size):
+            here[d] += bias[d]
 
 
 @loop("void(f4[:,::1], f4[::1], f4[::1], f4[:,::1])")
 def add_branch(y, bias, factor, residual):
     """y = residual + factor * (y + bias), with one factor for each row."""
     for r in range(y.shape[0]):
-        for d in range(y.shape[1]):
-            y[r, d] = residual[r, d] + factor[r] * (y[r, d] + bias[d])
+        here, before, share = y[r], residual[r], factor[r]
+        for d in range(bias.size):
+            here[d] = before[d] + share * (here[d] + bias[d])
 
 
 @loop("void(f4[:,::1], f4[::1], f4[:,::1], f4[::1])")
@@ -125,10 +128,10 @@ def scale(dy, factor, scaled, sums):
     """scaled = factor * dy, and its sums over the rows."""
     sums[:] = F(0.0)
     for r in range(dy.shape[0]):
-        for d in range(dy.shape[1]):
-            value = factor[r] * dy[r, d]
-            scaled[r, d] = value
-            sums[d] += value
+        here, there, share = dy[r], scaled[r], factor[r]
+        for d in range(sums.size):
+            there[d] = share * here[d]
+            sums[d] += there[d]
 
 
 @loop("void(f4[:,::1], f4[::1])")
@@ -136,28 +139,31 @@ def sum_rows(x, sums):
     """The sum over the rows."""
     sums[:] = F(0.0)
     for r in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            sums[d] += x[r, d]
+        here = x[r]
+        for d in range(sums.size):
+            sums[d] += here[d]
 
 
 @loop("void(f4[:,::1], f4[::1], f4[:,::1])")
 def gelu(x, bias, active):
-    """active = gelu(x + bias), and x becomes its derivative Phi(x + bias) + (x + bias) phi(...)."""
+    """active = gelu(x + bias), and x becomes gelu's derivative there, Phi + (x + bias) phi."""
     for r in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            value = x[r, d] + bias[d]
+        here, there = x[r], active[r]
+        for d in range(bias.size):
+            value = here[d] + bias[d]
             cdf, e = normal_cdf(value)
-            active[r, d] = value * cdf
-            x[r, d] = cdf + value * e * INVERSE_SQRT_2PI
+            there[d] = value * cdf
+            here[d] = cdf + value * e * INVERSE_SQRT_2PI
 
 
 @loop("void(f4[:,::1], f4[::1])")
 def gelu_alone(x, bias):
     """x = gelu(x + bias)."""
     for r in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            value = x[r, d] + bias[d]
-            x[r, d] = value * normal_cdf(value)[0]
+        here = x[r]
+        for d in range(bias.size):
+            value = here[d] + bias[d]
+            here[d] = value * normal_cdf(value)[0]
 
 
 @loop("void(f4[:,::1], f4[:,::1], f4[::1])")
@@ -165,49 +171,61 @@ def gelu_backward(dactive, slope, sums):
     """dactive *= slope, and its sums over the rows."""
     sums[:] = F(0.0)
     for r in range(dactive.shape[0]):
-        for d in range(dactive.shape[1]):
-            value = dactive[r, d] * slope[r, d]
-            dactive[r, d] = value
-            sums[d] += value
+        here, derivative = dactive[r], slope[r]
+        for d in range(sums.size):
+            here[d] *= derivative[d]
+            sums[d] += here[d]
+
+
+@inlined
+def exponentials(scores, factor):
+    """A row becomes 2^(factor (scores - their maximum)). Returns 1 / its sum."""
+    largest, total = scores[0], F(0.0)
+    for k in range(scores.size):
+        largest = scores[k] if scores[k] > largest else largest
+    for k in range(scores.size):
+        scores[k] = exp2_of_negative((scores[k] - largest) * factor)
+        total += scores[k]
+    return F(1.0) / total
 
 
 @loop("void(f4[:,::1], f4)")
 def softmax(S, factor):
     """S = softmax of factor * S over its rows."""
     for r in range(S.shape[0]):
-        largest, total = S[r, 0], F(0.0)
+        here = S[r]
+        inverse = exponentials(here, factor * LOG2_E)
         for k in range(S.shape[1]):
-            largest = S[r, k] if S[r, k] > largest else largest
-        for k in range(S.shape[1]):
-            value = exp2_of_negative((S[r, k] - largest) * factor * LOG2_E)
-            S[r, k] = value
-            total += value
-        inverse = F(1.0) / total
-        for k in range(S.shape[1]):
-            S[r, k] *= inverse
+            here[k] *= inverse
 
 
 @loop("void(f4[:,:,:,::1], f4[::1], f4[:,:,::1], f4[:,:,:,::1])")
 def mix(C, keep, gP, A):
     """A = keep C + gP, of maps C (B, H, queries, keys) and gP (H, queries, keys)."""
-    for b in range(C.shape[0]):
-        for h in range(C.shape[1]):
-            for q in range(C.shape[2]):
-                for k in range(C.shape[3]):
-                    A[b, h, q, k] = keep[h] * C[b, h, q, k] + gP[h, q, k]
+    B, H, queries, keys = C.shape
+    for b in range(B):
+        for h in range(H):
+            share = keep[h]
+            for q in range(queries):
+                content, position, mixed = C[b, h, q], gP[h, q], A[b, h, q]
+                for k in range(keys):
+                    mixed[k] = share * content[k] + position[k]
 
 
 @loop("void(f4[:,:,:,::1], f4[:,:,:,::1], f4[::1], f4, f4[:,:,::1], f4[::1])")
 def softmax_backward(dA, C, keep, factor, dA_sum, rho_sum):
     """dA becomes factor keep C (dA - rho) with rho the sum of C dA over a row. dA is added to
     dA_sum (H, queries, keys) and rho to rho_sum (H,)."""
-    for b in range(C.shape[0]):
-        for h in range(C.shape[1]):
-            for q in range(C.shape[2]):
+    B, H, queries, keys = C.shape
+    for b in range(B):
+        for h in range(H):
+            share = factor * keep[h]
+            for q in range(queries):
+                here, content, total = dA[b, h, q], C[b, h, q], dA_sum[h, q]
                 rho = F(0.0)
-                for k in range(C.shape[3]):
-                    rho += C[b, h, q, k] * dA[b, h, q, k]
-                    dA_sum[h, q, k] += dA[b, h, q, k]
+                for k in range(keys):
+                    rho += content[k] * here[k]
+                    total[k] += here[k]
                 rho_sum[h] += rho
-                for k in range(C.shape[3]):
-                    dA[b, h, q, k] = factor * keep[h] * C[b, h, q, k] * (dA[b, h, q, k] - rho)
+                for k in range(keys):
+                    here[k] = share * content[k] * (here[k] - rho)

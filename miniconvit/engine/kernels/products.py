@@ -44,9 +44,10 @@ def scale_rows(x, factor, rows, sums):
     """rows = factor * x, with one factor for each row, and the sums over the rows."""
     sums[:] = F(0.0)
     for r in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            value = factor[r] * x[r, d]
-            rows[r, d] = as_bf16(value)
+        here, there = x[r], rows[r]
+        for d in range(sums.size):
+            value = factor[r] * here[d]
+            there[d] = as_bf16(value)
             sums[d] += value
 
 
@@ -55,36 +56,38 @@ def sum_rows(rows, sums, count):
     """The sums over the first `count` rows."""
     sums[:] = F(0.0)
     for r in range(count):
+        here = rows[r]
         for d in range(sums.size):
-            sums[d] += from_bf16(rows[r, d])
+            sums[d] += from_bf16(here[d])
 
 
 @loop("void(f4[:,::1], f4[::1], f4[::1], f4, u2[:,::1], f4[:,::1])")
 def norm_rows(x, weight, bias, eps, rows, statistics):
     """rows = weight * xhat + bias. statistics (R, 2): a row's mean and 1 / deviation."""
     for r in range(x.shape[0]):
-        mean, rstd = mean_and_rstd(x, r, eps)
+        here, there = x[r], rows[r]
+        mean, rstd = mean_and_rstd(here, eps)
         statistics[r, 0], statistics[r, 1] = mean, rstd
-        for d in range(x.shape[1]):
-            rows[r, d] = as_bf16((x[r, d] - mean) * rstd * weight[d] + bias[d])
+        for d in range(weight.size):
+            there[d] = as_bf16((here[d] - mean) * rstd * weight[d] + bias[d])
 
 
 @inlined
 def pair_up(rows, first, begin, count, pairs):
     """pairs[p, d] = rows first + 2p and first + 2p + 1 at column begin + d; 0 from `count` rows on."""
+    end = begin + pairs.shape[1]
     for p in range(pairs.shape[0]):
-        low, high = first + 2 * p, first + 2 * p + 1
+        there = pairs[p]
         if 2 * p + 1 < count:
-            for d in range(pairs.shape[1]):
-                pairs[p, d] = np.uint32(rows[low, begin + d]) | (
-                    np.uint32(rows[high, begin + d]) << np.uint32(16)
-                )
+            low, high = rows[first + 2 * p, begin:end], rows[first + 2 * p + 1, begin:end]
+            for d in range(there.size):
+                there[d] = np.uint32(low[d]) | (np.uint32(high[d]) << np.uint32(16))
         elif 2 * p < count:
-            for d in range(pairs.shape[1]):
-                pairs[p, d] = np.uint32(rows[low, begin + d])
+            low = rows[first + 2 * p, begin:end]
+            for d in range(there.size):
+                there[d] = np.uint32(low[d])
         else:
-            for d in range(pairs.shape[1]):
-                pairs[p, d] = np.uint32(0)
+            there[:] = np.uint32(0)
 
 
 @loop("void(u2[:,::1], i8, u4[:,::1])")
@@ -146,9 +149,11 @@ def product(rows, pairs, steps, block, out):
         for r in range(0, R, BLOCK):
             for c in range(group, min(N, group + group_of(steps)), BLOCK):
                 block_of(rows, r, pairs, c, steps, block)
+                n = min(BLOCK, N - c)
                 for i in range(min(BLOCK, R - r)):
-                    for j in range(min(BLOCK, N - c)):
-                        out[r + i, c + j] = block[i, j]
+                    here, there = block[i], out[r + i, c : c + n]
+                    for j in range(n):
+                        there[j] = here[j]
     end_tiles()
 
 
@@ -163,9 +168,11 @@ def product_transposed(rows, pairs, steps, block, turned, out):
                 block_of(rows, r, pairs, c, steps, block)
                 step = block.strides[0]
                 transpose_words(block.ctypes.data, step, BLOCK, BLOCK, turned.ctypes.data, step)
+                n = min(BLOCK, R - r)
                 for j in range(min(BLOCK, N - c)):
-                    for i in range(min(BLOCK, R - r)):
-                        out[c + j, r + i] = turned[j, i]
+                    here, there = turned[j], out[c + j, r : r + n]
+                    for i in range(n):
+                        there[i] = here[i]
     end_tiles()
 
 
@@ -178,9 +185,12 @@ def product_rows(rows, pairs, steps, block, bias, R, out):
         for r in range(0, R, BLOCK):
             for c in range(group, min(N, group + group_of(steps)), BLOCK):
                 block_of(rows, r, pairs, c, steps, block)
+                n = min(BLOCK, N - c)
+                more = bias[c : c + n]
                 for i in range(min(BLOCK, R - r)):
-                    for j in range(min(BLOCK, N - c)):
-                        out[r + i, c + j] = as_bf16(block[i, j] + bias[c + j])
+                    here, there = block[i], out[r + i, c : c + n]
+                    for j in range(n):
+                        there[j] = as_bf16(here[j] + more[j])
     end_tiles()
 
 
@@ -193,10 +203,13 @@ def product_branch(rows, pairs, steps, block, bias, factor, residual, out):
         for r in range(0, R, BLOCK):
             for c in range(group, min(N, group + group_of(steps)), BLOCK):
                 block_of(rows, r, pairs, c, steps, block)
+                n = min(BLOCK, N - c)
+                more = bias[c : c + n]
                 for i in range(min(BLOCK, R - r)):
-                    for j in range(min(BLOCK, N - c)):
-                        value = factor[r + i] * (block[i, j] + bias[c + j])
-                        out[r + i, c + j] = residual[r + i, c + j] + value
+                    here, there = block[i], out[r + i, c : c + n]
+                    before, share = residual[r + i, c : c + n], factor[r + i]
+                    for j in range(n):
+                        there[j] = before[j] + share * (here[j] + more[j])
     end_tiles()
 
 
@@ -209,13 +222,21 @@ def product_gelu(rows, pairs, steps, block, bias, R, keep, active, slope):
         for r in range(0, R, BLOCK):
             for c in range(group, min(N, group + group_of(steps)), BLOCK):
                 block_of(rows, r, pairs, c, steps, block)
+                n = min(BLOCK, N - c)
+                more = bias[c : c + n]
                 for i in range(min(BLOCK, R - r)):
-                    for j in range(min(BLOCK, N - c)):
-                        x = block[i, j] + bias[c + j]
-                        cdf, e = normal_cdf(x)
-                        active[r + i, c + j] = as_bf16(x * cdf)
-                        if keep:
-                            slope[r + i, c + j] = as_bf16(cdf + x * e * INVERSE_SQRT_2PI)
+                    here, there = block[i], active[r + i, c : c + n]
+                    if keep:
+                        derivative = slope[r + i, c : c + n]
+                        for j in range(n):
+                            x = here[j] + more[j]
+                            cdf, e = normal_cdf(x)
+                            there[j] = as_bf16(x * cdf)
+                            derivative[j] = as_bf16(cdf + x * e * INVERSE_SQRT_2PI)
+                    else:
+                        for j in range(n):
+                            x = here[j] + more[j]
+                            there[j] = as_bf16(x * normal_cdf(x)[0])
     end_tiles()
 
 
@@ -229,9 +250,14 @@ def product_slope(rows, pairs, steps, block, slope, R, out, sums):
         for r in range(0, R, BLOCK):
             for c in range(group, min(N, group + group_of(steps)), BLOCK):
                 block_of(rows, r, pairs, c, steps, block)
+                n = min(BLOCK, N - c)
+                total = sums[c : c + n]
                 for i in range(min(BLOCK, R - r)):
-                    for j in range(min(BLOCK, N - c)):
-                        value = block[i, j] * from_bf16(slope[r + i, c + j])
-                        out[r + i, c + j] = as_bf16(value)
-                        sums[c + j] += value
+                    here, there = block[i], out[r + i, c : c + n]
+                    derivative = slope[r + i, c : c + n]
+                    for j in range(n):
+                        here[j] *= from_bf16(derivative[j])
+                        there[j] = as_bf16(here[j])
+                    for j in range(n):
+                        total[j] += here[j]
     end_tiles()
