@@ -74,7 +74,7 @@ def norm_rows(x, weight, bias, eps, rows, statistics):
 
 @inlined
 def pair_up(rows, first, begin, count, pairs):
-    """pairs[p, d] = rows first + 2p and first + 2p + 1 at column begin + d; 0 from `count` rows on."""
+    """pairs[p, d] = rows first + 2p and first + 2p + 1, column begin + d; 0 after `count` rows."""
     end = begin + pairs.shape[1]
     for p in range(pairs.shape[0]):
         there = pairs[p]
