@@ -54,15 +54,17 @@ class Bf16:
         pairs, width = self._forward(weights)
         bias = np.zeros(width, np.float32) if biases[0] is None else np.concatenate(biases)
         y = _rows(x.count, width)
-        products.product_rows(x.buffer, pairs, _steps(x.width), _block(), bias, x.count, y.buffer)
+        products.product_rows(
+            x.buffer, pairs, *_plan(x.count, x.width, width), bias, x.count, y.buffer
+        )
         return y
 
     def branch(self, x, weight, bias, factor, residual):
         """As Float32.branch."""
-        pairs, _ = self._forward([weight])
+        pairs, width = self._forward([weight])
         y = empty(residual.shape)
         products.product_branch(
-            x.buffer, pairs, _steps(x.width), _block(), bias, factor, residual, y
+            x.buffer, pairs, *_plan(x.count, x.width, width), bias, factor, residual, y
         )
         return y
 
@@ -71,10 +73,10 @@ class Bf16:
         pairs, width = self._forward([weight])
         active = _rows(x.count, width)
         slope = _rows(x.count, width) if keep else active
+        plan = _plan(x.count, x.width, width)
         products.product_gelu(
-            x.buffer, pairs, _steps(x.width), _block(), bias, x.count, keep, active.buffer,
-            slope.buffer,
-        )  # fmt: skip
+            x.buffer, pairs, *plan, bias, x.count, keep, active.buffer, slope.buffer
+        )
         return active, slope if keep else None
 
     def scaled(self, dy, factor):
@@ -87,7 +89,7 @@ class Bf16:
         """As Float32.back."""
         pairs, width = self._backward(weights)
         dx = empty((dy.count, width))
-        products.product(dy.buffer, pairs, _steps(dy.width), _block(), dx)
+        products.product(dy.buffer, pairs, *_plan(dy.count, dy.width, width), dx)
         return dx
 
     def back_operand(self, dy, weights):
@@ -95,7 +97,7 @@ class Bf16:
         pairs, width = self._backward(weights)
         dx, bias = _rows(dy.count, width), np.zeros(width, np.float32)
         products.product_rows(
-            dy.buffer, pairs, _steps(dy.width), _block(), bias, dy.count, dx.buffer
+            dy.buffer, pairs, *_plan(dy.count, dy.width, width), bias, dy.count, dx.buffer
         )
         return dx
 
@@ -103,21 +105,22 @@ class Bf16:
         """As Float32.back_gelu."""
         pairs, width = self._backward([weight])
         dhidden, sums = _rows(dy.count, width), np.empty(width, np.float32)
+        plan = _plan(dy.count, dy.width, width)
         products.product_slope(
-            dy.buffer, pairs, _steps(dy.width), _block(), slope.buffer, dy.count, dhidden.buffer,
-            sums,
-        )  # fmt: skip
+            dy.buffer, pairs, *plan, slope.buffer, dy.count, dhidden.buffer, sums
+        )
         return dhidden, sums
 
     def outer(self, dy, x):
         """As Float32.outer; of the two the thinner one is transposed."""
         out = empty((dy.width, x.width))
         thin, wide = (dy, x) if dy.width <= x.width else (x, dy)
-        operands = _columns(thin), _pairs(wide), _steps(dy.count), _block()
+        plan = _plan(thin.width, dy.count, wide.width)
+        operands = _columns(thin), _pairs(wide), *plan
         if thin is dy:
             products.product(*operands, out)
         else:
-            products.product_transposed(*operands, _block(), out)
+            products.product_transposed(*operands, empty((BLOCK, BLOCK)), out)
         return out
 
     def sums(self, dy):
@@ -205,13 +208,10 @@ def _whole(n):
     return -(-n // BLOCK) * BLOCK
 
 
-def _steps(width):
-    """How many blocks along K a product has."""
-    return _whole(width) // BLOCK
-
-
-def _block():
-    return empty((BLOCK, BLOCK))
+def _plan(R, K, N):
+    """What a product of (R, K) and (K, N) needs: steps along K, blocks, and room for one."""
+    steps = _whole(K) // BLOCK
+    return steps, products.places_of(R, N, steps), empty((BLOCK, BLOCK))
 
 
 def _rows(count, width):

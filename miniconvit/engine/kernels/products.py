@@ -7,6 +7,8 @@ what they hold (see bf16.py): all sizes of which blocks are read lie within them
 they meet numbers, lie around.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from .compiled import inlined, loop
@@ -22,7 +24,17 @@ from .tiles import (
 )
 
 BLOCK = 32
-IN_CACHE = 16  # squares of 32 x 32 pairs, 32 KB, stay in the L1 cache
+IN_CACHE = 16  # blocks of pairs, 32 KB, stay in the L1 cache
+
+
+@lru_cache(maxsize=64)
+def places_of(R, N, steps):
+    """Where the blocks of a product (R, N) begin, (count, 2), in the order in which they are
+    computed: as many columns of pairs as stay in the cache, while all rows pass by."""
+    group = BLOCK * max(1, IN_CACHE // steps)
+    starts = [range(begin, min(begin + group, N), BLOCK) for begin in range(0, N, group)]
+    places = [(r, c) for columns in starts for r in range(0, R, BLOCK) for c in columns]
+    return np.array(places, np.int64)
 
 
 @inlined
@@ -134,130 +146,120 @@ def block_of(rows, r, pairs, c, steps, block):
     )  # fmt: skip
 
 
-@inlined
-def group_of(steps):
-    """As many columns of pairs as stay in the cache, while all rows pass by."""
-    return BLOCK * max(1, IN_CACHE // steps)
-
-
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[:,::1])")
-def product(rows, pairs, steps, block, out):
+@loop("void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], f4[:,::1])")
+def product(rows, pairs, steps, places, block, out):
     """out = A B."""
     R, N = out.shape
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                n = min(BLOCK, N - c)
-                for i in range(min(BLOCK, R - r)):
-                    here, there = block[i], out[r + i, c : c + n]
-                    for j in range(n):
-                        there[j] = here[j]
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        n = min(BLOCK, N - c)
+        for i in range(min(BLOCK, R - r)):
+            here, there = block[i], out[r + i, c : c + n]
+            for j in range(n):
+                there[j] = here[j]
     end_tiles()
 
 
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[:,::1], f4[:,::1])")
-def product_transposed(rows, pairs, steps, block, turned, out):
+@loop("void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])")
+def product_transposed(rows, pairs, steps, places, block, turned, out):
     """out = (A B)^T."""
     N, R = out.shape
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                step = block.strides[0]
-                transpose_words(block.ctypes.data, step, BLOCK, BLOCK, turned.ctypes.data, step)
-                n = min(BLOCK, R - r)
-                for j in range(min(BLOCK, N - c)):
-                    here, there = turned[j], out[c + j, r : r + n]
-                    for i in range(n):
-                        there[i] = here[i]
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        step = block.strides[0]
+        transpose_words(block.ctypes.data, step, BLOCK, BLOCK, turned.ctypes.data, step)
+        n = min(BLOCK, R - r)
+        for j in range(min(BLOCK, N - c)):
+            here, there = turned[j], out[c + j, r : r + n]
+            for i in range(n):
+                there[i] = here[i]
     end_tiles()
 
 
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], i8, u2[:,::1])")
-def product_rows(rows, pairs, steps, block, bias, R, out):
+@loop("void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], f4[::1], i8, u2[:,::1])")
+def product_rows(rows, pairs, steps, places, block, bias, R, out):
     """out = A B + bias, as rows, of which R are something."""
     N = bias.size
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                n = min(BLOCK, N - c)
-                more = bias[c : c + n]
-                for i in range(min(BLOCK, R - r)):
-                    here, there = block[i], out[r + i, c : c + n]
-                    for j in range(n):
-                        there[j] = as_bf16(here[j] + more[j])
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        n = min(BLOCK, N - c)
+        more = bias[c : c + n]
+        for i in range(min(BLOCK, R - r)):
+            here, there = block[i], out[r + i, c : c + n]
+            for j in range(n):
+                there[j] = as_bf16(here[j] + more[j])
     end_tiles()
 
 
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], f4[::1], f4[:,::1], f4[:,::1])")
-def product_branch(rows, pairs, steps, block, bias, factor, residual, out):
+@loop(
+    "void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], f4[::1], f4[::1], f4[:,::1], f4[:,::1])"
+)
+def product_branch(rows, pairs, steps, places, block, bias, factor, residual, out):
     """out = residual + factor * (A B + bias), with one factor for each row."""
     R, N = out.shape
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                n = min(BLOCK, N - c)
-                more = bias[c : c + n]
-                for i in range(min(BLOCK, R - r)):
-                    here, there = block[i], out[r + i, c : c + n]
-                    before, share = residual[r + i, c : c + n], factor[r + i]
-                    for j in range(n):
-                        there[j] = before[j] + share * (here[j] + more[j])
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        n = min(BLOCK, N - c)
+        more = bias[c : c + n]
+        for i in range(min(BLOCK, R - r)):
+            here, there = block[i], out[r + i, c : c + n]
+            before, share = residual[r + i, c : c + n], factor[r + i]
+            for j in range(n):
+                there[j] = before[j] + share * (here[j] + more[j])
     end_tiles()
 
 
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], f4[::1], i8, b1, u2[:,::1], u2[:,::1])")
-def product_gelu(rows, pairs, steps, block, bias, R, keep, active, slope):
+@loop("void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], f4[::1], i8, b1, u2[:,::1], u2[:,::1])")
+def product_gelu(rows, pairs, steps, places, block, bias, R, keep, active, slope):
     """active = gelu(A B + bias) and, with keep, its derivative, both as rows."""
     N = bias.size
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                n = min(BLOCK, N - c)
-                more = bias[c : c + n]
-                for i in range(min(BLOCK, R - r)):
-                    here, there = block[i], active[r + i, c : c + n]
-                    if keep:
-                        derivative = slope[r + i, c : c + n]
-                        for j in range(n):
-                            x = here[j] + more[j]
-                            cdf, e = normal_cdf(x)
-                            there[j] = as_bf16(x * cdf)
-                            derivative[j] = as_bf16(cdf + x * e * INVERSE_SQRT_2PI)
-                    else:
-                        for j in range(n):
-                            x = here[j] + more[j]
-                            there[j] = as_bf16(x * normal_cdf(x)[0])
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        n = min(BLOCK, N - c)
+        more = bias[c : c + n]
+        for i in range(min(BLOCK, R - r)):
+            here, there = block[i], active[r + i, c : c + n]
+            if keep:
+                derivative = slope[r + i, c : c + n]
+                for j in range(n):
+                    x = here[j] + more[j]
+                    cdf, e = normal_cdf(x)
+                    there[j] = as_bf16(x * cdf)
+                    derivative[j] = as_bf16(cdf + x * e * INVERSE_SQRT_2PI)
+            else:
+                for j in range(n):
+                    x = here[j] + more[j]
+                    there[j] = as_bf16(x * normal_cdf(x)[0])
     end_tiles()
 
 
-@loop("void(u2[:,::1], u4[:,::1], i8, f4[:,::1], u2[:,::1], i8, u2[:,::1], f4[::1])")
-def product_slope(rows, pairs, steps, block, slope, R, out, sums):
+@loop("void(u2[:,::1], u4[:,::1], i8, i8[:,::1], f4[:,::1], u2[:,::1], i8, u2[:,::1], f4[::1])")
+def product_slope(rows, pairs, steps, places, block, slope, R, out, sums):
     """out = slope * (A B), as rows, and its sums over the rows."""
     N = sums.size
     sums[:] = F(0.0)
     begin_tiles(CONFIG.ctypes.data)
-    for group in range(0, N, group_of(steps)):
-        for r in range(0, R, BLOCK):
-            for c in range(group, min(N, group + group_of(steps)), BLOCK):
-                block_of(rows, r, pairs, c, steps, block)
-                n = min(BLOCK, N - c)
-                total = sums[c : c + n]
-                for i in range(min(BLOCK, R - r)):
-                    here, there = block[i], out[r + i, c : c + n]
-                    derivative = slope[r + i, c : c + n]
-                    for j in range(n):
-                        here[j] *= from_bf16(derivative[j])
-                        there[j] = as_bf16(here[j])
-                    for j in range(n):
-                        total[j] += here[j]
+    for p in range(len(places)):
+        r, c = places[p, 0], places[p, 1]
+        block_of(rows, r, pairs, c, steps, block)
+        n = min(BLOCK, N - c)
+        total = sums[c : c + n]
+        for i in range(min(BLOCK, R - r)):
+            here, there = block[i], out[r + i, c : c + n]
+            derivative = slope[r + i, c : c + n]
+            for j in range(n):
+                here[j] *= from_bf16(derivative[j])
+                there[j] = as_bf16(here[j])
+            for j in range(n):
+                total[j] += here[j]
     end_tiles()
