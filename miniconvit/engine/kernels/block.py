@@ -66,7 +66,7 @@ class Blocks:
     def _gelu_forward(self, x):
         if not isinstance(x, np.ndarray) or x.dtype != np.float32:
             return layers.gelu_forward(x)
-        y, slope = gelu(np.array(x).reshape(-1, x.shape[-1]), self._keep)
+        y, slope = gelu(np.array(x, order="C").reshape(-1, x.shape[-1]), self._keep)
         return y.reshape(x.shape), slope
 
     def _first_of_block_backward(self, dy, cache):
