@@ -207,6 +207,52 @@ def test_what_they_are_not_for_runs_the_reference(arithmetic, kind, name, block)
     assert {g.dtype for g in grads.values()} == {kwargs["x"].dtype}
 
 
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def misaligned(x):
+    """At an odd address, as a file's bytes may lie."""
+    y = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y
+
+
+def scattered(x):
+    """Every other number of an array."""
+    y = np.full((*x.shape, 2), np.nan, x.dtype)
+    y[..., 0] = x
+    return y[..., 0]
+
+
+@pytest.mark.parametrize("layout", [read_only, misaligned, scattered, np.asfortranarray])
+@pytest.mark.parametrize(("name", "block"), REFERENCE_CASES[:2] + REFERENCE_CASES[3:5], ids=ids)
+def test_arrays_may_lie_anyhow(arithmetic, name, block, layout):
+    kwargs = small(arguments(CONFIGS[0], block))
+    y, dy, grads = run(arithmetic.blocks(), name, kwargs)
+    kwargs["x"] = layout(kwargs["x"])
+    kwargs["params"] = {name: layout(p) for name, p in kwargs["params"].items()}
+    y_again, _, grads_again = run(arithmetic.blocks(), name, kwargs, layout(dy))
+    assert relative_error(y_again, y) <= arithmetic.forward
+    for key, grad in grads.items():
+        assert relative_error(grads_again[key], grad) <= arithmetic.backward, key
+
+
+@pytest.mark.parametrize("dtype", ["float64", ">f4"])
+def test_other_types_among_them(arithmetic, dtype):
+    """Parameters of one run the reference, and so is dy of one taken."""
+    kwargs = arguments(CONFIGS[0], MHSA)
+    y, dy, grads = run(layers, "block", kwargs)
+    mixed = small(kwargs)
+    mixed["params"]["norm1.bias"] = mixed["params"]["norm1.bias"].astype(dtype)
+    for case in (mixed, small(kwargs)):
+        y_found, _, found = run(arithmetic.blocks(), "block", case, dy.astype(dtype))
+        assert relative_error(y_found, y) <= arithmetic.forward
+        assert all(relative_error(found[key], g) <= arithmetic.backward for key, g in grads.items())
+
+
 @pytest.mark.parametrize(("name", "block"), REFERENCE_CASES, ids=ids)
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda config: ids((3, config)))
 def test_a_block_is_a_pure_function(arithmetic, config, name, block):
@@ -275,7 +321,7 @@ def test_what_is_not_finite_is_noticed(arithmetic, name, block, value, where):
 
 @pytest.mark.parametrize("size", [1e-36, 1e-18, 1e-3, 1e3, 1e15])
 def test_tokens_of_any_size(arithmetic, size):
-    """From next to nothing to large: what LayerNorm makes of them is finite, and so is all behind it."""
+    """From next to nothing to large: what LayerNorm makes of them is finite, and so is the rest."""
     kwargs = arguments(CONFIGS[1], MHSA)
     kwargs["x"] = (size * kwargs["x"]).astype("float32").astype("float64")
     assert_equals_the_reference(arithmetic, "block", kwargs)

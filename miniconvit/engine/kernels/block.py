@@ -83,11 +83,12 @@ class Blocks:
         a, (B, N, D) = self._a, x.shape
         tokens = 1 if first else N
         factor1, factor2 = (_factor(mask, keep_prob, B, tokens) for mask in keep)  # (B * tokens,)
-        x0 = np.ascontiguousarray(x).reshape(-1, D)  # (R, D)
+        params = {name: _plain(p) if p.ndim == 1 else p for name, p in params.items()}
+        x0 = _plain(x).reshape(-1, D)  # (R, D)
         normed1, statistics1 = a.norm(x0, params["norm1.weight"], params["norm1.bias"])
         attend = first_token_forward if first else attention_forward
         attended, cache = attend(a, normed1, part(params, "attn."), B, num_heads, grid)
-        residual = np.ascontiguousarray(x[:, :tokens]).reshape(-1, D)
+        residual = _plain(x[:, :tokens]).reshape(-1, D)
         x1 = a.branch(
             attended, params["attn.proj.weight"], params["attn.proj.bias"], factor1, residual
         )
@@ -101,7 +102,7 @@ class Blocks:
     def _backward(self, dy, cache):
         """Both in reverse: dx (B, N, D) and grads with params' keys."""
         a, (cache1, cache2, params, shape) = self._a, cache
-        dx2 = np.ascontiguousarray(dy).reshape(-1, shape[-1])
+        dx2 = _plain(dy).reshape(-1, shape[-1])
         dx1, grads2 = _mlp_backward(a, dx2, params, cache2)
         dx0, grads1 = _attention_backward(a, dx1, params, cache1)
         return dx0.reshape(shape), grads1 | grads2
@@ -155,7 +156,13 @@ def _attention_backward(a, dx1, params, cache):
 def _is_served(x, params):
     """Whether these functions are for it: float32 arrays of NumPy, and no PSA."""
     psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
-    return isinstance(x, np.ndarray) and x.dtype == np.float32 and not psa
+    arrays = (x, *params.values())
+    return not psa and all(isinstance(a, np.ndarray) and a.dtype == np.float32 for a in arrays)
+
+
+def _plain(x):
+    """x, or a copy where it is not what compiled loops take: contiguous, and not read-only."""
+    return np.require(x, np.float32, "CAW")
 
 
 def _factor(keep, keep_prob, B, tokens):
