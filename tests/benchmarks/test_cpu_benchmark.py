@@ -1,5 +1,5 @@
-"""benchmarks/cpu.py: its arithmetic, and that it survives a side that fails. How fast we are stands
-in docs/results/cpu, not here."""
+"""benchmarks/cpu.py: its arithmetic, and that it survives a side that fails. cpu_profile.py runs. How
+fast we are stands in docs/results/cpu, not here."""
 
 import importlib.util
 import json
@@ -7,17 +7,25 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from with_numba import needs_numba
 
 ROOT = Path(__file__).parents[2]
 ROW = "Ti 32x32 / 4, batch 16, train"
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(
+        f"{name}_benchmark", ROOT / f"benchmarks/{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("cpu_benchmark", ROOT / "benchmarks/cpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("cpu")
     monkeypatch.setattr(module, "TURN", 0.0)
     monkeypatch.setattr(module, "PAUSE", 0.0)
     return module
@@ -90,3 +98,23 @@ def test_what_was_measured_is_not_measured_again(script, tmp_path, monkeypatch):
     assert asked == [(("ours", "convit", "twin"), row, 120.0), (("ours", "deit"), row, 120.0)]
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["row"] == ROW
     assert f"| {ROW} | 32.0 |" in (tmp_path / "table.md").read_text()
+
+
+@needs_numba
+def test_the_profile_has_a_row_for_every_part(monkeypatch):
+    script = load("cpu_profile")
+    monkeypatch.setattr(script, "ROUNDS", 2)
+    result = CliRunner().invoke(
+        script.main, ["--model", "convit_mini32", "--images", "2"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line[:1] == "|"]
+    assert [name for name, *_ in rows[2:]] == [
+        "fc1 alone",
+        "GELU alone, in MLP forward",
+        *(f"{name} {way}" for name in ("layernorm", "mlp", "gpsa", "mhsa")
+          for way in ("forward", "backward")),
+        "all blocks",
+    ]  # fmt: skip
+    parts = {name: list(map(float, cells[-3:])) for name, *cells in rows[2:]}
+    assert all(total > 0 for total, *_ in parts.values())
