@@ -1,5 +1,5 @@
-"""benchmarks/cpu.py: its arithmetic, and that it survives a side that fails. cpu_profile.py runs. How
-fast we are stands in docs/results/cpu, not here."""
+"""benchmarks/cpu.py: its arithmetic, and that it survives a side that fails. cpu_profile.py: its
+rows. How fast we are stands in docs/results/cpu, not here."""
 
 import importlib.util
 import json
@@ -116,5 +116,4 @@ def test_the_profile_has_a_row_for_every_part(monkeypatch):
           for way in ("forward", "backward")),
         "all blocks",
     ]  # fmt: skip
-    parts = {name: list(map(float, cells[-3:])) for name, *cells in rows[2:]}
-    assert all(total > 0 for total, *_ in parts.values())
+    assert all(float(cell) > 0 for _, _, cell, *_ in rows[2:-1])
