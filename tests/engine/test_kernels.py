@@ -408,7 +408,7 @@ def test_gelu_of_any_shape(arithmetic, shape):
     rng = np.random.default_rng(len(shape))
     true = 3 * rng.standard_normal(shape).T, rng.standard_normal(shape).T
     (forward, backward), (infer, _) = (arithmetic.blocks(keep).gelu_pair for keep in (True, False))
-    for dtype, error in (("float32", 1e-6), ("float64", 0.0)):
+    for dtype, error in (("float32", arithmetic.forward), ("float64", 0.0)):
         x, dy = (a.astype(dtype) for a in true)
         kept, dy_kept = x.copy(), dy.copy()
         y, cache = forward(x)
