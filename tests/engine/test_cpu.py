@@ -10,6 +10,9 @@ import miniconvit as mc
 from miniconvit import layers
 from miniconvit.engine import classification, cpu, make_engine
 from miniconvit.engine.cpu import cpu_blocks, numba_version, of_one_call
+from miniconvit.engine.objective import Classification
+from miniconvit.engine.processes import ProcessEngine, can_fork
+from miniconvit.engine.threads import Engine
 
 
 @pytest.fixture
@@ -74,3 +77,46 @@ def test_engines_take_them_by_themselves(numba_is, workers):
     assert not np.array_equal(fast, slow)
     assert np.linalg.norm(fast - plain) <= 1e-5 * scale
     assert np.linalg.norm(slow - plain) <= 1e-6 * scale
+
+
+class Numbered:
+    """Blocks that know how often they have begun anew, each process by itself."""
+
+    def __init__(self, number=0, keep=None):
+        self.number, self.keep = number, keep
+
+    def fresh(self, keep=True):
+        self.number += 1
+        return Numbered(self.number, keep)
+
+
+class Telling(Classification):
+    """Its numbers tell which blocks it was given."""
+
+    def step(self, batch, params, share, first, seed, step, blocks):
+        told = np.float64(share * (10 * blocks.number + blocks.keep))
+        return (told, np.int64(0)), {name: np.zeros_like(p) for name, p in params.items()}
+
+    def answer(self, batch, params, blocks):
+        told = 10 * blocks.number + blocks.keep
+        return np.full((len(batch[0]), *self.output), told, "float32")
+
+
+@pytest.mark.parametrize("kind", [Engine, ProcessEngine])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_call_has_blocks_of_its_own(kind, workers):
+    """All its pieces share them, in each worker; after answers nothing can go back."""
+    if kind is ProcessEngine and not can_fork():
+        pytest.skip("workers are processes on Linux alone")
+    config = mc.ConViTConfig(32, 4, 3, 5, 12, 1, 4, local_up_to_layer=1)
+    params, images = mc.init_params(config), np.zeros((128, 3, 32, 32), "float32")
+
+    def load(start, stop):
+        return images[start:stop], np.zeros(stop - start, int)
+
+    with kind(Telling(config), workers, Numbered()) as engine:
+        assert len(engine.pieces(128)) >= 8
+        for call in (1, 2):
+            assert engine.loss_and_grads(load, 128, params)[0] == pytest.approx(10 * call + 1)
+        for call in (3, 4):
+            assert np.unique(engine.logits(load, 128, params)).tolist() == [10 * call]
