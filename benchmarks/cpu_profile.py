@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_profile.py [--model convit_tiny32] [--images 16]
 
-One thread. A part's floor is the time that its matrix products alone would take at the rate of the
-widest of them, fc1's, measured in the same rounds; what lies above it is element-wise passes and
-products too small for that rate. Other programs slow both down alike: read the shares.
+One thread, and Numba: pip install 'miniconvit[fast]'. A part's floor is the time that its matrix
+products alone would take at the rate of the widest of them, fc1's, measured in the same rounds;
+what lies above it is element-wise passes and products too small for that rate. Other programs slow
+both down alike: read the shares.
 """
 
 import time
@@ -15,7 +16,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from miniconvit.config import VARIANTS
-from miniconvit.engine.kernels import attention, tokenwise
+from miniconvit.engine.kernels.attention import attention_backward, attention_forward
+from miniconvit.engine.kernels.float32 import Float32, passes
 from miniconvit.engine.threads import keep_freed_memory
 
 ROUNDS = 25
@@ -45,32 +47,49 @@ def params_of(config, rng):
 
 def calls_of(config, images, rng):
     """{name: function} of every part, forward before backward."""
-    D, N = config.embed_dim, config.num_patches
-    x, dy = (
-        tokenwise.tokens_first(drawn(rng, D, images * N), (images, N)) * scale for scale in (20, 1)
-    )
+    a, D, R = Float32(), config.embed_dim, images * config.num_patches
+    x, dy, factor = 20 * drawn(rng, R, D), drawn(rng, R, D), np.ones(R, "float32")
     params, caches = params_of(config, rng), {}
-    weight, columns = params["mlp"]["fc1.weight"], drawn(rng, D, images * N)
-    wide = np.empty((len(weight), images * N), "float32")
-    hidden = drawn(rng, *wide.shape)
-    arguments = {
-        "norm": (params["norm"]["weight"], params["norm"]["bias"]),
-        "mlp": (params["mlp"],),
-        "gpsa": (params["gpsa"], config.num_heads, config.grid),
-        "mhsa": (params["mhsa"], config.num_heads),
+    mlp, norm = params["mlp"], tuple(params["norm"].values())
+    normed, statistics = a.norm(x, *norm)
+    hidden, active = (drawn(rng, R, config.hidden_dim) for _ in range(2))
+
+    def mlp_forward():
+        active, slope = a.gelu(normed, mlp["fc1.weight"], mlp["fc1.bias"], True)
+        a.branch(active, mlp["fc2.weight"], mlp["fc2.bias"], factor, x)
+        caches["mlp"] = active, slope
+
+    def mlp_backward():
+        active, slope = caches["mlp"]
+        dbranch, _ = a.scaled(dy, factor)
+        dhidden, _ = a.back_gelu(dbranch, mlp["fc2.weight"], slope)
+        return (
+            a.back(dhidden, [mlp["fc1.weight"]]),
+            a.outer(dhidden, normed),
+            a.outer(dbranch, active),
+        )
+
+    calls = {
+        "fc1 alone": lambda: np.matmul(x, mlp["fc1.weight"].T, out=hidden),
+        "GELU alone, in MLP forward": lambda: passes.gelu(hidden, mlp["fc1.bias"], active),
+        "layernorm forward": lambda: a.norm(x, *norm),
+        "layernorm backward": lambda: a.norm_backward(dy, x, statistics, norm[0], dy),
+        "mlp forward": mlp_forward,
+        "mlp backward": mlp_backward,
     }
-    calls = {"fc1 alone": lambda: np.matmul(weight, columns, out=wide)}
-    calls["GELU alone, in MLP forward"] = lambda: tokenwise._gelu(hidden.copy(), wide)
-    calls["residual addition"] = lambda: x + dy
-    parts = {"norm": ("layernorm", tokenwise), "mlp": ("mlp", tokenwise)}
-    parts |= {name: (name, attention) for name in ("gpsa", "mhsa")}
-    for part, (name, home) in parts.items():
+    for name in ("gpsa", "mhsa"):
 
-        def forward(part=part, name=name, home=home):
-            _, caches[part] = getattr(home, f"{name}_forward")(x, *arguments[part])
+        def forward(name=name):
+            own = params[name]
+            y, cache = attention_forward(a, normed, own, images, config.num_heads, config.grid)
+            a.branch(y, own["proj.weight"], own["proj.bias"], factor, x)
+            caches[name] = y, cache
 
-        def backward(part=part, name=name, home=home):
-            getattr(home, f"{name}_backward")(dy, caches[part])
+        def backward(name=name):
+            y, cache = caches[name]
+            dbranch, _ = a.scaled(dy, factor)
+            dattended = a.back_operand(dbranch, [params[name]["proj.weight"]])
+            return attention_backward(a, dattended, cache), a.outer(dbranch, y)
 
         calls |= {f"{name} forward": forward, f"{name} backward": backward}
     return calls
@@ -111,7 +130,7 @@ def main(model, images):
     rate = flops["fc1 alone"] / took["fc1 alone"]
     gpsa = min(config.local_up_to_layer, config.depth)
     times = {"gpsa": gpsa, "mhsa": config.depth - gpsa, "mlp": config.depth}
-    times |= {"layernorm": 2 * config.depth, "residual": 4 * config.depth}
+    times["layernorm"] = 2 * config.depth
     print(f"{model}, pieces of {images} images, fc1 at {rate / 1e9:.0f} GFLOP/s\n")
     print("| part | times | ms an image | its products alone | above them |")
     print("| --- " * 5 + "|")

@@ -150,7 +150,16 @@ def test_importing_the_package_loads_the_lesson_and_the_checker_alone():
     lesson = {"layers", "optim", "model", "gradcheck"}
     assert ours == {"errors", "arrays", "arguments", "config"} | lesson
     assert not {"miniconvit.gradcheck.cases", "miniconvit.gradcheck.mutants"} & set(modules)
-    others = {"safetensors", "pooch", "tqdm", "click", "threadpoolctl", "PIL", "matplotlib"}
+    others = {
+        "safetensors",
+        "pooch",
+        "tqdm",
+        "click",
+        "threadpoolctl",
+        "PIL",
+        "matplotlib",
+        "numba",
+    }
     assert not others & set(modules)
 
 

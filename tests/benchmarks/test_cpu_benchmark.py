@@ -1,5 +1,5 @@
 """benchmarks/cpu.py: its arithmetic, that it survives a side that fails, and that it waits for a
-quiet machine. How fast we are stands in docs/results/cpu, not here."""
+quiet machine. cpu_profile.py: its rows. How fast we are stands in docs/results/cpu, not here."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from with_numba import needs_numba
 
 from miniconvit.errors import UserError
 
@@ -15,12 +16,19 @@ ROOT = Path(__file__).parents[2]
 ROW = "Ti 32x32 / 4, batch 16, train"
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(
+        f"{name}_benchmark", ROOT / f"benchmarks/{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("cpu_benchmark", ROOT / "benchmarks/cpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("cpu")
     monkeypatch.setattr(module, "TURN", 0.0)
     monkeypatch.setattr(module, "PAUSE", 0.0)
     monkeypatch.setattr(module, "REPEATS", 0)  # whatever else this machine does
@@ -221,3 +229,22 @@ def test_a_round_beside_another_program_is_measured_again(
     text, _ = script.table([{"row": ROW} | result])
     sentence = f"{ROW}: other programs took more than 5 % of the cores' time in 1 of the rounds of "
     assert (f"{sentence}ours, autocast, after {repeats} repeats." in text) == bool(disturbed)
+
+
+@needs_numba
+def test_the_profile_has_a_row_for_every_part(monkeypatch):
+    script = load("cpu_profile")
+    monkeypatch.setattr(script, "ROUNDS", 2)
+    result = CliRunner().invoke(
+        script.main, ["--model", "convit_mini32", "--images", "2"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line[:1] == "|"]
+    assert [name for name, *_ in rows[2:]] == [
+        "fc1 alone",
+        "GELU alone, in MLP forward",
+        *(f"{name} {way}" for name in ("layernorm", "mlp", "gpsa", "mhsa")
+          for way in ("forward", "backward")),
+        "all blocks",
+    ]  # fmt: skip
+    assert all(float(cell) > 0 for _, _, cell, *_ in rows[2:-1])

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
+from with_numba import needs_numba
 
 import miniconvit as mc
 from miniconvit import layers
-from miniconvit.engine import kernels
 from miniconvit.engine import pieces as engine_pieces
+from miniconvit.engine.cpu import cpu_blocks
 from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.threads import Engine
@@ -27,6 +28,10 @@ from miniconvit.system import available_threads
 CONFIG = mc.ConViTConfig((12, 20), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, drop_path_rate=0.4)
 OBJECTIVE = Classification(CONFIG)
 N_IMAGES = 83  # 60 patches each: pieces of unequal size
+BOTH = [
+    pytest.param(cpu_blocks(), id="kernels", marks=needs_numba),
+    pytest.param(layers, id="reference"),
+]
 
 
 def make_batch(config, n, dtype="float32"):
@@ -120,7 +125,7 @@ class Watched(np.ndarray):
 Watched.__module__ = "numpy"  # so that the layers compute with NumPy
 
 
-@pytest.mark.parametrize("blocks", [kernels, layers], ids=["kernels", "reference"])
+@pytest.mark.parametrize("blocks", BOTH)
 @pytest.mark.parametrize("local_up_to_layer", [0, 2, 3])
 def test_a_float32_step_makes_no_float64_array(local_up_to_layer, blocks):
     config = replace(CONFIG, local_up_to_layer=local_up_to_layer, qkv_bias=True)
@@ -159,7 +164,7 @@ def test_memory_grows_with_the_logarithm_of_the_batch(monkeypatch, threads):
     assert peaks[1] - peaks[0] <= (3 + 3) * one_set
 
 
-@pytest.mark.parametrize("blocks", [kernels, layers], ids=["kernels", "reference"])
+@pytest.mark.parametrize("blocks", BOTH)
 def test_inference_holds_one_block_at_a_time(blocks):
     """Six blocks take no more memory than one: nothing is kept for a backward pass."""
     peaks = []
@@ -268,16 +273,40 @@ def test_blas_stays_at_one_thread_until_the_last_engine_closes():
         assert blas_threads() == before
 
 
-def test_everything_works_without_the_kernels_folder(tmp_path):
+WITHOUT_NUMBA = """
+import importlib.metadata
+import sys
+
+def version(name, found=importlib.metadata.version):
+    if name == "numba":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+importlib.metadata.version, sys.modules["numba"] = version, None  # importing it is an ImportError
+"""
+WORKS = """
+from miniconvit import layers
+from miniconvit.cli import main
+from miniconvit.engine.cpu import cpu_blocks
+assert cpu_blocks() is layers
+for device in [[], ["--inference"], ["--workers", "2"]]:
+    try:
+        main(["bench", "--model", "convit_micro32", "--img-size", "8", "--steps", "1", *device])
+    except SystemExit as end:
+        assert not end.code
+import sys
+assert not {"llvmlite", "miniconvit.engine.kernels.block"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("left_out", ["the folder", "numba", "both"])
+def test_everything_works_without_the_kernels(tmp_path, left_out):
     """On a copy of the package: the reference takes their place."""
-    package = Path(mc.__file__).parent
-    ignored = shutil.ignore_patterns("kernels", "__pycache__")
-    shutil.copytree(package, tmp_path / "miniconvit", ignore=ignored)
-    code = (
-        "from miniconvit.engine.pieces import kernels; from miniconvit import layers;"
-        "assert kernels is layers;"
-        "from miniconvit.cli import main;"
-        "main(['bench', '--model', 'convit_micro32', '--img-size', '8', '--steps', '1'])"
+    package, names = Path(mc.__file__).parent, ["__pycache__"]
+    names += [] if left_out == "numba" else ["kernels"]
+    shutil.copytree(package, tmp_path / "miniconvit", ignore=shutil.ignore_patterns(*names))
+    code = WORKS if left_out == "the folder" else WITHOUT_NUMBA + WORKS
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    assert engine_pieces.kernels is kernels
+    assert done.returncode == 0, done.stderr

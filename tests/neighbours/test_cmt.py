@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from golden_cases import GOLDEN, assert_equal, read_parts
 from small_run import stop_after
+from with_numba import needs_numba
 
 from miniconvit import layers
 from miniconvit.checkpoints import weights
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.engine import classification, kernels, make_engine
-from miniconvit.engine.kernels import inference
+from miniconvit.engine import classification, make_engine
+from miniconvit.engine.cpu import cpu_blocks, of_one_call
 from miniconvit.engine.pieces import cut
 from miniconvit.errors import UserError
 from miniconvit.gradcheck.neighbours import DEAD
@@ -61,13 +62,17 @@ def test_whole_networks_equal_autograd(name):
         assert_equal(params[key], expected)
 
 
+@needs_numba
 def test_a_faster_gelu_is_as_near_to_autograd():
     """In float32, where the engines give it. By default the reference's runs."""
     config, params, case = cmt_case("cmt")
     params = {name: p.astype("float32") for name, p in params.items()}
     images, dy = (case[name].astype("float32") for name in ("images", "dy"))
     errors, found = [], []
-    for blocks, for_inference in ((None, None), (kernels, inference)):
+    for fast in (False, True):
+        blocks, for_inference = (
+            of_one_call(cpu_blocks(), keep) if fast else None for keep in (True, False)
+        )
         logits, cache = cmt_forward(images, params, config, True, blocks)
         grads = cmt_backward(dy, cache)
         evaluated, _ = cmt_forward(images, params, config, False, for_inference)

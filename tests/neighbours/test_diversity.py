@@ -7,18 +7,24 @@ import numpy as np
 import pytest
 from golden_cases import assert_equal, load_case
 from small_run import FLAGS, small_dataset, stop_after
+from with_numba import needs_numba
 
 import miniconvit as mc
 from miniconvit import layers, neighbours
 from miniconvit.checkpoints.checkpoint import load_checkpoint
 from miniconvit.data import draw_patch_mix, mix_images, mix_patch_labels
-from miniconvit.engine import Classification, kernels, make_engine
+from miniconvit.engine import Classification, make_engine
+from miniconvit.engine.cpu import cpu_blocks
 from miniconvit.neighbours.diversity import PatchHeadConfig, Taps, without_patch_head
 from miniconvit.training import run as run_module
 from miniconvit.training.objectives import Diversified
 
 FIRST = np.sin(np.arange(72.0)).reshape(3, 6, 4)
 LABELS = np.arange(18).reshape(3, 6) % 5
+BOTH = [
+    pytest.param(layers, id="layers"),
+    pytest.param(cpu_blocks(), id="kernels", marks=needs_numba),
+]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +41,7 @@ def test_losses_equal_autograd(name, more):
         assert_equal(grad, expected)
 
 
-@pytest.mark.parametrize("blocks", [layers, kernels], ids=["layers", "kernels"])
+@pytest.mark.parametrize("blocks", BOTH)
 @pytest.mark.parametrize("local", [0, 2, 3])
 def test_whole_models_with_all_losses_equal_timm_and_autograd(local, blocks):
     case = load_case(f"diversified_{local}")
@@ -56,13 +62,14 @@ def test_whole_models_with_all_losses_equal_timm_and_autograd(local, blocks):
     np.testing.assert_allclose(found, case.similarities, rtol=1e-10)
 
 
+@needs_numba
 def test_float32_kernels_give_the_same_up_to_rounding():
     """The last block runs for all tokens there, which plain training never asks of it."""
     case = load_case("diversified_2")
     objective = Diversified(PatchHeadConfig(**json.loads(case.config.item())), 0.0, 1.0, 1.0, 1.0)
     batch = case.images.astype("float32"), case.targets, case.patch_labels
     params = {name: value.astype("float32") for name, value in case.inputs.items()}
-    (ours, _), grads = objective.step(batch, params, 1.0, 0, 0, 0, kernels)
+    (ours, _), grads = objective.step(batch, params, 1.0, 0, 0, 0, cpu_blocks())
     (loss, _), expected = objective.step(batch, params, 1.0, 0, 0, 0, layers)
     assert grads["head.bias"].dtype == np.float32 and ours == pytest.approx(loss, rel=1e-5)
     for name, grad in grads.items():

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from golden_cases import GOLDEN, assert_equal, read_parts
 from small_run import stop_after
+from with_numba import needs_numba
 
 from miniconvit import layers
 from miniconvit.checkpoints.checkpoint import load_checkpoint
-from miniconvit.engine import classification, kernels, make_engine
+from miniconvit.engine import classification, make_engine
+from miniconvit.engine.cpu import cpu_blocks
 from miniconvit.engine.pieces import cut
 from miniconvit.errors import UserError
 from miniconvit.layers import cross_entropy_backward, cross_entropy_forward
@@ -37,6 +39,10 @@ SMALL = MobileConfig(
     "conv", "fusion", (2, 4), 8, num_classes=3, embed_dim=8, depth=2, num_heads=2, hidden_dim=10
 )
 WHOLE = ("conv_fusion", "conv_mean", "patches_class_token")
+BOTH = [
+    pytest.param(layers, id="layers"),
+    pytest.param(cpu_blocks(), id="kernels", marks=needs_numba),
+]
 
 
 def load(name):
@@ -44,7 +50,7 @@ def load(name):
     return MobileConfig.from_dict(json.loads(parts["config"].item())), parts
 
 
-@pytest.mark.parametrize("blocks", [layers, kernels], ids=["layers", "kernels"])
+@pytest.mark.parametrize("blocks", BOTH)
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_networks_equal_torch_in_training(name, blocks):
     config, parts = load(name)
@@ -77,7 +83,7 @@ def test_float32_stays_float32_and_kernels_give_the_same(stem, readout):
     params = init_mobile(config, 3)
     images = np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype="float32")
     found = []
-    for blocks in (layers, kernels):
+    for blocks in (layers, cpu_blocks()):
         logits, cache = mobile_forward(images, params, config, True, blocks)
         found.append({"logits": logits} | mobile_backward(np.ones_like(logits), cache))
     for name, ours in found[1].items():
