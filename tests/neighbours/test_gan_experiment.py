@@ -56,7 +56,7 @@ def test_the_ruler_measures_a_shift_by_what_it_is_along_each_direction():
     ruler, moved = gan.Ruler(images), rng.standard_normal((4, 4, 3)).astype("float32")
     expected = abs(moved.reshape(-1) @ ruler._directions).mean()
     assert ruler.distance(images[::-1] + moved) == pytest.approx(expected, rel=1e-5)
-    assert ruler.distance(images[::-1]) == 0.0
+    assert ruler.distance(images[::-1]) <= 1e-6 * expected  # a product rounds as its rows lie
     np.testing.assert_allclose(np.linalg.norm(ruler._directions, axis=0), 1.0, rtol=1e-6)
 
 
