@@ -35,7 +35,7 @@ def assert_alike(ours, theirs):
             assert_alike(a, b)
     else:
         largest = np.abs(theirs).max(initial=0.0)  # sums that cancel have the error of their terms
-        np.testing.assert_allclose(ours, theirs, rtol=0.0, atol=1e-5 * largest)
+        np.testing.assert_allclose(ours, theirs, rtol=0.0, atol=1e-7 + 1e-5 * largest)
 
 
 def objectives():
