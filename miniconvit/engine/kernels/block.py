@@ -15,6 +15,7 @@ from .attention import (
     first_token_backward,
     first_token_forward,
 )
+from .compiled import empty
 from .float32 import gelu
 
 
@@ -153,7 +154,8 @@ def _attention_backward(a, dx1, params, cache):
     dnormed, dattn = backward(a, dattended, cache_attention)
     dresidual = dx1
     if first:
-        dresidual = np.zeros_like(x0)
+        dresidual = empty(x0.shape)
+        dresidual[...] = 0.0
         dresidual[:: len(x0) // len(dx1)] = dx1
     dx0, dweight, dbias = a.norm_backward(
         dnormed, x0, statistics, params["norm1.weight"], dresidual

@@ -15,8 +15,7 @@ _TEMPORARY = []  # a folder for compiled loops, which goes with the process
 
 
 def empty(shape, dtype=np.float32):
-    """An empty array at the start of a cache line. All memory that the loops work on comes from
-    here."""
+    """An empty array at the start of a cache line. All large ones that the loops take are such."""
     size, line = int(np.prod(shape)), CACHE_LINE // np.dtype(dtype).itemsize
     whole = np.empty(size + line, dtype)
     start = -whole.__array_interface__["data"][0] // whole.itemsize % line
