@@ -45,12 +45,14 @@ def _position_maps(weight, bias, grid):
 def _position_backward(dA, P, g, grid):
     """As position_attention_dense_backward for dP = g dA: dA and P (H, queries, keys), g (H,).
 
-    Returns dweight (H, 3) and each head's sum of P dA, (H,).
+    In float64, with rows of P that sum to 1: what a row of dscores is off 0 by is multiplied by all
+    of its offsets. Returns dweight (H, 3) and each head's sum of P dA, (H,).
     """
-    dscores = dA * P
+    dscores = np.multiply(dA, P, dtype=np.float64)
     dots = dscores.sum(axis=2, keepdims=True)  # (H, queries, 1)
-    dscores -= P * dots
-    return g[:, None] * (dscores.reshape(len(P), -1) @ _offsets(grid)), dots.sum(axis=(1, 2))
+    dscores -= P * (dots / P.sum(axis=2, keepdims=True, dtype=np.float64))
+    dweight = g[:, None] * (dscores.reshape(len(P), -1) @ _offsets(grid))
+    return dweight.astype(P.dtype), dots.sum(axis=(1, 2))
 
 
 def attention_forward(a, x, params, B, num_heads, grid):
@@ -80,7 +82,7 @@ def attention_backward(a, dy, cache):
         g, P, grid = gate
         grads["pos_proj.weight"], dots = _position_backward(dA, P, g, grid)
         grads["pos_proj.bias"] = np.zeros_like(g)
-        grads["gating_param"] = g * (1.0 - g) * (dots - rho)
+        grads["gating_param"] = (g * (1.0 - g) * (dots - rho)).astype(g.dtype)
     return a.back(dqkv, weights), grads
 
 

@@ -114,7 +114,7 @@ class Float32:
         B, H, queries, keys = C.shape
         heads = (_heads(rows, B, H) for rows in (dy, q, k, v, dq, dk, dv))
         dy, q, k, v, dq, dk, dv = heads
-        dA_sum, rho_sum = np.zeros((H, queries, keys), C.dtype), np.zeros(H, C.dtype)
+        dA_sum, rho = np.zeros((H, queries, keys), C.dtype), empty((B, H, queries))
         factors = np.ones(H, C.dtype) if keep is None else keep
         tiles = _tiles(C)
         buffers = [empty(C[tiles[0]].shape) for _ in range(2)]
@@ -124,11 +124,11 @@ class Float32:
             A = _mixed(C, keep, gP, tile, buffers[1])
             np.matmul(A.swapaxes(-1, -2), dy[tile], out=dv[tile])
             passes.softmax_backward(
-                dS, C[tile], factors[heads], _scale(q), dA_sum[heads], rho_sum[heads]
+                dS, C[tile], factors[heads], _scale(q), dA_sum[heads], rho[tile]
             )
             np.matmul(dS, k[tile], out=dq[tile])
             np.matmul(dS.swapaxes(-1, -2), q[tile], out=dk[tile])
-        return dA_sum, rho_sum
+        return dA_sum, rho.sum(axis=(0, 2), dtype=np.float64)
 
 
 def gelu(x, keep, bias=None):

@@ -212,20 +212,20 @@ def mix(C, keep, gP, A):
                     mixed[k] = share * content[k] + position[k]
 
 
-@loop("void(f4[:,:,:,::1], f4[:,:,:,::1], f4[::1], f4, f4[:,:,::1], f4[::1])")
-def softmax_backward(dA, C, keep, factor, dA_sum, rho_sum):
-    """dA becomes factor keep C (dA - rho) with rho the sum of C dA over a row. dA is added to
-    dA_sum (H, queries, keys) and rho to rho_sum (H,)."""
+@loop("void(f4[:,:,:,::1], f4[:,:,:,::1], f4[::1], f4, f4[:,:,::1], f4[:,:,::1])")
+def softmax_backward(dA, C, keep, factor, dA_sum, rho):
+    """dA becomes factor keep C (dA - rho) with rho (B, H, queries) the sum of C dA over a row. dA is
+    added to dA_sum (H, queries, keys)."""
     B, H, queries, keys = C.shape
     for b in range(B):
         for h in range(H):
             share = factor * keep[h]
             for q in range(queries):
                 here, content, total = dA[b, h, q], C[b, h, q], dA_sum[h, q]
-                rho = F(0.0)
+                mean = F(0.0)
                 for k in range(keys):
-                    rho += content[k] * here[k]
+                    mean += content[k] * here[k]
                     total[k] += here[k]
-                rho_sum[h] += rho
+                rho[b, h, q] = mean
                 for k in range(keys):
-                    here[k] = share * content[k] * (here[k] - rho)
+                    here[k] = share * content[k] * (here[k] - mean)
