@@ -214,8 +214,10 @@ def mix(C, keep, gP, A):
 
 @loop("void(f4[:,:,:,::1], f4[:,:,:,::1], f4[::1], f4, f4[:,:,::1], f4[:,:,::1])")
 def softmax_backward(dA, C, keep, factor, dA_sum, rho):
-    """dA becomes factor keep C (dA - rho) with rho (B, H, queries) the sum of C dA over a row. dA is
-    added to dA_sum (H, queries, keys)."""
+    """dA becomes factor keep C (dA - rho) with rho (B, H, queries) the sum of C dA over a row.
+
+    dA is added to dA_sum (H, queries, keys).
+    """
     B, H, queries, keys = C.shape
     for b in range(B):
         for h in range(H):
