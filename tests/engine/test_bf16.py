@@ -13,7 +13,7 @@ from scipy.special import ndtr, softmax
 from with_numba import skip_without_numba
 
 skip_without_numba()
-amx.emulate()
+amx.emulate_for_a_file()
 
 from miniconvit.engine.kernels import bf16, products  # noqa: E402
 from miniconvit.engine.kernels.bf16 import Bf16  # noqa: E402
@@ -308,9 +308,8 @@ def assert_attention_holds(case):
     S, off_S = (scale * x for x in product(q, turned(k)))
     weights = np.exp(S - S.max(axis=-1, keepdims=True))
     C = weights / weights.sum(axis=-1, keepdims=True)
-    off_C = C * (
-        2e-6 + 2 * off_S.max(axis=-1, keepdims=True) + 4e-7 * (1 + np.ptp(S, axis=-1)).max()
-    )
+    off_S = 2 * off_S.max(axis=-1, keepdims=True) + 4e-7 * np.ptp(S, axis=-1, keepdims=True)
+    off_C = C * (3e-6 + off_S)
     y, C_found = case.forward()
     assert C_found.shape == C.shape and C_found.dtype == np.uint16
     assert_rounded(from_bf16(C_found), C, off_C)
@@ -410,7 +409,7 @@ def test_what_is_not_finite_reaches_its_own_image_alone(rng, d, queries, keys, g
 @pytest.mark.parametrize(("R", "K", "N"), [(1, 1, 1), (33, 27, 12), (65, 48, 33), (97, 33, 72)])
 def test_what_is_not_finite_stays_in_its_row(a, rng, R, K, N, value):
     """And in its column of an outer product."""
-    x, exact = operand(rng, R, K)
+    x, _ = operand(rng, R, K)
     dy, _ = operand(rng, R, N)
     slope, _ = operand(rng, R, N)
     weight, bias = drawn(rng, N, K), drawn(rng, N)
@@ -427,10 +426,9 @@ def test_what_is_not_finite_stays_in_its_row(a, rng, R, K, N, value):
             numbers(a.back_gelu(x, weight.T.copy(), slope)[0]),
         ]
         with np.errstate(invalid="ignore"):
-            small, _ = a.scaled(numbers(x).astype("float32"), ones)
-            normed, _ = a.norm(
-                numbers(x).astype("float32"), np.ones(K, "float32"), bias[:1].repeat(K)
-            )
+            small = numbers(x).astype("float32")
+            normed, _ = a.norm(small, np.ones(K, "float32"), np.ones(K, "float32"))
+            small, _ = a.scaled(small, ones)
         for y in (*found, numbers(small), numbers(normed)):
             broken = ~np.isfinite(y).all(axis=1)
             # gelu(-inf) is NaN here, and its slope as well
