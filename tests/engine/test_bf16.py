@@ -197,6 +197,15 @@ def test_outer(a, rng, R, N, K):
     assert_float32(a.outer(x, dy), *product(exact_x.T, exact_dy))
 
 
+def test_the_thinner_operand_is_transposed(a, rng, monkeypatch):
+    seen, columns = [], bf16._columns
+    monkeypatch.setattr(bf16, "_columns", lambda rows: seen.append(rows.width) or columns(rows))
+    thin, wide = (operand(rng, 33, width)[0] for width in (12, 48))
+    a.outer(thin, wide)
+    a.outer(wide, thin)
+    assert seen == [12, 12]
+
+
 @pytest.mark.parametrize(("R", "D"), choice(3, 8, COUNTS, WIDTHS))
 def test_sums(a, rng, R, D):
     dy, exact = operand(rng, R, D)
@@ -220,6 +229,8 @@ def test_split_and_like(a, rng):
         parts = a.split(x, count)
         assert np.array_equal(np.concatenate([numbers(part) for part in parts], axis=1), exact)
         assert all(np.shares_memory(part.buffer, x.buffer) for part in parts)
+    again = a.split(parts[1], 2)  # a part of a part
+    assert np.array_equal(numbers(again[1]), exact[:, 18:24])
     like = a.like(parts[1])
     assert (like.count, like.begin, like.width) == (7, 0, 12)
     assert not np.shares_memory(like.buffer, x.buffer)
