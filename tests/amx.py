@@ -70,6 +70,14 @@ def emulate():
     return Amx(library)
 
 
+def emulate_for_a_file():
+    """The same before a file imports kernels with tiles. Where it cannot, the file is skipped."""
+    try:
+        return emulate()
+    except pytest.skip.Exception as reason:
+        pytest.skip(str(reason), allow_module_level=True)
+
+
 def cpu_flags():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return set(next((line for line in lines if line.startswith("flags")), "").split())

@@ -19,8 +19,13 @@ def check_cpu_precision(precision):
         )
     if numba_version() is None:
         raise UserError(f"--precision bf16 on a CPU needs Numba {NUMBA}: {INSTALL}")
-    from .kernels import tiles
-
+    try:
+        from .kernels import tiles
+    except ImportError:  # the folder was deleted
+        raise UserError(
+            "--precision bf16 on a CPU needs the folder miniconvit/engine/kernels, which is not "
+            "here: put it back, or leave it at float32"
+        ) from None
     if not tiles.has_tiles():
         raise UserError(
             "--precision bf16 needs AMX, which Intel's Xeons have since 2023, and Linux. This CPU "

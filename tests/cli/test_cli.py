@@ -327,6 +327,7 @@ def test_doctor(program):
     assert 1 <= found["threads"] <= len(os.sched_getaffinity(0))
     assert found["matmul_ms"] > 0
     assert found["matmul_gflops"] == pytest.approx(2 * 1024**3 / found["matmul_ms"] / 1e6, 0.05)
+    assert {"kernels", "cpu_bf16"} <= found.keys()
     assert found["verdict"].startswith(("ready", "usable"))
     status, out, _ = program("doctor")
     assert status == 0

@@ -5,7 +5,6 @@ The processes are forked, so that the end of one is a failure and not the end of
 """
 
 import ctypes
-import faulthandler
 import inspect
 import mmap
 import os
@@ -14,7 +13,9 @@ import sys
 import textwrap
 import traceback
 import tracemalloc
+from dataclasses import replace
 
+import amx
 import numpy as np
 import pytest
 from with_numba import skip_without_numba
@@ -33,16 +34,44 @@ from miniconvit.engine.kernels.float32 import Float32  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="memory is guarded on Linux alone")
 
-ARITHMETICS = [Float32]
+ARITHMETICS = ["float32", "bf16"]
 CONFIGS = [
     mc.ConViTConfig((6, 10), 2, 3, 5, 12, 2, 4, 2.5, local_up_to_layer=1),
     mc.ConViTConfig((3, 33), (3, 3), 1, 2, 27, 2, 9, 2.2, local_up_to_layer=1, qkv_bias=True),
     mc.ConViTConfig(4, 4, 1, 2, 7, 2, 1, 1.0, local_up_to_layer=1),
     mc.ConViTConfig((28, 20), (2, 4), 1, 3, 20, 2, 1, 3.0, True, local_up_to_layer=2),
 ]
+WIDE = [
+    mc.ConViTConfig(8, 2, 3, 5, 48, 2, 4, local_up_to_layer=1),
+    mc.ConViTConfig(8, 2, 3, 5, 72, 2, 9, local_up_to_layer=1, qkv_bias=True),
+    mc.ConViTConfig((6, 22), 2, 3, 5, 117, 2, 9, 3.3, local_up_to_layer=1),
+    mc.ConViTConfig(6, 2, 3, 5, 432, 2, 9, local_up_to_layer=1),
+]
+VARIANTS = {
+    (config.embed_dim, config.num_heads, config.num_patches): config
+    for config in (
+        # few tokens are enough for the widest ones
+        replace(config, img_size=5 * config.patch_size) if config.embed_dim > 256 else config
+        for config in mc.VARIANTS.values()
+    )
+}
 EMPTY, PAGE = compiled.empty, mmap.PAGESIZE
 BEFORE, BEHIND = False, True  # where the memory is that nobody may touch
 KILLED = -signal.SIGSEGV, -signal.SIGBUS
+
+
+@pytest.fixture(params=ARITHMETICS)
+def arithmetic(request):
+    return arithmetic_of(request.param)
+
+
+def arithmetic_of(name):
+    if name == "float32":
+        return Float32
+    amx.emulate()
+    from miniconvit.engine.kernels.bf16 import Bf16
+
+    return Bf16
 
 
 def guarded(where):
@@ -84,7 +113,8 @@ def end_of(function):
     number of the signal that killed it."""
     pid = os.fork()
     if pid == 0:
-        faulthandler.disable()
+        for number in (signal.SIGSEGV, signal.SIGBUS):  # quietly, and SIGILL may execute tiles
+            signal.signal(number, signal.SIG_DFL)
         try:
             function()
             os._exit(0)
@@ -130,15 +160,35 @@ def assert_stays_inside(arithmetic, config, B, where, keep=True):
 @pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"D{config.embed_dim}")
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_nothing_outside_is_touched(arithmetic, config, B, where):
     for keep in (True, False):
         assert_stays_inside(arithmetic, config, B, where, keep)
 
 
 @pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
+@pytest.mark.parametrize("config", WIDE, ids=lambda config: f"D{config.embed_dim}")
+def test_nothing_outside_is_touched_by_wide_models(arithmetic, config, where):
+    assert_stays_inside(arithmetic, config, 2, where)
+
+
+@pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
+@pytest.mark.parametrize("size", VARIANTS, ids=lambda size: "D{}-H{}-N{}".format(*size))
+@pytest.mark.parametrize("arithmetic", ["bf16"], indirect=True)
+def test_nothing_outside_is_touched_by_the_named_models(arithmetic, size, where):
+    """Both kinds of block, of one image."""
+    config = replace(VARIANTS[size], depth=2, local_up_to_layer=1)
+
+    def check():
+        empty = guarded(where)
+        place(empty)
+        assert all(np.isfinite(found).all() for found in results(arithmetic, config, 1, empty))
+
+    assert end_of(check) == 0
+
+
+@pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
 @pytest.mark.parametrize("maps", [1, 4, 7])
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", ["float32"], indirect=True)
 def test_nothing_outside_is_touched_by_tiles(arithmetic, maps, where, monkeypatch):
     """That cut images and heads, with a rest."""
     monkeypatch.setattr(float32, "TILE", maps * CONFIGS[1].num_patches ** 2)
@@ -146,7 +196,6 @@ def test_nothing_outside_is_touched_by_tiles(arithmetic, maps, where, monkeypatc
 
 
 @pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_gelu_alone_stays_inside(arithmetic, where):
     def check():
         place(guarded(where))
@@ -184,6 +233,71 @@ def test_a_loop_that_goes_one_too_far_is_killed(name):
     assert end_of(check) in KILLED
 
 
+TOO_FAR = {
+    "products": [
+        ("scale_rows", "range(sums.size)", "range(sums.size + 1)"),
+        ("norm_rows", "range(weight.size)", "range(weight.size + 1)"),
+        ("sum_rows", "range(count)", "range(count + BLOCK + 1)"),
+        ("pair_up, pair_rows", "range(pairs.shape[0])", "range(pairs.shape[0] + 1)"),
+        ("transpose_words, transpose_pairs", "(0, rows, 16)", "(0, rows + 16, 16)"),
+        ("transpose_words, transpose_pairs", "(0, columns, 16)", "(0, columns + 16, 16)"),
+        ("multiply, block_of, product", "range(steps)", "range(steps + 1)"),
+        ("block_of, product_rows", "r * lda, lda", "(r + BLOCK) * lda, lda"),
+        ("block_of, product_rows", "4 * c, ldb", "4 * (c + BLOCK), ldb"),
+        ("product", "range(n)", "range(n + 1)"),
+        ("product_transposed", "range(n)", "range(n + 1)"),
+        ("product_rows", "min(BLOCK, R - r)", "min(BLOCK, R - r) + BLOCK + 1"),
+        ("product_branch", "range(n)", "range(n + 1)"),
+        ("product_gelu", "range(n)", "range(n + 1)"),
+        ("product_slope", "min(BLOCK, R - r)", "min(BLOCK, R - r) + BLOCK + 1"),
+    ],
+    "maps": [
+        ("product_into, maps_forward", "out.shape[0], BLOCK", "out.shape[0] + 1, BLOCK"),
+        ("product_into, maps_forward", "out.shape[1], BLOCK", "out.shape[1] + 1, BLOCK"),
+        ("store_rows, maps_forward", "range(count)", "range(count + BLOCK + 1)"),
+        ("pair_columns, maps_forward", "pairs.shape[1], p", "pairs.shape[1] + 16, p"),
+        ("pair_columns, maps_forward", "pairs.shape[0],\n", "pairs.shape[0] + 16,\n"),
+        ("maps_forward", "range(keys)", "range(keys + 1)"),
+        ("maps_forward", "range(H)", "range(H + 1)"),
+        ("maps_forward", "range(B)", "range(B + 1)"),
+        ("maps_backward", "range(keys)", "range(keys + 1)"),
+        ("maps_backward", "range(queries)", "range(queries + 1)"),
+    ],
+}
+"""What is too far for each loop on tiles: rows have a block more, so that one is not enough."""
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "right", "wrong"),
+    [(module, *mistake) for module, mistakes in TOO_FAR.items() for mistake in mistakes],
+)
+@pytest.mark.parametrize("arithmetic", ["bf16"], indirect=True)
+def test_a_tile_that_goes_too_far_is_killed(arithmetic, module, names, right, wrong):
+    """names: what has the mistake, and who calls it."""
+    module, (*inner, name) = sys.modules[f"{compiled.__package__}.{module}"], names.split(", ")
+    scope, first = dict(vars(module)), True
+    for function in (*inner, name):
+        source = textwrap.dedent(inspect.getsource(getattr(module, function).py_func))
+        source = source[source.index("def ") :]
+        if first:
+            assert right in source
+            source, first = source.replace(right, wrong), False
+        exec(source, scope)
+        if function != name:
+            scope[function] = compiled.inlined(scope[function])
+    (signature,) = getattr(module, name).signatures
+
+    def check():
+        wrong = numba.njit(signature, fastmath=compiled.FAST, error_model="numpy")(scope[name])
+        setattr(module, name, wrong)
+        empty = guarded(BEHIND)
+        place(empty)
+        results(arithmetic, CONFIGS[1], 3, empty)
+        results(arithmetic, CONFIGS[1], 3, empty, keep=False)
+
+    assert end_of(check) in KILLED
+
+
 def test_the_guards_guard():
     for where, number in ((BEHIND, 7), (BEFORE, -1)):
         array = guarded(where)((7,))
@@ -195,7 +309,6 @@ def test_the_guards_guard():
         assert end(number) in KILLED
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_all_large_arrays_come_from_there(arithmetic):
     """Of 200 images NumPy itself makes no array as large as their tokens are."""
     config, B = CONFIGS[0], 200

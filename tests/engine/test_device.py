@@ -511,8 +511,13 @@ def test_interrupted_and_resumed(cupy, tmp_path, monkeypatch, first, second):
 
 
 def test_the_precision_belongs_to_the_run(cupy, tmp_path, monkeypatch):
-    with pytest.raises(mc.UserError, match="--precision bf16 is for --device cuda"):
-        run(tmp_path / "cpu", "cpu", precision="bf16")
+    monkeypatch.setattr("miniconvit.engine.cpu.numba_version", lambda: None)
+    for precision, sentence in (
+        ("tf32", "--precision tf32 is for --device cuda: a CPU takes float32 or bf16"),
+        ("bf16", "--precision bf16 on a CPU needs Numba"),
+    ):
+        with pytest.raises(mc.UserError, match=sentence):
+            run(tmp_path / "cpu", "cpu", precision=precision)
     assert not (tmp_path / "cpu").exists()
     if not fakecuda.COMPILER:
         pytest.skip(fakecuda.REASON)
@@ -525,7 +530,7 @@ def test_the_precision_belongs_to_the_run(cupy, tmp_path, monkeypatch):
     assert kept["settings"]["precision"] == "bf16"
     with pytest.raises(mc.UserError, match="began with --precision bf16 and cannot go on"):
         run(tmp_path / "parts", resume=True)
-    with pytest.raises(mc.UserError, match="--precision bf16 is for --device cuda"):
+    with pytest.raises(mc.UserError, match="--precision bf16 on a CPU needs Numba"):
         run(tmp_path / "parts", "cpu", resume=True, precision="bf16")
     run(tmp_path / "parts", resume=True, precision="bf16")
     found, true = tensors(tmp_path / "parts"), tensors(tmp_path / "whole")

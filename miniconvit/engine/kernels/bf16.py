@@ -184,7 +184,7 @@ class Bf16:
         return self._pack("backward", weights), weights[0].shape[1]
 
     def _pack(self, way, weights):
-        places = [(w.__array_interface__["data"][0], w.shape) for w in weights]
+        places = [(w.__array_interface__["data"][0], w.shape, w.strides) for w in weights]
         key = way, *places
         if key not in self._packed:
             weight = np.ascontiguousarray(np.concatenate(weights))
