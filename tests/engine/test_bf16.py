@@ -545,3 +545,32 @@ def test_the_products_are_exact(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Bf16, "outer", outer)
             assert bf16.is_exact() == (wrong == 0.0)
+
+
+def test_whoever_begins_with_tiles_gives_them_up(a, rng):
+    """Otherwise the system would save and load 8 KB with every change of processes."""
+    tiles = amx.emulate()
+    if not tiles.emulated:
+        pytest.skip("silicon does not count")
+    x, _ = operand(rng, 5, 12)
+    wide, _ = operand(rng, 5, 48)
+    weight, bias, ones = drawn(rng, 48, 12), drawn(rng, 48), np.ones(5, "float32")
+    case = Attention(rng, 1, 2, 3, 4, 4, True)
+    C = case.forward()[1]
+    for call in (
+        lambda: a.linear(x, [weight], [bias]),
+        lambda: a.branch(x, weight, bias, ones, drawn(rng, 5, 48)),
+        lambda: a.gelu(x, weight, bias, True),
+        lambda: a.back(wide, [weight]),
+        lambda: a.back_operand(wide, [weight]),
+        lambda: a.back_gelu(wide, weight, x),
+        lambda: a.outer(x, wide),
+        lambda: a.outer(wide, x),
+        case.forward,
+        lambda: case.backward(C),
+    ):
+        before = tiles.counts()
+        call()
+        after = tiles.counts()
+        used = [after[name] - before[name] for name in ("ldtilecfg", "tilerelease")]
+        assert used == [1, 1]
