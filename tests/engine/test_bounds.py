@@ -267,6 +267,7 @@ TOO_FAR = {
 """What is too far for each loop on tiles: rows have a block more, so that one is not enough."""
 
 
+@pytest.mark.full  # each is compiled: a minute and a half
 @pytest.mark.parametrize(
     ("module", "names", "right", "wrong"),
     [(module, *mistake) for module, mistakes in TOO_FAR.items() for mistake in mistakes],

@@ -199,13 +199,16 @@ def test_a_changed_source_gets_another_folder(folder_of, tmp_path, monkeypatch):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("before", ["", "/somewhere/else"])
-def test_numbas_own_setting_is_left_as_it_was(folder_of, tmp_path, monkeypatch, before):
-    """And holds, where there is one."""
+@pytest.mark.parametrize("given", [False, True])
+def test_numbas_own_setting_is_left_as_it_was(folder_of, tmp_path, monkeypatch, given):
+    """And holds, where there is one: with a folder in it for this version of the loops."""
+    before = str(tmp_path / "given") if given else ""
     monkeypatch.setattr(numba.config, "CACHE_DIR", before)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with compiled.cached():
-        assert (before or str(compiled._folder())) == numba.config.CACHE_DIR
+        parent = tmp_path / ("given" if given else "miniconvit")
+        (folder,) = parent.glob("numba-*")
+        assert str(folder) == numba.config.CACHE_DIR
     assert before == numba.config.CACHE_DIR
     with pytest.raises(ZeroDivisionError), compiled.cached():
         1 / 0  # noqa: B018

@@ -35,23 +35,24 @@ def loop(signature):
 @contextmanager
 def cached():
     """While it lasts, what is compiled is kept where the next process finds it, beside nothing of
-    another version of these files."""
+    another version of these files: in a folder in NUMBA_CACHE_DIR, or else in the user's cache."""
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or str(_folder())
+    numba.config.CACHE_DIR = str(_folder(before))
     try:
         yield
     finally:
         numba.config.CACHE_DIR = before
 
 
-def _folder():
-    """A folder for this version of the loops, a temporary one where the home cannot be written."""
+def _folder(given=""):
+    """A folder for this version of the loops, a temporary one where none can be written."""
     digest = sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
-        home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        folder = Path(home) / "miniconvit" / f"numba-{digest.hexdigest()[:16]}"
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        parent = Path(given or f"{home}/miniconvit").expanduser()
+        folder = parent / f"numba-{digest.hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return folder
