@@ -12,7 +12,7 @@ from threading import Lock
 from time import process_time
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import OpenBLASController, threadpool_limits
 
 from ..errors import UserError
 from ..optim import clip_grad_norm, update_average
@@ -45,6 +45,7 @@ class _OneBlasThread:
     def want(self):
         with self._lock:
             if self._wanted == 0:
+                _let_any_thread_limit()
                 self._limits = threadpool_limits(limits=1, user_api="blas")
             self._wanted += 1
 
@@ -52,7 +53,16 @@ class _OneBlasThread:
         with self._lock:
             self._wanted -= 1
             if self._wanted == 0:
+                _let_any_thread_limit()
                 self._limits.restore_original_limits()
+                _let_any_thread_limit()
+
+
+def _let_any_thread_limit():
+    """Since threadpoolctl 3.8 OpenBLAS's number is the first thread's that has set it, and others
+    are ignored in silence."""
+    if hasattr(OpenBLASController, "clear_controlling_thread"):
+        OpenBLASController.clear_controlling_thread(force=True)
 
 
 ONE_BLAS_THREAD = _OneBlasThread()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
@@ -112,14 +113,17 @@ def test_pieces_cover_the_batch_once_and_evenly(n, rows):
     assert max(sizes) * rows <= max(rows, engine_pieces.PIECE_ROWS)
 
 
-seen_dtypes = set()
+seen_dtypes, float64_shapes = set(), set()
 
 
 class Watched(np.ndarray):
     """An array whose every descendant is one too, and reports its dtype when it is made."""
 
     def __array_finalize__(self, parent):
-        seen_dtypes.add(self.dtype)
+        if self.dtype == np.float64:
+            float64_shapes.add(self.shape)
+        else:
+            seen_dtypes.add(self.dtype)
 
 
 Watched.__module__ = "numpy"  # so that the layers compute with NumPy
@@ -127,15 +131,20 @@ Watched.__module__ = "numpy"  # so that the layers compute with NumPy
 
 @pytest.mark.parametrize("blocks", BOTH)
 @pytest.mark.parametrize("local_up_to_layer", [0, 2, 3])
-def test_a_float32_step_makes_no_float64_array(local_up_to_layer, blocks):
+def test_a_float32_step_makes_no_float64_array_of_tokens(local_up_to_layer, blocks):
     config = replace(CONFIG, local_up_to_layer=local_up_to_layer, qkv_bias=True)
     params = {name: p.view(Watched) for name, p in random_params(config).items()}
     images, targets = make_batch(config, 3)(0, 3)
     seen_dtypes.clear()
+    float64_shapes.clear()
     with Engine(Classification(config, 0.1), 1, blocks) as engine:
         engine.loss_and_grads(lambda *_: (images.view(Watched), targets), 3, params)
     assert np.dtype("float32") in seen_dtypes
     assert {dtype for dtype in seen_dtypes if dtype.kind == "f"} == {np.dtype("float32")}
+    # the kernels add up in float64 what the position maps get of all images together
+    H, N = config.num_heads, config.num_patches
+    sums = {(), (H,), (H, N, 1), (H, N, N), (H, N * N), (H, 3)}
+    assert float64_shapes <= (sums if blocks is not layers and local_up_to_layer > 0 else {()})
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -258,6 +267,22 @@ def test_a_container_s_quota_limits_the_threads(tmp_path, monkeypatch, limit, ex
 
 def blas_threads():
     return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
+
+
+def test_any_thread_takes_blas_to_one_thread_and_back():
+    """Also where another one, alive or not, has set the number before."""
+    config = mc.ConViTConfig(img_size=8, embed_dim=12, depth=1, local_up_to_layer=0)
+    with threadpool_limits(limits=2, user_api="blas"):
+        before, found = blas_threads(), []
+        for _ in range(2):
+            with Engine(Classification(config), 1):
+                found.append(blas_threads())
+            with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+                engine = one.submit(Engine, Classification(config), 1).result()
+                found.append(blas_threads())
+                other.submit(engine.close).result()
+                assert blas_threads() == before
+        assert found == [{1}] * 4
 
 
 def test_blas_stays_at_one_thread_until_the_last_engine_closes():
