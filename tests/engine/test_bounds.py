@@ -55,6 +55,10 @@ VARIANTS = {
         for config in mc.VARIANTS.values()
     )
 }
+NAMED = [
+    pytest.param(size, id="D{}-H{}-N{}".format(*size), marks=[pytest.mark.full] * (size[0] > 400))
+    for size in VARIANTS
+]
 EMPTY, PAGE = compiled.empty, mmap.PAGESIZE
 BEFORE, BEHIND = False, True  # where the memory is that nobody may touch
 KILLED = -signal.SIGSEGV, -signal.SIGBUS
@@ -172,7 +176,7 @@ def test_nothing_outside_is_touched_by_wide_models(arithmetic, config, where):
 
 
 @pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
-@pytest.mark.parametrize("size", VARIANTS, ids=lambda size: "D{}-H{}-N{}".format(*size))
+@pytest.mark.parametrize("size", NAMED)
 @pytest.mark.parametrize("arithmetic", ["bf16"], indirect=True)
 def test_nothing_outside_is_touched_by_the_named_models(arithmetic, size, where):
     """Both kinds of block, of one image."""
