@@ -27,11 +27,11 @@ ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
 
 
 class Amx:
-    """What executes tiles here: silicon where `library` is None, otherwise the emulator."""
+    """What executes tiles here: silicon where `emulator` is None, otherwise the emulator."""
 
-    def __init__(self, library=None):
-        self.library = library
-        self.emulated = library is not None
+    def __init__(self, emulator=None):
+        self.emulator = emulator
+        self.emulated = emulator is not None
 
     def __repr__(self):
         return "AMX emulated after SIGILL" if self.emulated else "AMX of this machine, not emulated"
@@ -41,13 +41,13 @@ class Amx:
         if not self.emulated:
             return None
         numbers = (ctypes.c_uint64 * len(NAMES))()
-        self.library.amx_counts(numbers)
+        self.emulator.amx_counts(numbers)
         return dict(zip(NAMES, numbers, strict=True))
 
     def reset(self):
         """Counts from zero again."""
         if self.emulated:
-            self.library.amx_reset()
+            self.emulator.amx_reset()
 
 
 @cache
@@ -64,10 +64,10 @@ def emulate():
         return Amx()
     if not {"avx2", "fma"} <= flags:
         pytest.skip("the emulator of AMX needs AVX2 and FMA")
-    library = ctypes.CDLL(str(compiled()))
-    library.amx_counts.restype = library.amx_reset.restype = None
+    emulator = ctypes.CDLL(str(compiled()))
+    emulator.amx_counts.restype = emulator.amx_reset.restype = None
     select_tiles()
-    return Amx(library)
+    return Amx(emulator)
 
 
 def emulate_for_a_file():
@@ -84,7 +84,7 @@ def cpu_flags():
 
 
 def compiled():
-    """The emulator's library, in a folder of this user's own, compiled once for each content."""
+    """The emulator's emulator, in a folder of this user's own, compiled once for each content."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler for the emulator of AMX")

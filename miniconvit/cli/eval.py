@@ -107,11 +107,7 @@ def command(
     if model.config.num_classes == 1:
         raise UserError(f"{path} knows one class only: every answer would be right")
     dataset, classes = fitted(path, model, dataset)
-    images = getattr(dataset, split)
-    if images is None:
-        raise UserError(
-            f"{name} has no split {split} here: add a folder {split}, or choose another --split"
-        )
+    images = _images_of(dataset, name, split)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # where it cannot be made, before the work
     params = to_device(params, xp)
@@ -138,6 +134,16 @@ def command(
             click.echo(folded(f"\nin {out}: {', '.join(written)}"))
         for line in notes:
             click.echo(line, err=True)
+
+
+def _images_of(dataset, name, split):
+    """A split of the data set. Raises UserError where it has none."""
+    images = getattr(dataset, split)
+    if images is None:
+        raise UserError(
+            f"{name} has no split {split} here: add a folder {split}, or choose another --split"
+        )
+    return images
 
 
 def _masked(path, model, mask, mask_pos_embed):

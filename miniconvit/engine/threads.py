@@ -82,11 +82,8 @@ class Engine:
     takes_whole_steps = False
 
     def __init__(self, objective, workers=None, blocks=None, ranks=None):
-        self.objective, self.blocks, self.ranks = (
-            objective,
-            blocks or cpu_blocks(),
-            ranks or Ranks(),
-        )
+        self.objective, self.ranks = objective, ranks or Ranks()
+        self.blocks = blocks or cpu_blocks()
         self._layout = Layout(objective.shapes)
         self.workers = workers or available_threads()
         keep_freed_memory()

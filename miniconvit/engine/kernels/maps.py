@@ -51,6 +51,16 @@ def pair_columns(rows, r, begin, d, pairs):
     pairs[(d + 1) // 2 :] = np.uint32(0)
 
 
+@inlined
+def turn(rows, count, pairs, words):
+    """The transpose of a map in rows, of which `count` are something, as words of two numbers."""
+    pair_up(rows, 0, 0, count, pairs)
+    transpose_words(
+        pairs.ctypes.data, pairs.strides[0], pairs.shape[0], pairs.shape[1],
+        words.ctypes.data, words.strides[0],
+    )  # fmt: skip
+
+
 FORWARD = (
     "void(u2[:,::1], i8, u2[:,::1], i8, u2[:,::1], i8, i8, f4[::1], f4[:,:,::1], "
     "u4[:,::1], f4[:,::1], u2[:,::1], u4[:,::1], f4[:,::1], u2[:,:,:,::1], u2[:,::1])"
@@ -125,24 +135,16 @@ def maps_backward(
                     share = keep[h] * from_bf16(content[j])
                     dscores[j] = as_bf16(factor * share * (dA[j] - rho))
                     mixed[j] = as_bf16(share + position[j])
-            key_pairs = thin_pairs[: (keys + 31) // 32 * 16]
+            key_pairs, query_pairs = thin_pairs[: S.shape[1] // 2], thin_pairs[: S.shape[0] // 2]
             pair_up(k, s, k0 + c, keys, key_pairs)
-            product_into(maps[0], 0, 0, key_pairs, key_pairs.shape[0] // 16, Y[: S.shape[0]])
+            product_into(maps[0], 0, 0, key_pairs, S.shape[1] // BLOCK, Y[: S.shape[0]])
             store_rows(Y, queries, d, dq, r, q0 + c)
-            query_pairs = thin_pairs[: map_pairs.shape[0]]
-            for which in range(2):
-                pair_up(maps[which], 0, 0, queries, map_pairs)
-                transpose_words(
-                    map_pairs.ctypes.data, map_pairs.strides[0], map_pairs.shape[0],
-                    map_pairs.shape[1], turned_words.ctypes.data, turned_words.strides[0],
-                )  # fmt: skip
-                if which == 0:
-                    pair_up(q, r, q0 + c, queries, query_pairs)
-                else:
-                    pair_up(dy, r, c, queries, query_pairs)
-                product_into(turned, 0, 0, query_pairs, query_pairs.shape[0] // 16, Y[: S.shape[1]])
-                if which == 0:
-                    store_rows(Y, keys, d, dk, s, k0 + c)
-                else:
-                    store_rows(Y, keys, d, dv, s, v0 + c)
+            turn(maps[0], queries, map_pairs, turned_words)  # dS^T
+            pair_up(q, r, q0 + c, queries, query_pairs)
+            product_into(turned, 0, 0, query_pairs, S.shape[0] // BLOCK, Y[: S.shape[1]])
+            store_rows(Y, keys, d, dk, s, k0 + c)
+            turn(maps[1], queries, map_pairs, turned_words)  # A^T
+            pair_up(dy, r, c, queries, query_pairs)
+            product_into(turned, 0, 0, query_pairs, S.shape[0] // BLOCK, Y[: S.shape[1]])
+            store_rows(Y, keys, d, dv, s, v0 + c)
     end_tiles()
