@@ -7,7 +7,7 @@ in timm.
 from dataclasses import dataclass
 from math import sqrt
 
-from scipy.special import betaincinv
+import scipy  # which loads scipy.special, half a second, when it is needed
 
 from ..arrays import MIXING, array_module, random_bits, uniform
 
@@ -34,7 +34,7 @@ def draw_mix(mixup, cutmix, seed, step, size):
     coin, quantile = (float(uniform(seed, MIXING, step, k)[0]) for k in range(2))
     by_box = cutmix and (not mixup or coin < 0.5)
     alpha = cutmix if by_box else mixup
-    share = float(betaincinv(alpha, alpha, quantile))
+    share = float(scipy.special.betaincinv(alpha, alpha, quantile))
     if not by_box:
         return Mix(share)
     ends, area = [], 1

@@ -6,7 +6,7 @@ from itertools import groupby
 from math import hypot
 from statistics import mean, stdev
 
-from scipy.special import stdtr
+import scipy
 
 from ..config import VARIANTS
 from ..system import write_file
@@ -389,7 +389,7 @@ def _about_spread(plan):
     n = len(plan.seeds)
     if n == 1:
         return "There is one seed, and a single run has no spread to compare a difference with."
-    between, within = (200 * float(stdtr(df, -(n**0.5))) for df in (2 * n - 2, n - 1))
+    between, within = (200 * float(scipy.special.stdtr(df, -(n**0.5))) for df in (2 * n - 2, n - 1))
     return (
         f"± is the sample standard deviation over {n} seeds. It holds neither the choice of the "
         "subset nor that of the validation images. Chance alone goes beyond the spread in "

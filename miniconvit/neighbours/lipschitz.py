@@ -8,7 +8,7 @@ through W_q^T W_q as well: `kim_attention`. Their page is tutorials/18-lipschitz
 from math import e, sqrt
 
 import numpy as np
-from scipy.special import lambertw
+import scipy
 
 from ..arrays import array_module
 from ..layers import (
@@ -129,7 +129,7 @@ def kim_bound(params, num_heads, tokens):
     Wq, Wv = params["qv.weight"].reshape(2, *per_head)
     norms = (np.linalg.norm(W, 2, axis=(1, 2)) for W in (Wq, Wv))  # (H,) each
     heads = np.sqrt(sum(q**4 * v**2 for q, v in zip(*norms, strict=True)))
-    phi = float(lambertw((tokens - 1) / e).real)
+    phi = float(scipy.special.lambertw((tokens - 1) / e).real)
     outer = float(np.linalg.norm(params["proj.weight"], 2))
     return sqrt(tokens / per_head[1]) * (4.0 * phi + 1.0) * float(heads) * outer
 
