@@ -384,7 +384,7 @@ class ProcessEngine(Engine):
         optimizer.exp_avg = self._tensors(EXP_AVG, dtype)
         optimizer.exp_avg_sq = self._tensors(EXP_AVG_SQ, dtype)
         params, grads = self._tensors(PARAMS, dtype), self._tensors(GRADS, dtype)
-        optimizer.step({name: params[name] for name in names}, grads, lr)
+        self._optimize(optimizer, {name: params[name] for name in names}, grads, lr)
 
 
 class _Gradients(dict):

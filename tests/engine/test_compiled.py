@@ -133,6 +133,21 @@ def test_forked_workers_compile_nothing(monkeypatch):
             assert np.isfinite(engine.logits(load, 80, params)).all()
 
 
+def test_who_waits_at_a_terminal_is_told(folder_of, tmp_path, monkeypatch, capsys):
+    """Once, and in no file or pipe."""
+    folder, _ = folder_of(XDG_CACHE_HOME=tmp_path)
+    for terminal, kept, lines in ((False, [], 0), (True, [], 1), (True, ["a"], 1),
+                                  (True, ["a", "b"], 0)):  # fmt: skip
+        for module in kept:
+            (folder / "kernels_0").mkdir(exist_ok=True)
+            (folder / "kernels_0" / f"{module}.loop-1.py311.1.nbc").touch()
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with compiled.cached("a", "b"):
+            pass
+        out, err = capsys.readouterr()
+        assert (out, err.count("compiling the kernels")) == ("", lines)
+
+
 def test_a_home_that_cannot_be_written(cache, tmp_path):
     """A temporary folder takes its place, and is gone with the process."""
     where = {"XDG_CACHE_HOME": None, "NUMBA_CACHE_DIR": None, "HOME": "/dev/null"}

@@ -110,10 +110,21 @@ def softmax_backward(draw, R, D):
     return (dA, C, keep, factor, before, None), found
 
 
+def adamw(draw, R, D):
+    n = R * D
+    p, g, m, v = draw(n), draw(n), draw(n), draw(n) ** 2
+    numbers = 0.9, 0.1, 0.75, 0.3, 0.9, 0.2, 2.0, 0.01
+    kept, rate, beta1, rest1, beta2, rest2, scale, eps = numbers
+    first, second = beta1 * m + rest1 * g, beta2 * v + rest2 * g * g
+    with np.errstate(invalid="ignore"):
+        after = kept * p - rate * first / (scale * np.sqrt(second) + eps)
+    return (p, g, m, v, *numbers), {0: after, 2: first, 3: second}
+
+
 FORMULAS = {
     formula.__name__: formula
     for formula in (norm_forward, norm_backward, add_bias, add_branch, scale, sum_rows, gelu,
-                    gelu_alone, gelu_backward, softmax, mix, softmax_backward)
+                    gelu_alone, gelu_backward, softmax, mix, softmax_backward, adamw)
 }  # fmt: skip
 """By the loop's name: draw, rows and columns to its arguments, None for what it fills, and what
 they are in the end, by their places."""

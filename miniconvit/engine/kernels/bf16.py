@@ -11,7 +11,7 @@ import numpy as np
 from .compiled import cached, empty
 from .float32 import Float32
 
-with cached():
+with cached("maps", "products"):
     from . import maps, products
 
 BLOCK = products.BLOCK

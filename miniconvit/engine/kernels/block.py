@@ -9,6 +9,7 @@ import numpy as np
 from ... import layers
 from ...errors import UserError
 from ...layers.names import part, prefixed
+from .adamw import adamw_step
 from .attention import (
     attention_backward,
     attention_forward,
@@ -32,6 +33,8 @@ class Blocks:
     def fresh(self, keep=True):
         """The same for parameters that may have changed."""
         return Blocks(self._arithmetic, keep)
+
+    adamw_step = staticmethod(adamw_step)
 
     @property
     def gelu_pair(self):

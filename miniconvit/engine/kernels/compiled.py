@@ -1,6 +1,7 @@
 """Loops that Numba compiles to machine code: once on a machine, then they are read from a cache."""
 
 import os
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from hashlib import sha256
@@ -33,11 +34,18 @@ def loop(signature):
 
 
 @contextmanager
-def cached():
+def cached(*modules):
     """While it lasts, what is compiled is kept where the next process finds it, beside nothing of
-    another version of these files: in a folder in NUMBA_CACHE_DIR, or else in the user's cache."""
+    another version of these files: in a folder in NUMBA_CACHE_DIR, or else in the user's cache.
+
+    modules: those with loops that are imported in it. Whoever waits for them at a terminal is told.
+    """
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_folder(before))
+    folder = Path(_folder(before))
+    numba.config.CACHE_DIR = str(folder)
+    kept = all(any(folder.rglob(f"{module}.*.nbc")) for module in modules)
+    if not kept and sys.stderr and sys.stderr.isatty():
+        print("compiling the kernels for this processor, once", file=sys.stderr)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import numpy as np
 
 from .compiled import cached, empty
 
-with cached():
+with cached("passes"):
     from . import passes
 
 TILE = 2**17  # elements: a tile of maps, 512 KB, stays in the L2 cache

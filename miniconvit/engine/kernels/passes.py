@@ -1,5 +1,5 @@
 """What stands between two matrix products, each in one pass over memory. All arrays are rows of
-tokens, (R, D), contiguous, float32."""
+tokens, (R, D), contiguous, float32. And AdamW's update of a parameter."""
 
 import numpy as np
 
@@ -231,3 +231,16 @@ def softmax_backward(dA, C, keep, factor, dA_sum, rho):
                 rho[b, h, q] = mean
                 for k in range(keys):
                     here[k] = share * content[k] * (here[k] - mean)
+
+
+@loop("void(f4[::1], f4[::1], f4[::1], f4[::1], f4, f4, f4, f4, f4, f4, f4, f4)")
+def adamw(p, g, m, v, kept, rate, beta1, rest1, beta2, rest2, scale, eps):
+    """m = beta1 m + rest1 g;  v = beta2 v + rest2 g^2;  p = kept p - rate m / (scale sqrt v + eps).
+
+    Of a whole parameter as a vector.
+    """
+    for i in range(p.size):
+        first = beta1 * m[i] + rest1 * g[i]
+        second = beta2 * v[i] + rest2 * g[i] * g[i]
+        m[i], v[i] = first, second
+        p[i] = kept * p[i] - rate * first / (scale * np.sqrt(second) + eps)
