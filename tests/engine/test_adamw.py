@@ -84,6 +84,12 @@ def strided(arrays):
     return {name: np.moveaxis(x.copy(), 0, -1) if x.ndim else x for name, x in arrays.items()}
 
 
+def read_only(arrays):
+    for x in arrays.values():
+        x.flags.writeable = False
+    return arrays
+
+
 def with_statistics(dtype="float32"):
     """Parameters and gradients of a network with batch normalisation."""
     shapes = {"norm.weight": (5,), "norm.running_mean": (5,), "norm.running_var": (5,)}
@@ -97,10 +103,19 @@ def with_statistics(dtype="float32"):
         (drawn(0), drawn(1, "float64"), AdamW),
         (drawn(0, ">f4"), drawn(1), AdamW),
         (strided(drawn(0)), strided(drawn(1)), AdamW),
+        (drawn(0), read_only(drawn(1)), AdamW),
         (*with_statistics(), AdamW),
         (drawn(0), drawn(1), Other),
     ],
-    ids=["float64", "gradients in float64", "big-endian", "strided", "statistics", "other"],
+    ids=[
+        "float64",
+        "gradients in float64",
+        "big-endian",
+        "strided",
+        "read-only",
+        "statistics",
+        "other",
+    ],
 )
 def test_anything_else_is_the_lessons(params, grads, kind):
     """To the bit."""
