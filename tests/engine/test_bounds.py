@@ -21,6 +21,7 @@ import pytest
 from with_numba import skip_without_numba
 
 import miniconvit as mc
+from miniconvit import AdamW
 from miniconvit.engine.processes import can_fork
 from miniconvit.layers.names import part
 
@@ -29,6 +30,7 @@ skip_without_numba()
 import numba  # noqa: E402
 
 from miniconvit.engine.kernels import compiled, float32, passes  # noqa: E402
+from miniconvit.engine.kernels.adamw import adamw_step  # noqa: E402
 from miniconvit.engine.kernels.block import Blocks  # noqa: E402
 from miniconvit.engine.kernels.float32 import Float32  # noqa: E402
 
@@ -211,6 +213,27 @@ def test_gelu_alone_stays_inside(arithmetic, where):
     assert end_of(check) == 0
 
 
+def update(empty):
+    """AdamW of parameters, gradients and moments in this memory."""
+
+    def all_ones():
+        shapes = {"weight": (3, 5), "bias": (7,), "scale": (1,), "long": (129, 33)}
+        return {name: put(np.ones(shape, "float32"), empty) for name, shape in shapes.items()}
+
+    params = all_ones()
+    optimizer = AdamW(params, lr=0.5, weight_decay=0.0)
+    optimizer.exp_avg, optimizer.exp_avg_sq = all_ones(), all_ones()
+    adamw_step(optimizer, params, all_ones())
+    # m = v = 1 before, so mhat = 1 / 0.1 and vhat = 1 / 0.001
+    for p in params.values():
+        assert np.abs(p - (1 - 0.5 * 10 / 1000**0.5)).max() < 1e-6
+
+
+@pytest.mark.parametrize("where", [BEFORE, BEHIND], ids=["before", "behind"])
+def test_adamw_stays_inside(where):
+    assert end_of(lambda: update(guarded(where))) == 0
+
+
 LOOPS = [n for n, loop in vars(passes).items() if getattr(loop, "targetoptions", {}).get("nogil")]
 
 
@@ -233,6 +256,7 @@ def test_a_loop_that_goes_one_too_far_is_killed(name):
         place(empty)
         results(Float32, CONFIGS[1], 3, empty)
         results(Float32, CONFIGS[1], 3, empty, keep=False)
+        update(empty)
 
     assert end_of(check) in KILLED
 

@@ -323,10 +323,10 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """An update that overflows is noticed at the next save."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
-    def overflow(optimizer, params, grads, lr):
+    def overflow(engine, optimizer, params, grads, lr):
         params["head.bias"][0] = np.inf
 
-    monkeypatch.setattr(AdamW, "step", overflow)
+    monkeypatch.setattr(Engine, "_optimize", overflow)
     with pytest.raises(Diverged, match=r"head\.bias"):
         run(tmp_path / "run")
     assert not (tmp_path / "run" / "last.safetensors").exists()
