@@ -10,7 +10,14 @@ LONG = {"conv", "depthwise", "irffn", "branch", "spectral_norms", "diffaugment"}
 """Whose every entry takes 6 to 20 seconds."""
 
 
-@pytest.mark.parametrize("layer", ALL_CASES)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        # Twenty seconds; neighbours/test_cmt.py compares its gradients with autograd's.
+        pytest.param(layer, marks=pytest.mark.full) if layer == "cmt" else layer
+        for layer in ALL_CASES
+    ],
+)
 def test_every_layer_is_right(layer):
     for report in check_layer(layer, seed=1):
         assert report.ok, report
