@@ -114,8 +114,8 @@ def use_small_data():
 
 
 def command(argv, save_seconds=training.SAVE_SECONDS):
-    """The command line on the small data set, without a picture, whose library takes as long as
-    the run; ends the process."""
+    """The command line on the small data set; ends the process. It draws no picture: to load
+    Matplotlib takes as long as the run."""
     use_small_data()
     train.draw_curves = lambda *_: True
     training.SAVE_SECONDS = save_seconds

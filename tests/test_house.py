@@ -142,6 +142,13 @@ def test_nothing_but_the_command_line_imports_coursework():
             assert "coursework" not in imported(path.read_text(), path), path
 
 
+def test_the_command_line_starts_without_scipys_functions():
+    """They would be half of its start."""
+    code = "import sys, miniconvit.cli.train; print('scipy.special' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+
+
 def test_importing_the_package_loads_the_lesson_and_the_checker_alone():
     code = "import sys, miniconvit; print(*sorted(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ in timm.
 from dataclasses import dataclass
 from math import sqrt
 
-import scipy  # which loads scipy.special, half a second, when it is needed
+import scipy  # loads scipy.special, which takes long, where it is used
 
 from ..arrays import MIXING, array_module, random_bits, uniform
 

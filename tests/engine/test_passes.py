@@ -116,8 +116,7 @@ def adamw(draw, R, D):
     numbers = 0.9, 0.1, 0.75, 0.3, 0.9, 0.2, 2.0, 0.01
     kept, rate, beta1, rest1, beta2, rest2, scale, eps = numbers
     first, second = beta1 * m + rest1 * g, beta2 * v + rest2 * g * g
-    with np.errstate(invalid="ignore"):
-        after = kept * p - rate * first / (scale * np.sqrt(second) + eps)
+    after = kept * p - rate * first / (scale * np.sqrt(second) + eps)
     return (p, g, m, v, *numbers), {0: after, 2: first, 3: second}
 
 

@@ -5,21 +5,17 @@ from math import sqrt
 import numpy as np
 
 from ...arguments import check_step
-from ...optim import NEVER_DECAYED, AdamW, is_running
-from .compiled import cached
-
-with cached("passes"):
-    from . import passes
+from ...optim import MOMENTUM, NEVER_DECAYED, AdamW, is_running
+from .compiled import is_float32, plain
+from .float32 import passes
 
 
 def adamw_step(optimizer, params, grads, lr=None):
-    """As optimizer.step, which it calls for anything but float32 NumPy arrays, running statistics
-    and other optimizers."""
+    """As optimizer.step, which it calls for other optimizers and for anything but float32 arrays of
+    NumPy. A parameter's bits do not depend on which others come with it: workers have shares."""
     state = params, grads, optimizer.exp_avg, optimizer.exp_avg_sq
-    if (
-        type(optimizer) is not AdamW
-        or any(map(is_running, params))
-        or not all(_is_plain(arrays.get(name)) for arrays in state for name in params)
+    if type(optimizer) is not AdamW or not all(
+        is_float32(arrays.get(name)) for arrays in state for name in params
     ):
         optimizer.step(params, grads, lr)
         return
@@ -30,12 +26,15 @@ def adamw_step(optimizer, params, grads, lr=None):
     rate = lr / (1.0 - beta1**optimizer.step_count)
     scale = 1.0 / sqrt(1.0 - beta2**optimizer.step_count)
     for name, p in params.items():
+        g, m, v = (arrays[name] for arrays in state[1:])
+        if is_running(name):
+            p -= MOMENTUM * g
+            continue
         decays = p.ndim >= 2 and name not in NEVER_DECAYED
         kept = 1.0 - lr * optimizer.weight_decay if decays else 1.0
         numbers = kept, rate, beta1, 1.0 - beta1, beta2, 1.0 - beta2, scale, optimizer.eps
-        vectors = (arrays[name].reshape(-1) for arrays in state)
-        passes.adamw(*vectors, *map(np.float32, numbers))
-
-
-def _is_plain(x):
-    return isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.carray
+        flat = [plain(x).reshape(-1) for x in (p, g, m, v)]
+        passes.adamw(*flat, *map(np.float32, numbers))
+        for x, vector in ((p, flat[0]), (m, flat[2]), (v, flat[3])):
+            if not np.may_share_memory(x, vector):
+                x[...] = vector.reshape(x.shape)

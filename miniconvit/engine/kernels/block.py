@@ -16,7 +16,7 @@ from .attention import (
     first_token_backward,
     first_token_forward,
 )
-from .compiled import empty
+from .compiled import empty, is_float32, plain
 from .float32 import gelu
 
 
@@ -70,7 +70,7 @@ class Blocks:
     def _serves(self, x, params):
         """Whether the arithmetic is for it: float32 arrays of NumPy, and no PSA."""
         psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
-        serves = not psa and all(map(_is_float32, (x, *params.values())))
+        serves = not psa and all(map(is_float32, (x, *params.values())))
         if not (serves or self._a.has_reference):
             raise UserError(
                 "bf16 is for float32 parameters and images, and not for PSA: leave --precision at "
@@ -79,7 +79,7 @@ class Blocks:
         return serves
 
     def _gelu_forward(self, x):
-        if not _is_float32(x):
+        if not is_float32(x):
             return layers.gelu_forward(x)
         y, slope = gelu(np.array(x, order="C").reshape(-1, x.shape[-1]), self._keep)
         return y.reshape(x.shape), slope
@@ -98,12 +98,12 @@ class Blocks:
         a, (B, N, D) = self._a, x.shape
         tokens = 1 if first else N
         factor1, factor2 = (_factor(mask, keep_prob, B, tokens) for mask in keep)  # (B * tokens,)
-        params = {name: _plain(p) if p.ndim == 1 else p for name, p in params.items()}
-        x0 = _plain(x).reshape(-1, D)  # (R, D)
+        params = {name: plain(p) if p.ndim == 1 else p for name, p in params.items()}
+        x0 = plain(x).reshape(-1, D)  # (R, D)
         normed1, statistics1 = a.norm(x0, params["norm1.weight"], params["norm1.bias"])
         attend = first_token_forward if first else attention_forward
         attended, cache = attend(a, normed1, part(params, "attn."), B, num_heads, grid)
-        residual = _plain(x[:, :tokens]).reshape(-1, D)
+        residual = plain(x[:, :tokens]).reshape(-1, D)
         x1 = a.branch(
             attended, params["attn.proj.weight"], params["attn.proj.bias"], factor1, residual
         )
@@ -119,7 +119,7 @@ class Blocks:
     def _backward(self, dy, cache):
         """Both in reverse: dx (B, N, D) and grads with params' keys."""
         a, (cache1, cache2, params, shape) = self._a, cache
-        dx2 = _plain(dy).reshape(-1, shape[-1])
+        dx2 = plain(dy).reshape(-1, shape[-1])
         dx1, grads2 = _mlp_backward(a, dx2, params, cache2)
         dx0, grads1 = _attention_backward(a, dx1, params, cache1)
         return dx0.reshape(shape), grads1 | grads2
@@ -169,15 +169,6 @@ def _attention_backward(a, dx1, params, cache):
         "attn.proj.weight": a.outer(dbranch, attended),
         "attn.proj.bias": dproj_bias,
     }
-
-
-def _is_float32(x):
-    return isinstance(x, np.ndarray) and x.dtype == np.float32
-
-
-def _plain(x):
-    """x, or a copy where it is not what compiled loops take: contiguous, and not read-only."""
-    return np.require(x, np.float32, "CAW")
 
 
 def _factor(keep, keep_prob, B, tokens):

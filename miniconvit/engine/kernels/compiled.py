@@ -23,6 +23,16 @@ def empty(shape, dtype=np.float32):
     return whole[start : start + size].reshape(shape)
 
 
+def is_float32(x):
+    """Whether it is such an array of NumPy."""
+    return isinstance(x, np.ndarray) and x.dtype == np.float32
+
+
+def plain(x):
+    """x, or a copy where it is not what loops take: float32, contiguous, and not read-only."""
+    return x if is_float32(x) and x.flags.carray else np.require(x, np.float32, "CAW")
+
+
 def inlined(function):
     """A function for other loops to call."""
     return numba.njit(fastmath=FAST, error_model="numpy")(function)
