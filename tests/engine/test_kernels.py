@@ -67,7 +67,6 @@ CONFIGS = [
     mc.ConViTConfig((3, 33), (3, 3), 1, 2, 27, 2, 9, 2.2, local_up_to_layer=1),  # a row of them
 ]
 SIZES = [(3, config) for config in CONFIGS] + [(1, CONFIGS[0]), (1, CONFIGS[3])]
-CASES = [(name, size, block) for name in WHOLE for size in SIZES for block in (GPSA, MHSA)]
 REFERENCE_CASES = [(name, block) for name in WHOLE for block in (GPSA, MHSA, PSA)]
 SERVED = [
     (arithmetic, name, block)
@@ -75,6 +74,7 @@ SERVED = [
     for name, block in REFERENCE_CASES
     if block != PSA or arithmetic == "float32"
 ]
+DIFFERENT = [case for case in SERVED if case[1] == "block" or case[2] == MHSA]
 
 
 @pytest.fixture(params=ARITHMETICS)
@@ -176,7 +176,8 @@ def test_the_blocks_have_what_the_model_calls(arithmetic):
             assert [*inspect.signature(ours).parameters] == names
 
 
-@pytest.mark.parametrize(("name", "size", "block"), CASES, ids=ids)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+@pytest.mark.parametrize(("arithmetic", "name", "block"), SERVED, ids=ids, indirect=["arithmetic"])
 def test_a_block_equals_its_reference(arithmetic, name, size, block):
     B, config = size
     assert_equals_the_reference(arithmetic, name, arguments(config, block, B))
@@ -197,7 +198,7 @@ def test_drop_path(arithmetic, name, block, keep):
 
 @pytest.mark.parametrize("maps", [1, 4, 9, 2 * 9], ids=lambda maps: f"{maps}-maps")
 @pytest.mark.parametrize(
-    ("name", "block"), [("block", GPSA), ("block", MHSA), ("last_block", MHSA)]
+    ("arithmetic", "name", "block"), DIFFERENT, ids=ids, indirect=["arithmetic"]
 )
 def test_tiles_that_cut_images_and_heads(arithmetic, name, block, maps, monkeypatch):
     """Of 3 images with 9 heads: single maps, heads left over, single images, an image left over."""
@@ -226,19 +227,19 @@ def test_gates_from_shut_to_open(arithmetic):
 
 
 @pytest.mark.parametrize(("name", "block"), REFERENCE_CASES, ids=ids)
-@pytest.mark.parametrize("kind", ["float64", "psa"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("arithmetic", ["float32"], indirect=True)
-def test_what_they_are_not_for_runs_the_reference(arithmetic, kind, name, block):
-    """To the bit: float64, and PSA in float32."""
+def test_float64_runs_the_reference(arithmetic, dtype, name, block):
+    """To the bit, as float32 does not."""
     kwargs = arguments(CONFIGS[1], block)
-    if kind == "psa":
+    if dtype == "float32":
         kwargs = small(kwargs)
     y, dy, grads = run(arithmetic.blocks(), name, kwargs)
     y_true, _, grads_true = run(layers, name, kwargs, dy)
     same = np.array_equal(y, y_true) and all(
         np.array_equal(grads[key], grads_true[key]) for key in grads_true
     )
-    assert same == (kind == "float64" or block == PSA)
+    assert same == (dtype == "float64")
     assert {g.dtype for g in grads.values()} == {kwargs["x"].dtype}
 
 
@@ -288,7 +289,7 @@ def scattered(x):
 
 
 @pytest.mark.parametrize("layout", [read_only, misaligned, scattered, np.asfortranarray])
-@pytest.mark.parametrize(("name", "block"), REFERENCE_CASES[:2] + REFERENCE_CASES[3:5], ids=ids)
+@pytest.mark.parametrize(("arithmetic", "name", "block"), SERVED, ids=ids, indirect=["arithmetic"])
 def test_arrays_may_lie_anyhow(arithmetic, name, block, layout):
     kwargs = small(arguments(CONFIGS[0], block))
     y, dy, grads = run(arithmetic.blocks(), name, kwargs)
@@ -339,7 +340,7 @@ def test_a_block_is_a_pure_function(arithmetic, config, name, block):
 
 
 @pytest.mark.parametrize(
-    ("name", "block"), [("block", GPSA), ("block", MHSA), ("last_block", MHSA)]
+    ("arithmetic", "name", "block"), DIFFERENT, ids=ids, indirect=["arithmetic"]
 )
 def test_what_is_given_out_is_nobody_elses(arithmetic, name, block):
     """Results share no memory with the arguments, the cache or each other: all may be written to.
@@ -359,7 +360,7 @@ def test_what_is_given_out_is_nobody_elses(arithmetic, name, block):
 @pytest.mark.parametrize("where", ["x", "dy", "mlp.fc1.bias", "attn.proj.weight", "norm1.weight"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
-    ("name", "block"), [("block", GPSA), ("block", MHSA), ("last_block", MHSA)]
+    ("arithmetic", "name", "block"), DIFFERENT, ids=ids, indirect=["arithmetic"]
 )
 def test_what_is_not_finite_is_noticed(arithmetic, name, block, value, where):
     """In the same image and in the same gradients as by the reference."""
@@ -389,14 +390,14 @@ def test_tokens_of_any_size(arithmetic, size):
 
 @pytest.mark.parametrize("sharpness", [1.0, 30.0, 1000.0])
 @pytest.mark.parametrize(
-    ("name", "block"), [("block", GPSA), ("block", MHSA), ("last_block", MHSA)]
+    ("arithmetic", "name", "block"), DIFFERENT, ids=ids, indirect=["arithmetic"]
 )
 def test_attention_with_large_scores(arithmetic, name, block, sharpness):
     """Scores far beyond the range of exp."""
     kwargs = arguments(CONFIGS[0], block)
     params, D = kwargs["params"], CONFIGS[0].embed_dim
     params["norm1.weight"], params["norm1.bias"] = np.ones(D), np.zeros(D)
-    queries = params["attn.qk.weight" if block == GPSA else "attn.qkv.weight"][:D]
+    queries = params["attn.qkv.weight" if block == MHSA else "attn.qk.weight"][:D]
     queries *= sharpness
     y, _, grads = run(arithmetic.blocks(), name, small(kwargs))
     y_true, _, _ = run(layers, name, kwargs)
@@ -434,13 +435,19 @@ def test_blocks_for_inference(arithmetic, name, block):
     assert relative_error(y, trained) <= arithmetic.forward
 
 
+@pytest.mark.parametrize(
+    ("arithmetic", "attention"),
+    [("float32", "gpsa"), ("float32", "psa"), ("bf16", "gpsa")],
+    indirect=["arithmetic"],
+)
 @pytest.mark.parametrize("local_up_to_layer", [0, 1, 3])
 @pytest.mark.parametrize("train", [False, True])
-def test_whole_models(arithmetic, local_up_to_layer, train):
-    """Forward, backward and inference of a model whose last block is GPSA or MHSA."""
+def test_whole_models(arithmetic, attention, local_up_to_layer, train):
+    """Forward, backward and inference of a model whose last block is GPSA, PSA or MHSA."""
     config = mc.ConViTConfig(
-        (6, 10), 2, 3, 5, 12, 3, 4, 2.5, local_up_to_layer=local_up_to_layer, drop_path_rate=0.4
-    )
+        (6, 10), 2, 3, 5, 12, 3, 4, 2.5, local_up_to_layer=local_up_to_layer, drop_path_rate=0.4,
+        attention=attention,
+    )  # fmt: skip
     params, rng = random_params(config, 2), np.random.default_rng(3)
     images = rng.standard_normal((7, 3, 6, 10)).astype("float32")
     dlogits = rng.standard_normal((7, 5)).astype("float32")

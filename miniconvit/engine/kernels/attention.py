@@ -1,4 +1,4 @@
-"""GPSA and MHSA for the CPU, by an arithmetic `a` such as Float32. Rows are tokens: x (R, D)."""
+"""GPSA, PSA and MHSA for the CPU, by an arithmetic `a` such as Float32. Rows are tokens, (R, D)."""
 
 from functools import lru_cache
 
@@ -16,15 +16,17 @@ def _layers(params):
     return names, weights, [params.get(f"{name}.bias") for name in names]
 
 
-def _named(dweight, dbias, names, weights, biases):
-    """The gradients of layers side by side, by name."""
+def _layers_backward(a, dqkv, x, params):
+    """dx, and the gradients of these layers by name."""
+    names, weights, biases = _layers(params)
+    dweight, dbias = a.outer(dqkv, x), a.sums(dqkv)
     grads, begin = {}, 0
     for name, weight, bias in zip(names, weights, biases, strict=True):
         grads[f"{name}.weight"] = dweight[begin : begin + len(weight)]
         if bias is not None:
             grads[f"{name}.bias"] = dbias[begin : begin + len(weight)]
         begin += len(weight)
-    return grads
+    return a.back(dqkv, weights), grads
 
 
 @lru_cache(maxsize=8)
@@ -76,14 +78,35 @@ def attention_backward(a, dy, cache):
     x, qkv, C, keep, gP, gate, params = cache
     dqkv = a.like(qkv)
     dA, rho = a.attend_backward(dy, *a.split(qkv, 3), C, keep, gP, *a.split(dqkv, 3))
-    names, weights, biases = _layers(params)
-    grads = _named(a.outer(dqkv, x), a.sums(dqkv), names, weights, biases)
+    dx, grads = _layers_backward(a, dqkv, x, params)
     if gate:
         g, P, grid = gate
         grads["pos_proj.weight"], dots = _position_backward(dA, P, g, grid)
         grads["pos_proj.bias"] = np.zeros_like(g)
         grads["gating_param"] = (g * (1.0 - g) * (dots - rho)).astype(g.dtype)
-    return a.back(dqkv, weights), grads
+    return dx, grads
+
+
+def psa_forward(a, x, params, B, num_heads, grid):
+    """As attention_forward, by PSA: what position says is added to the scores of content."""
+    qkv = a.linear(x, *_layers(params)[1:])
+    scores = params["pos_proj.weight"] @ _offsets(grid).T  # (H, N * N)
+    scores = scores.reshape(num_heads, grid[0] * grid[1], -1)
+    y, C = a.attend(*a.split(qkv, 3), (B, num_heads), scores=scores)
+    return y, (x, qkv, C, grid, params)
+
+
+def psa_backward(a, dy, cache):
+    """As attention_backward."""
+    x, qkv, C, grid, params = cache
+    dqkv, dscores = a.like(qkv), np.zeros(C.shape[1:])  # (H, queries, keys), float64
+    a.attend_backward(dy, *a.split(qkv, 3), C, None, None, *a.split(dqkv, 3), dscores)
+    dx, grads = _layers_backward(a, dqkv, x, params)
+    weight = params["pos_proj.weight"]
+    dweight = dscores.reshape(len(weight), -1) @ _offsets(grid)  # (H, 3)
+    grads["pos_proj.weight"] = dweight.astype(weight.dtype)
+    grads["pos_proj.bias"] = np.zeros_like(params["pos_proj.bias"])
+    return dx, grads
 
 
 def first_token_forward(a, x, params, B, num_heads, grid):

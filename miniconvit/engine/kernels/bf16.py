@@ -36,7 +36,7 @@ class Bf16:
     It keeps packed weights by their place in memory, and so serves one state of the parameters.
     """
 
-    has_reference = False
+    has_reference = has_psa = False
 
     def __init__(self):
         self._packed = {}

@@ -1,7 +1,7 @@
 """The block for the CPU, with the signatures of `layers/block.py`, for float32 NumPy arrays.
 
-Given anything else, such as float64 or CuPy arrays, or PSA, a whole block runs the reference where
-the arithmetic has one. Every cache is (function, cache) and so names the backward for it.
+Given anything else, such as float64 or CuPy arrays, a whole block runs the reference where the
+arithmetic has one. Every cache is (function, cache) and so names the backward for it.
 """
 
 import numpy as np
@@ -15,6 +15,8 @@ from .attention import (
     attention_forward,
     first_token_backward,
     first_token_forward,
+    psa_backward,
+    psa_forward,
 )
 from .compiled import empty, is_float32, plain
 from .float32 import gelu
@@ -52,9 +54,9 @@ class Blocks:
     def last_block_forward(self, x, params, num_heads, grid, keep=(None, None), keep_prob=1.0):
         """Queries, proj and MLP for the class token alone; keys and values for all tokens.
 
-        GPSA has no class token: its last block is a block.
+        GPSA and PSA have no class token: their last block is a block.
         """
-        if "attn.gating_param" in params or not self._serves(x, params):
+        if "attn.pos_proj.weight" in params or not self._serves(x, params):
             y, cache = self.block_forward(x, params, num_heads, grid, keep, keep_prob)
             return y[:, 0], (self._first_of_block_backward, (cache, y.shape))
         y, cache = self._forward(x, params, num_heads, grid, keep, keep_prob, True)
@@ -68,9 +70,9 @@ class Blocks:
     last_block_backward = block_backward
 
     def _serves(self, x, params):
-        """Whether the arithmetic is for it: float32 arrays of NumPy, and no PSA."""
-        psa = "attn.pos_proj.weight" in params and "attn.gating_param" not in params
-        serves = not psa and all(map(is_float32, (x, *params.values())))
+        """Whether the arithmetic is for it: float32 arrays of NumPy, and PSA where it has that."""
+        serves = self._a.has_psa or not _is_psa(params)
+        serves = serves and all(map(is_float32, (x, *params.values())))
         if not (serves or self._a.has_reference):
             raise UserError(
                 "bf16 is for float32 parameters and images, and not for PSA: leave --precision at "
@@ -101,7 +103,7 @@ class Blocks:
         params = {name: plain(p) if p.ndim == 1 else p for name, p in params.items()}
         x0 = plain(x).reshape(-1, D)  # (R, D)
         normed1, statistics1 = a.norm(x0, params["norm1.weight"], params["norm1.bias"])
-        attend = first_token_forward if first else attention_forward
+        attend, attend_backward = _attention_pair(params, first)
         attended, cache = attend(a, normed1, part(params, "attn."), B, num_heads, grid)
         residual = plain(x[:, :tokens]).reshape(-1, D)
         x1 = a.branch(
@@ -112,7 +114,7 @@ class Blocks:
             normed2, params["mlp.fc1.weight"], params["mlp.fc1.bias"], self._keep
         )
         x2 = a.branch(active, params["mlp.fc2.weight"], params["mlp.fc2.bias"], factor2, x1)
-        cache1 = x0, statistics1, attended, cache, factor1, first
+        cache1 = x0, statistics1, attended, (attend_backward, cache), factor1, first
         cache2 = x1, normed2, statistics2, active, slope, factor2
         return x2.reshape(B, tokens, D), (cache1, cache2, params, x.shape)
 
@@ -123,6 +125,19 @@ class Blocks:
         dx1, grads2 = _mlp_backward(a, dx2, params, cache2)
         dx0, grads1 = _attention_backward(a, dx1, params, cache1)
         return dx0.reshape(shape), grads1 | grads2
+
+
+def _is_psa(params):
+    return "attn.pos_proj.weight" in params and "attn.gating_param" not in params
+
+
+def _attention_pair(params, first):
+    """Forward and backward of a block's attention, of all tokens or the first."""
+    if first:
+        return first_token_forward, first_token_backward
+    if _is_psa(params):
+        return psa_forward, psa_backward
+    return attention_forward, attention_backward
 
 
 def _gelu_backward(dy, cache):
@@ -150,11 +165,10 @@ def _mlp_backward(a, dx2, params, cache):
 
 def _attention_backward(a, dx1, params, cache):
     """dx0 and the gradients of norm1 and attn."""
-    x0, statistics, attended, cache_attention, factor, first = cache
+    x0, statistics, attended, (attend_backward, cache_attention), factor, first = cache
     dbranch, dproj_bias = a.scaled(dx1, factor)
     dattended = a.back_operand(dbranch, [params["attn.proj.weight"]])
-    backward = first_token_backward if first else attention_backward
-    dnormed, dattn = backward(a, dattended, cache_attention)
+    dnormed, dattn = attend_backward(a, dattended, cache_attention)
     dresidual = dx1
     if first:
         dresidual = empty(x0.shape)

@@ -14,6 +14,7 @@ class Float32:
     """What the blocks compute with. Rows are tokens: x (R, D)."""
 
     has_reference = True  # the lesson's layers compute in the arrays' precision
+    has_psa = True
 
     def norm(self, x, weight, bias, eps=1e-6):
         """y = layernorm(x), and what its backward needs beside x."""
@@ -87,10 +88,11 @@ class Float32:
         """So many operands of equal width, which lie side by side in x."""
         return np.split(x, count, axis=1)
 
-    def attend(self, q, k, v, shape, keep=None, gP=None):
+    def attend(self, q, k, v, shape, keep=None, gP=None, scores=None):
         """y = A v with A = keep C + gP and C = softmax(q k^T / sqrt d), or A = C.
 
         shape (B, H); q (B * queries, D), k and v (B * keys, D); keep (H,); gP (H, queries, keys).
+        scores (H, queries, keys) are added within the softmax, where they are given.
         Returns y like q and the maps C (B, H, queries, keys).
         """
         y = empty(q.shape)
@@ -98,18 +100,23 @@ class Float32:
         C = empty((*q.shape[:3], k.shape[2]))
         tiles = _tiles(C)
         buffer = empty(C[tiles[0]].shape)
+        if scores is not None:
+            scores = scores / _scale(q)
         for tile in tiles:
             np.matmul(q[tile], k[tile].swapaxes(-1, -2), out=C[tile])
+            if scores is not None:
+                C[tile] += scores[tile[1]]
             passes.softmax(C[tile].reshape(-1, C.shape[-1]), _scale(q))
             A = _mixed(C, keep, gP, tile, buffer)
             np.matmul(A, v[tile], out=y_heads[tile])
         return y, C
 
-    def attend_backward(self, dy, q, k, v, C, keep, gP, dq, dk, dv):
+    def attend_backward(self, dy, q, k, v, C, keep, gP, dq, dk, dv, dscores=None):
         """dA = dy v^T;  dS = keep C (dA - rho) / sqrt d;  dq = dS k;  dk = dS^T q;  dv = A^T dy.
 
-        rho is the sum over the keys of C dA. Writes into dq, dk and dv; returns dA summed over the
-        images (H, queries, keys) and rho summed over images and queries (H,).
+        rho is the sum over the keys of C dA. Writes into dq, dk and dv, and adds what attend's
+        scores hear to dscores; returns dA summed over the images (H, queries, keys) and rho summed
+        over images and queries (H,).
         """
         B, H, queries, keys = C.shape
         heads = (_heads(rows, B, H) for rows in (dy, q, k, v, dq, dk, dv))
@@ -128,6 +135,8 @@ class Float32:
             )
             np.matmul(dS, k[tile], out=dq[tile])
             np.matmul(dS.swapaxes(-1, -2), q[tile], out=dk[tile])
+            if dscores is not None:
+                dscores[heads] += dS.sum(axis=0) / _scale(q)
         return dA_sum, rho.sum(axis=(0, 2), dtype=np.float64)
 
 
