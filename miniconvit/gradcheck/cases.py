@@ -6,7 +6,10 @@ exchanged axes fit, and only numbers can give them away. Wide grids and tall one
 What some bug needs, such as inputs far from zero or labels that differ, is drawn for certain.
 """
 
-from functools import cache
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache, lru_cache
+from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,14 +239,46 @@ def check_layer(name, seed=0, every_entry=False, functions=FUNCTIONS):
     return list(_reports(name, seed, every_entry, functions))
 
 
-def _reports(name, seed, every_entry, functions):
-    for c in ALL_CASES[name](np.random.default_rng(seed), functions):
+def _reports(name, seed, every_entry, functions, known=None):
+    """known: outputs of each case, where forward is the same as in the call before."""
+    for i, c in enumerate(ALL_CASES[name](np.random.default_rng(seed), functions)):
+        if known is not None:
+            c = _remembering(c, known[i])
         yield check_gradients(c.forward, c.backward, c.inputs, seed, every_entry, c.expect_zero)
+
+
+def _remembering(case, known):
+    """The case with a forward that computes its outputs beside the inputs once for all mutants.
+
+    At the inputs themselves it always runs, since what it keeps for a backward pass is used there.
+    """
+
+    def digest(inputs):
+        return sha256(b"".join(np.asarray(x).tobytes() for x in inputs.values())).digest()
+
+    own = digest(case.inputs)
+
+    def forward(**inputs):
+        key = digest(inputs)
+        if key == own:
+            return case.forward(**inputs)
+        if key not in known:
+            known[key] = case.forward(**inputs)[0], None
+        return known[key]
+
+    return replace(case, forward=forward)
+
+
+@lru_cache(maxsize=1)
+def _known(layer, seed):
+    """What the mutants of one layer share: of each case the outputs by what they are of."""
+    return defaultdict(dict)
 
 
 @cache
 def _is_right(layer, seed, every_entry):
-    return all(report.ok for report in check_layer(layer, seed, every_entry))
+    reports = _reports(layer, seed, every_entry, FUNCTIONS, _known(layer, seed))
+    return all(report.ok for report in reports)
 
 
 def catch(mutant, seed=0, every_entry=False):
@@ -254,7 +289,7 @@ def catch(mutant, seed=0, every_entry=False):
         raise RuntimeError(f"{layer} itself fails its check: no mutant of it can be judged")
     functions = SimpleNamespace(**(vars(FUNCTIONS) | {mutant.function: mutate(mutant)}))
     try:
-        reports = _reports(layer, seed, every_entry, functions)
+        reports = _reports(layer, seed, every_entry, functions, _known(layer, seed))
         return next(filter(None, map(_what_is_wrong, reports)), "")
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         return f"raises {type(error).__name__}"
