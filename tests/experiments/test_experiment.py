@@ -562,6 +562,27 @@ def test_escape_reads_the_metrics(small, tmp_path, program):
     assert (tmp_path / "x/escape.png").exists() and (tmp_path / "x/escape-gates.png").exists()
 
 
+@pytest.mark.parametrize(("seconds", "drawn"), [(-1.0, [1, 2]), (3600.0, [2])])
+def test_runs_that_are_short_share_a_picture_and_each_has_its_tables(
+    small, program, monkeypatch, seconds, drawn
+):
+    seen, written = [], []
+
+    def count(into, function):
+        def counted(plan, outcomes, *rest):
+            into.append(len(outcomes))
+            return function(plan, outcomes, *rest)
+
+        return counted
+
+    monkeypatch.setattr(experiment_command, "BETWEEN_PICTURES", seconds)
+    monkeypatch.setattr(experiment_command, "draw", count(seen, lambda *_: []))
+    monkeypatch.setattr(experiment_command, "write_tables", count(written, write_tables))
+    argv = command("escape", "x", "--subset", 1, seeds=1, budget=8)  # ConViT, then its twin
+    assert program(*argv)[0] == 0
+    assert (seen, written) == (drawn, [1, 2])
+
+
 def test_without_matplotlib_there_are_tables_and_later_a_picture(
     small, tmp_path, program, monkeypatch
 ):
