@@ -1,6 +1,8 @@
 """The index of docs/ has every page, and the pages of the API every public name."""
 
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +13,8 @@ from urllib.parse import unquote
 import pytest
 
 import miniconvit as mc
+from miniconvit.training.run_folder import default_out
+from miniconvit.training.settings import make_settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -73,3 +77,34 @@ def test_a_missing_pdoc_is_one_sentence(tmp_path):
     done = subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "pip install -e '.[docs]'" in done.stderr
+
+
+def commands():
+    """Every command line of ours in a shell's block of a page: (page, words)."""
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "tutorials").glob("*.md")):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield page, shlex.split(line, comments=True)
+
+
+def test_what_a_page_reads_of_a_run_lies_where_a_training_of_the_pages_puts_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)  # without a folder of runs
+    folders = set()
+    for _, words in commands():
+        for start in (i for i, word in enumerate(words) if word == "train"):
+            given = dict(itertools.pairwise(words[start:]))
+            names = ("data", "model", "recipe")
+            known = {name: given[f"--{name}"] for name in names if f"--{name}" in given}
+            settings = make_settings(seed=int(given.get("--seed", 0)), **known)
+            folders.add(given.get("--out") or str(default_out(settings)))
+    read = {
+        (page.name, re.match(r"runs/[\w-]+", word)[0])
+        for page, words in commands()
+        if "train" not in words or "--init-from" in words
+        for word in words
+        if word.startswith("runs/")
+    }
+    assert len(read) >= 8
+    assert [where for where in read if where[1] not in folders] == []
