@@ -1,7 +1,7 @@
 """The training step and inference on a CPU, in float32 and bf16, against timm's ConViT and DeiT on
 PyTorch.
 
-    pip install '.[bench]'
+    pip install '.[bench,fast]'
     python benchmarks/cpu.py FOLDER [--minutes 2] [--only TEXT] [--without SIDE]
 
 Every side of a row is a process of its own (so its peak memory is its own) on as many cores, and
@@ -32,7 +32,7 @@ from miniconvit.config import VARIANTS
 from miniconvit.engine.cuda import check_precision
 from miniconvit.errors import UserError
 from miniconvit.model import param_shapes
-from miniconvit.system import available_cores, available_threads
+from miniconvit.system import available_cores, available_threads, numba_version
 
 ROOT = Path(__file__).parent.parent
 PROC = Path("/proc")
@@ -333,6 +333,7 @@ def main(folder, minutes, only, without):
         "threads": threads,
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "numba": numba_version() or "none, so no kernels",
         "blas": f"{blas.get('internal_api')} {blas.get('version')} {blas.get('architecture')}",
         **next(filter(None, versions), {}),
     }

@@ -124,6 +124,7 @@ def test_what_was_measured_is_not_measured_again(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "measure", measure)
     monkeypatch.setattr(script, "check_precision", lambda precision, xp: None)
+    monkeypatch.setattr(script, "numba_version", lambda: None)
     arguments = [str(tmp_path), "--only", ROW, "--without", "matmul"]
     for _ in range(2):
         result = CliRunner().invoke(script.main, arguments, catch_exceptions=False)
@@ -133,7 +134,9 @@ def test_what_was_measured_is_not_measured_again(script, tmp_path, monkeypatch):
     groups += (("ours", "ours-bf16", "autocast", "onednn"),)
     assert asked == [(group, row, 120.0) for group in groups]
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["row"] == ROW
-    assert f"| {ROW} | 32.0 |" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert f"| {ROW} | 32.0 |" in text
+    assert "\n- numba: none, so no kernels\n" in text
 
 
 def test_without_bf16_all_else_is_measured(script, tmp_path, monkeypatch):
