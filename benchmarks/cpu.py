@@ -247,7 +247,7 @@ def table(results):
         "the other side, with its quartiles. Peak memory is that of the process. Ours includes "
         "what its workers hold in the end. Autocast and oneDNN bf16 are timm's ConViT.",
     )
-    kept = [i for i in range(len(head)) if any(cells[i] != "-" for cells in lines)]
+    kept = [i for i in range(len(head)) if not lines or any(cells[i] != "-" for cells in lines)]
     lines = [head, ["---"] * len(head), *lines]
     lines = [f"| {' | '.join(cells[i] for i in kept)} |" for cells in lines]
     return "\n\n".join(["\n".join(lines), *after]) + "\n", rows

@@ -270,14 +270,15 @@ def _remembering(case, known):
 
 
 @lru_cache(maxsize=1)
-def _known(layer, seed):
-    """What the mutants of one layer share: of each case the outputs by what they are of."""
-    return defaultdict(dict)
+def _known(layer, seed, every_entry):
+    """What the mutants of one layer share: of each case the outputs by what they are of. Nothing
+    where every entry is moved: these would be too many to keep."""
+    return None if every_entry else defaultdict(dict)
 
 
 @cache
 def _is_right(layer, seed, every_entry):
-    reports = _reports(layer, seed, every_entry, FUNCTIONS, _known(layer, seed))
+    reports = _reports(layer, seed, every_entry, FUNCTIONS, _known(layer, seed, every_entry))
     return all(report.ok for report in reports)
 
 
@@ -289,7 +290,8 @@ def catch(mutant, seed=0, every_entry=False):
         raise RuntimeError(f"{layer} itself fails its check: no mutant of it can be judged")
     functions = SimpleNamespace(**(vars(FUNCTIONS) | {mutant.function: mutate(mutant)}))
     try:
-        reports = _reports(layer, seed, every_entry, functions, _known(layer, seed))
+        known = _known(layer, seed, every_entry)
+        reports = _reports(layer, seed, every_entry, functions, known)
         return next(filter(None, map(_what_is_wrong, reports)), "")
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         return f"raises {type(error).__name__}"

@@ -196,6 +196,14 @@ def test_drop_path(arithmetic, name, block, keep):
         assert_equals_the_reference(arithmetic, name, kwargs | {"keep": masks})
 
 
+def test_a_bias_of_positions_that_is_not_finite_is_noticed():
+    """By PSA alone: GPSA's reference does not read it either."""
+    kwargs = small(arguments(CONFIGS[0], PSA))
+    kwargs["params"]["attn.pos_proj.bias"][0] = np.nan
+    y, _, grads = run(ARITHMETICS["float32"]().blocks(), "block", kwargs)
+    assert np.isnan(y).any() and any(np.isnan(grad).any() for grad in grads.values())
+
+
 @pytest.mark.parametrize("maps", [1, 4, 9, 2 * 9], ids=lambda maps: f"{maps}-maps")
 @pytest.mark.parametrize(
     ("arithmetic", "name", "block"), DIFFERENT, ids=ids, indirect=["arithmetic"]

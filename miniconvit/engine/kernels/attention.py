@@ -90,7 +90,7 @@ def attention_backward(a, dy, cache):
 def psa_forward(a, x, params, B, num_heads, grid):
     """As attention_forward, by PSA: what position says is added to the scores of content."""
     qkv = a.linear(x, *_layers(params)[1:])
-    scores = params["pos_proj.weight"] @ _offsets(grid).T  # (H, N * N)
+    scores = params["pos_proj.weight"] @ _offsets(grid).T + params["pos_proj.bias"][:, None]
     scores = scores.reshape(num_heads, grid[0] * grid[1], -1)
     y, C = a.attend(*a.split(qkv, 3), (B, num_heads), scores=scores)
     return y, (x, qkv, C, grid, params)
