@@ -202,7 +202,7 @@ def table(results):
         "ratio", "timm DeiT", "ratio", "our ViT twin", "ConViT / twin time",
         "peak memory, MB: ours", "timm", "autocast", "of matmul peak",
     ]  # fmt: skip
-    lines, rows, after = [], [], []
+    body, rows, after = [], [], []
     for name, variant, batch, mode, _ in plan():
         measured = [result for result in results if result["row"] == name]
         groups = [result["found"] for result in measured]
@@ -235,7 +235,7 @@ def table(results):
                 *(_shown(memory[who], 0) for who in (own, TIMM, AUTOCAST)),
                 _shown(rows[-1]["share_of_matmul_peak"], 2),
             ]
-            lines.append(cells)
+            body.append(cells)
             if speed[COMPILED]:
                 after.append(
                     f"{name}: timm's ConViT under torch.compile makes {speed[COMPILED]:.1f} "
@@ -247,9 +247,9 @@ def table(results):
         "the other side, with its quartiles. Peak memory is that of the process. Ours includes "
         "what its workers hold in the end. Autocast and oneDNN bf16 are timm's ConViT.",
     )
-    kept = [i for i in range(len(head)) if not lines or any(cells[i] != "-" for cells in lines)]
-    lines = [head, ["---"] * len(head), *lines]
-    lines = [f"| {' | '.join(cells[i] for i in kept)} |" for cells in lines]
+    kept = [i for i in range(len(head)) if not body or any(cells[i] != "-" for cells in body)]
+    whole = (head, ["---"] * len(head), *body)
+    lines = [f"| {' | '.join(cells[i] for i in kept)} |" for cells in whole]
     return "\n\n".join(["\n".join(lines), *after]) + "\n", rows
 
 

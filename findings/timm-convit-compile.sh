@@ -2,7 +2,7 @@
 # timm 1.0.31's ConViT is compiled twice by torch.compile, in the first call and in the second.
 #
 # What one would guess: calls of one shape compile a model once, as they do timm's DeiT. But GPSA's
-# layers make the offsets of their patches in the first forward pass and keep them as an attribute,
+# layers make the offsets of their patches in the first forward pass. They keep them as an attribute,
 # which was None before. So what was compiled does not hold in the second call. Whoever times a step
 # after one call to warm up times a compilation. A model that has run once before torch.compile is
 # compiled once. This installs torch and timm in a temporary folder (5 GB), counts the compilations

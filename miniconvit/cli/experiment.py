@@ -3,8 +3,8 @@
 import os
 import signal
 import sys
-import time
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from shlex import quote
 from shutil import get_terminal_size
@@ -47,7 +47,7 @@ ONE_PLAN = {
     "gan": (gan, {"steps", "seeds"}),
 }
 """Experiments whose runs are always the same, but for these options."""
-BETWEEN_PICTURES = 20.0  # seconds, while runs are short: to draw one takes half a second
+SHORT_RUN = 5.0  # seconds: after a shorter one no picture is drawn, which takes half a second
 BEFORE_PLAN = {DATA_DIR, DATA_DIR + ".partial", PLAN + ".partial"}  # what a kill leaves behind
 
 
@@ -133,8 +133,8 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
     It measures the speed for a few seconds and plans runs that fit into --budget. Then it trains
     them one by one. Every run sees the same number of images.
 
-    It writes plan.json, and after each run table.md and table.csv. After most runs, and in the end,
-    it draws a picture. Give NAME and --out again to continue where it stopped.
+    It writes plan.json, and after each run table.md and table.csv. After runs of over 5 seconds,
+    and in the end, it draws a picture. Give NAME and --out again to continue where it stopped.
     """
     given = {key: value for key, value in flags.items() if value is not None}
     if name == "lipschitz":
@@ -156,20 +156,15 @@ def command(ctx, name, data_dir, device, workers, out, plan_file, **flags):
                 plan = replayed or new_plan(asked, click.echo, **where)
                 _keep(plan, out, where["data_dir"])
             click.echo(folded(_announcement(plan, out)))
-            has_pictures, drawn = can_draw(), time.monotonic()
+            has_pictures = can_draw()
 
-            def show(outcomes, pictures=has_pictures):
+            def show(outcomes, seconds=inf):
                 entries, text = write_tables(plan, outcomes, out)
-                names = draw(plan, outcomes, entries, out) if pictures else []
+                draws = has_pictures and seconds > SHORT_RUN
+                names = draw(plan, outcomes, entries, out) if draws else []
                 return text, ["table.md", "table.csv", *names]
 
-            def show_between(outcomes):
-                nonlocal drawn
-                due = has_pictures and time.monotonic() - drawn > BETWEEN_PICTURES
-                show(outcomes, due)
-                drawn = time.monotonic() if due else drawn
-
-            outcomes = run_plan(plan, out, click.echo, show_between, **where)
+            outcomes = run_plan(plan, out, click.echo, show, **where)
     except KeyboardInterrupt as stop:
         _say_stopped(f"{ctx.command_path} {name}", out, device)
         return 128 + getattr(stop, "signal", signal.SIGINT)

@@ -126,9 +126,9 @@ class _Part:
 def run_plan(plan, out, say, show, **where):
     """Trains, or goes on with, every run of the plan in out/ROW/seedN. Returns their Outcomes.
 
-    say(text) prints a line; show(outcomes) is called after every run that was trained now, but for
-    the last; where: train's data_dir, workers and device. A run that diverges is an outcome; what
-    train raises otherwise ends it, and calling again goes on.
+    say(text) prints a line; show(outcomes, seconds) is called after every run that was trained now,
+    with how long it took, but for the last; where: train's data_dir, workers and device. A run that
+    diverges is an outcome; what train raises otherwise ends it, and calling again goes on.
     """
     runs, outcomes = plan.runs, []
     bar_options = {"unit": " images", "bar_format": BAR, "leave": False, "smoothing": 0}
@@ -140,11 +140,12 @@ def run_plan(plan, out, say, show, **where):
             outcome = _run(plan, row, seed, out, partial(_Part, bar), where)
             outcomes.append(outcome)
             bar.update(end - bar.n)
+            seconds = time.perf_counter() - began
             result = outcome.diverged or f"{100 * outcome.values['top1']:.1f} %"
             with bar.external_write_mode():
-                say(f"{label}: {result} ({duration(time.perf_counter() - began)})")
+                say(f"{label}: {result} ({duration(seconds)})")
             if not outcome.was_finished and len(outcomes) < len(runs):
-                show(outcomes)
+                show(outcomes, seconds)
     return outcomes
 
 

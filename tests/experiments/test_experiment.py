@@ -563,7 +563,7 @@ def test_escape_reads_the_metrics(small, tmp_path, program):
 
 
 @pytest.mark.parametrize(("seconds", "drawn"), [(-1.0, [1, 2]), (3600.0, [2])])
-def test_runs_that_are_short_share_a_picture_and_each_has_its_tables(
+def test_after_a_short_run_there_are_tables_and_in_the_end_a_picture(
     small, program, monkeypatch, seconds, drawn
 ):
     seen, written = [], []
@@ -575,7 +575,7 @@ def test_runs_that_are_short_share_a_picture_and_each_has_its_tables(
 
         return counted
 
-    monkeypatch.setattr(experiment_command, "BETWEEN_PICTURES", seconds)
+    monkeypatch.setattr(experiment_command, "SHORT_RUN", seconds)
     monkeypatch.setattr(experiment_command, "draw", count(seen, lambda *_: []))
     monkeypatch.setattr(experiment_command, "write_tables", count(written, write_tables))
     argv = command("escape", "x", "--subset", 1, seeds=1, budget=8)  # ConViT, then its twin

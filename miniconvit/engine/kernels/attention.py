@@ -9,6 +9,11 @@ from ...layers.position import position_attention_forward, relative_positions
 SMALLEST = 1e-18  # products of two numbers above it are no denormals, which cost 100 times more
 
 
+def is_psa(params):
+    """Whether a block's parameters are of positional attention without gates."""
+    return "attn.pos_proj.weight" in params and "attn.gating_param" not in params
+
+
 def _layers(params):
     """The weights and biases that give q, k and v, side by side, and their names."""
     names = ["qk", "v"] if "qk.weight" in params else ["qkv"]

@@ -15,6 +15,7 @@ from .attention import (
     attention_forward,
     first_token_backward,
     first_token_forward,
+    is_psa,
     psa_backward,
     psa_forward,
 )
@@ -71,7 +72,7 @@ class Blocks:
 
     def _serves(self, x, params):
         """Whether the arithmetic is for it: float32 arrays of NumPy, and PSA where it has that."""
-        serves = self._a.has_psa or not _is_psa(params)
+        serves = self._a.has_psa or not is_psa(params)
         serves = serves and all(map(is_float32, (x, *params.values())))
         if not (serves or self._a.has_reference):
             raise UserError(
@@ -127,15 +128,11 @@ class Blocks:
         return dx0.reshape(shape), grads1 | grads2
 
 
-def _is_psa(params):
-    return "attn.pos_proj.weight" in params and "attn.gating_param" not in params
-
-
 def _attention_pair(params, first):
     """Forward and backward of a block's attention, of all tokens or the first."""
     if first:
         return first_token_forward, first_token_backward
-    if _is_psa(params):
+    if is_psa(params):
         return psa_forward, psa_backward
     return attention_forward, attention_backward
 

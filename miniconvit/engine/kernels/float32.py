@@ -114,9 +114,9 @@ class Float32:
     def attend_backward(self, dy, q, k, v, C, keep, gP, dq, dk, dv, dscores=None):
         """dA = dy v^T;  dS = keep C (dA - rho) / sqrt d;  dq = dS k;  dk = dS^T q;  dv = A^T dy.
 
-        rho is the sum over the keys of C dA. Writes into dq, dk and dv, and adds what attend's
-        scores hear to dscores; returns dA summed over the images (H, queries, keys) and rho summed
-        over images and queries (H,).
+        rho is the sum over the keys of C dA. Writes into dq, dk and dv, and adds the gradient of
+        attend's scores to dscores; returns dA summed over the images (H, queries, keys) and rho
+        summed over images and queries (H,).
         """
         B, H, queries, keys = C.shape
         heads = (_heads(rows, B, H) for rows in (dy, q, k, v, dq, dk, dv))

@@ -10,14 +10,10 @@ from math import prod
 
 from .... import layers
 from ....layers.names import part
+from ..attention import is_psa
 
 POSITION_WARPS = 16  # 512 threads, which may take 128 registers each
 EPS = 1e-6
-
-
-def is_psa(params):
-    """Whether a block has positional attention without gates, for which there is no kernel."""
-    return "attn.pos_proj.weight" in params and "attn.gating_param" not in params
 
 
 class Blocks:
