@@ -58,12 +58,18 @@ def check_params(params, shapes):
 
 
 def check_rates(lr, weight_decay, betas, eps):
-    """Raises UserError where AdamW could not train with these numbers."""
+    """Raises UserError where an optimizer could not train with these numbers."""
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
         if not 0.0 <= value < inf:
             raise UserError(f"{name} must be 0 or a positive number, not {value}")
     if not (len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
         raise UserError(f"betas must be two numbers of at least 0 and below 1, not {betas}")
+
+
+def check_momentum(momentum):
+    """Raises UserError where an average of gradients would forget nothing, or turn round."""
+    if not 0.0 <= momentum < 1.0:
+        raise UserError(f"momentum must be at least 0 and below 1, not {momentum}")
 
 
 def check_max_norm(max_norm):
@@ -83,7 +89,7 @@ def check_step(params, grads, moments):
             raise UserError(f"there is a gradient of {name!r}, but no such parameter{hint}")
     for name, p in params.items():
         if name not in moments:
-            raise UserError(f"this AdamW was made for other parameters, without {name}")
+            raise UserError(f"this optimizer was made for other parameters, without {name}")
         _check_form(name, p, moments[name])
         if isinstance(p, np.ndarray) and not p.flags.writeable:
             raise UserError(f"{name} cannot be written to: pass a copy of it")

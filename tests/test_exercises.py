@@ -76,6 +76,9 @@ WRONG = {
     "19.1": ("np.ceil(", "np.floor("),
     "19.2": (" * gain + norm", " + norm"),
     "19.3": ("xhat * (dxhat * xhat).mean(**over)", "xhat * (dxhat * xhat).mean()"),
+    "20.1": ("return u @ vt", "return u @ abs(vt)"),
+    "20.2": ("1.5 * s - 0.5 * s**3", "1.5 * s + 0.5 * s**3"),
+    "20.3": (".sum(axis=(1, 2), keepdims=True)", ".sum()"),
 }  # fmt: skip
 """Exercise to a piece of its solution, and what a mistaken reader has there."""
 
@@ -109,6 +112,7 @@ from miniconvit.data import normalize
 from miniconvit.gradcheck.mutants import planted
 from miniconvit.layers import attention_forward, linear_forward
 from miniconvit.neighbours import conv_forward
+from miniconvit.optim import NEWTON_SCHULZ as MUON, orthogonal
 rng = np.random.default_rng(0)
 """
 """What a reader has at the prompt by the end of a page."""

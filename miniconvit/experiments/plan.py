@@ -336,6 +336,7 @@ def _row(asked, name, label, kind="convit", fraction=None, end="", masks=(), **c
         subset=asked["subset"] if fraction is None else fraction,
         steps=LEAST_STEPS,
         seed=0,
+        optimizer="adamw",  # the paper's, whatever the recipe has
         **changes,
     )
     few = {"escape": READINGS, "diversity": FEW, "hybrid": FEW, "mobile": FEW}

@@ -18,7 +18,7 @@ from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
 from ..neighbours.diversity import PatchHeadConfig
 from ..neighbours.models import ALL_VARIANTS, is_convit, shapes_of
-from ..optim import is_running
+from ..optim import OPTIMIZERS, is_running
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
@@ -142,7 +142,15 @@ class Settings:
     )
     batch_size: int = setting(TRAINING, COUNT, "Number of images in a step.")
     lr: float = setting(TRAINING, POSITIVE, "Learning rate at its peak.")
-    weight_decay: float = setting(TRAINING, NOT_NEGATIVE, "Weight decay of AdamW.", 0.05)
+    optimizer: str = setting(
+        TRAINING,
+        _one_of(OPTIMIZERS),
+        "How parameters move. adamw scales every number of the gradient. muon makes the steps of "
+        "the blocks' matrices orthogonal, and learns more in an epoch. Other parameters move as "
+        "with adamw.",
+        "adamw",
+    )
+    weight_decay: float = setting(TRAINING, NOT_NEGATIVE, "Weight decay.", 0.05)
     warmup_epochs: float = setting(
         TRAINING, NOT_NEGATIVE, "Number of epochs in which the learning rate rises to its peak."
     )

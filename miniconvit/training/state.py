@@ -6,7 +6,7 @@ from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from ..config import is_count, is_number
 from ..errors import UserError
-from ..optim import AdamW
+from ..optim import OPTIMIZERS, AdamW
 from .freeze import initial_params
 from .settings import Settings, refuse_difference
 
@@ -79,7 +79,7 @@ def begin_state(settings, config, xp, start=None):
     ema = None
     if settings.ema is not None:
         ema = {name: value.copy() for name, value in params.items()}
-    return TrainingState(params, AdamW(params, settings.lr, settings.weight_decay), ema)
+    return TrainingState(params, _optimizer(settings, params), ema)
 
 
 def load_state(path, settings, config, schedule, xp):
@@ -105,7 +105,7 @@ def load_state(path, settings, config, schedule, xp):
             "resume with the data that the run began with"
         )
     params, moments, ema = to_device((checkpoint.params, moments, checkpoint.ema), xp)
-    optimizer = AdamW(params, settings.lr, settings.weight_decay)
+    optimizer = _optimizer(settings, params)
     optimizer.exp_avg, optimizer.exp_avg_sq = moments
     numbers = {name: checkpoint.state.get(name) for name in ("step", "epoch", "sums", "best")}
     state = TrainingState(params, optimizer, ema, **numbers)
@@ -113,6 +113,10 @@ def load_state(path, settings, config, schedule, xp):
         raise UserError(f"{path} is damaged: {problem}; begin again in another folder with --out")
     optimizer.step_count = state.step
     return state
+
+
+def _optimizer(settings, params):
+    return OPTIMIZERS[settings.optimizer](params, settings.lr, settings.weight_decay)
 
 
 def _are_sums(sums, images):

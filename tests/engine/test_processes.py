@@ -23,7 +23,7 @@ from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.engine.threads import ONE_BLAS_THREAD, Engine
-from miniconvit.optim import AdamW, clip_grad_norm
+from miniconvit.optim import AdamW, Muon, clip_grad_norm
 from miniconvit.training.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")
@@ -112,14 +112,15 @@ def test_the_bits_of_one_thread(config, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [AdamW, Muon])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_an_update_by_the_workers_has_the_bits_of_one_process(threads, dtype, monkeypatch):
+def test_an_update_by_the_workers_has_the_bits_of_one_process(threads, kind, dtype, monkeypatch):
     """Also where a part of the parameters is frozen, and other parameters are asked in between."""
     params, images, labels = drawn(CONFIG, dtype)
     true = {name: value.copy() for name, value in params.items()}
     others = {name: 0.5 * value for name, value in params.items()}
     settings = {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 0.01}
-    optimizers = [AdamW(p, **settings) for p in (true, params)]
+    optimizers = [kind(p, **settings) for p in (true, params)]
     frozen = {"pos_embed", "blocks.1.attn.gating_param", "head.bias"}
     step_here = Engine._optimize
 
@@ -150,9 +151,9 @@ def test_an_update_by_the_workers_has_the_bits_of_one_process(threads, dtype, mo
                 engine.update(optimizer, few, grads, lr=0.01 * (1 + step))
             assert optimizers[0].step_count == optimizers[1].step_count == 1 + step
             for name, value in true.items():
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    found, right = (getattr(optimizer, kind)[name] for optimizer in optimizers)
-                    np.testing.assert_array_equal(found, right, err_msg=f"{name} {kind}")
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    found, right = (getattr(optimizer, moment)[name] for optimizer in optimizers)
+                    np.testing.assert_array_equal(found, right, err_msg=f"{name} {moment}")
                 np.testing.assert_array_equal(params[name], value, err_msg=name)
                 assert params[name].dtype == dtype
         state = several._shared[processes.PARAMS]

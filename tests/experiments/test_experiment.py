@@ -165,7 +165,7 @@ def test_steps_stand_in_place_of_the_budget():
 def test_the_recipe_is_the_models_on_this_data(data, model, recipe):
     for row in rows_of(complete("masking", {"data": data, "model": model})):
         s = row.settings
-        assert (s.recipe, s.lr) == (recipe, RECIPES[recipe]["lr"])
+        assert (s.recipe, s.lr, s.optimizer) == (recipe, RECIPES[recipe]["lr"], "adamw")
         assert s.model in (model, model.replace("convit", "vit"))
 
 

@@ -11,6 +11,7 @@ import miniconvit.engine.pieces as engine_pieces
 import miniconvit.training.loop as training
 from miniconvit import (
     AdamW,
+    Muon,
     UserError,
     convit_backward,
     convit_forward,
@@ -29,6 +30,7 @@ from miniconvit.training.settings import RECIPES, Settings, make_settings
 ALL = {"augment": "paper", "repeats": 3, "mixup": 0.8, "cutmix": 1.0, "ema": 0.8,
        "label_smoothing": 0.2, "drop_path": 0.2, "batch_size": 17, "lr": 3e-3,
        "epochs": 2}  # fmt: skip
+BOTH = pytest.mark.parametrize("given", [ALL, ALL | {"optimizer": "muon"}], ids=["adamw", "muon"])
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def plain_training(s):
     config = s.model_config(data)
     params = init_params(config, s.seed)
     averages = {name: value.astype("float64") for name, value in params.items()}
-    optimizer = AdamW(params, weight_decay=s.weight_decay)
+    optimizer = {"adamw": AdamW, "muon": Muon}[s.optimizer](params, weight_decay=s.weight_decay)
     per_epoch, losses, step = 100 // s.batch_size, [], 0
     rates = rates_of(s, s.epochs * per_epoch)
     for epoch in range(s.epochs):
@@ -109,7 +111,13 @@ def rates_of(s, total):
 
 
 @pytest.mark.parametrize(
-    "given", [ALL, ALL | {"cutmix": 0.0, "repeats": 1}, ALL | {"mixup": 0.0, "augment": "none"}]
+    "given",
+    [
+        ALL,
+        ALL | {"cutmix": 0.0, "repeats": 1},
+        ALL | {"mixup": 0.0, "augment": "none"},
+        ALL | {"optimizer": "muon"},
+    ],
 )
 def test_equals_a_plain_loop(tmp_path, given):
     result = run(tmp_path / "run", **given)
@@ -122,22 +130,24 @@ def test_equals_a_plain_loop(tmp_path, given):
     np.testing.assert_allclose([row["train_loss"] for row in result.rows], losses, rtol=1e-4)
 
 
-def test_any_number_of_threads_gives_the_same_bits(tmp_path):
+@BOTH
+def test_any_number_of_threads_gives_the_same_bits(tmp_path, given):
     for workers in (1, 2, 3):
-        run(tmp_path / str(workers), workers=workers, **ALL)
+        run(tmp_path / str(workers), workers=workers, **given)
     for name in ("last", "best"):
         contents = [stored(tmp_path / str(workers), name)[1] for workers in (1, 2, 3)]
         assert contents[0] == contents[1] == contents[2]
 
 
+@BOTH
 @pytest.mark.parametrize("step", [3, 8])
-def test_resumed_to_the_bit(tmp_path, monkeypatch, step):
-    run(tmp_path / "whole", **ALL)
+def test_resumed_to_the_bit(tmp_path, monkeypatch, given, step):
+    run(tmp_path / "whole", **given)
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(Interrupted):
-            run(tmp_path / "parts", **ALL)
-    run(tmp_path / "parts", resume=True, **ALL)
+            run(tmp_path / "parts", **given)
+    run(tmp_path / "parts", resume=True, **given)
     for name in ("last", "best"):
         assert stored(tmp_path / "parts", name)[1] == stored(tmp_path / "whole", name)[1]
 
@@ -236,8 +246,9 @@ def test_a_checkpoint_without_its_average_is_refused(tmp_path):
 def test_settings_stored_before_these_existed_are_read(tmp_path):
     run(tmp_path / "run")
     about = json.loads((tmp_path / "run" / "config.json").read_text())
-    more = {name: about["settings"].pop(name) for name in ("repeats", "mixup", "cutmix", "ema")}
-    assert more == {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "ema": None}
+    names = "repeats", "mixup", "cutmix", "ema", "optimizer"
+    more = tuple(about["settings"].pop(name) for name in names)
+    assert more == (1, 0.0, 0.0, None, "adamw")
     assert Settings(**about["settings"]) == settings()
 
 
@@ -278,22 +289,25 @@ def test_a_device_sees_the_same_images_and_nobody_waits(cupy, preset):
     assert floats.dtype == np.float32
 
 
-def test_a_run_on_a_device_is_the_cpus(cupy, tmp_path, monkeypatch):
+@BOTH
+def test_a_run_on_a_device_is_the_cpus(cupy, tmp_path, monkeypatch, given):
     whole_step = training.train_step
 
     def strict_step(run, state, load):
-        is_recorded = state.step == 1  # as a graph, once it has given the same bits: that waits
+        is_recorded = (
+            state.step == 1 and given == ALL
+        )  # as a graph, once it has given the same bits: that waits
         with fakecupy.forbid(*["wait"] * (not is_recorded), "upload"):
             whole_step(run, state, load)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", strict_step)
-        on_device = run(tmp_path / "device", device="cuda", **ALL)
+        on_device = run(tmp_path / "device", device="cuda", **given)
         stop_after(patch, 8)
         with pytest.raises(Interrupted):
-            run(tmp_path / "parts", device="cuda", **ALL)
-    on_cpu = run(tmp_path / "cpu", **ALL)
-    run(tmp_path / "parts", device="cuda", resume=True, **ALL)
+            run(tmp_path / "parts", device="cuda", **given)
+    on_cpu = run(tmp_path / "cpu", **given)
+    run(tmp_path / "parts", device="cuda", resume=True, **given)
     assert stored(tmp_path / "parts")[1] == stored(tmp_path / "device")[1]
     found, true = stored(tmp_path / "device")[0], stored(tmp_path / "cpu")[0]
     for key, value in true.items():

@@ -351,6 +351,7 @@ OTHER = {
     "epochs": 4,
     "batch_size": 32,
     "lr": 1e-3,
+    "optimizer": "muon",
     "weight_decay": 0.1,
     "warmup_epochs": 2,
     "clip_grad": 1.0,

@@ -1,0 +1,148 @@
+"""Muon against PyTorch's own, against the singular values, and which parameters it is for.
+
+golden/make_muon_golden.py writes PyTorch's values and says what they are.
+"""
+
+import json
+from copy import deepcopy
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import miniconvit as mc
+from miniconvit.neighbours.models import ALL_VARIANTS, shapes_of
+from miniconvit.optim import is_hidden, orthogonal
+
+GOLDEN = Path(__file__).parent / "golden" / "muon.npz"
+
+
+def golden():
+    with np.load(GOLDEN) as file:
+        return {name: file[name] for name in file}
+
+
+@pytest.mark.parametrize("as_filters", [False, True])
+@pytest.mark.parametrize("i", range(7))
+def test_every_step_is_pytorchs(i, as_filters):
+    """A matrix and the same numbers as 1x1 filters, beside a bias that AdamW moves."""
+    file = golden()
+    settings = json.loads(file["settings"].item())
+    values, grads = file[f"{i}/params"], file[f"{i}/grads"]
+    shape = (*values.shape[1:], 1, 1) if as_filters else values.shape[1:]
+    name = "blocks.1.mlp.fc1.weight"
+    params = {name: values[0].reshape(shape).copy(), "norm.bias": np.ones(3)}
+    bias = {"norm.bias": np.ones(3)}
+    muon = mc.Muon(params, weight_decay=0.3, momentum=settings["momentum"])
+    adamw = mc.AdamW(bias, weight_decay=0.3)
+    rng = np.random.default_rng(i)
+    for lr, g, after in zip(settings["lrs"], grads, values[1:], strict=True):
+        others = {"norm.bias": rng.standard_normal(3)}
+        muon.step(params, {name: g.reshape(shape)} | others, lr)
+        adamw.step(bias, others, lr)
+        np.testing.assert_allclose(params[name].reshape(after.shape), after, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(params["norm.bias"], bias["norm.bias"])
+    momentum = muon.exp_avg[name].reshape(values.shape[1:])
+    np.testing.assert_allclose(momentum, file[f"{i}/momentum"], rtol=1e-12)
+    assert muon.step_count == len(grads) and not muon.exp_avg_sq[name].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (6, 6), (5, 40), (40, 5), (192, 48)])
+def test_each_singular_value_goes_through_the_polynomial_and_the_vectors_stay(shape):
+    rng = np.random.default_rng(sum(shape))
+    matrix = rng.standard_normal(shape) * np.geomspace(1, 0.1, shape[1])
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    assert min(s) >= 0.002
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert min(s) > 0.68 and max(s) < 1.21
+    np.testing.assert_allclose(orthogonal(matrix), (u * s) @ vt, rtol=0, atol=1e-9)
+    found = orthogonal(matrix.astype("float32"))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, (u * s) @ vt, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(orthogonal(1e9 * matrix), orthogonal(matrix), atol=1e-12)
+    assert not orthogonal(np.zeros(shape)).any()
+
+
+def test_a_step_has_about_the_length_of_adamws():
+    """The root mean square of a step, in units of the rate: AdamW's is at most 1, and 0.2 to 0.4 in
+    trainings (Liu et al. 2025). Ours is 0.2 where all singular values are 1."""
+    rng = np.random.default_rng(0)
+    for shape in ((64, 64), (256, 64), (64, 256)):
+        params = {"blocks.0.mlp.fc1.weight": np.zeros(shape)}
+        optimizer = mc.Muon(params, lr=1.0, weight_decay=0.0)
+        optimizer.step(params, {"blocks.0.mlp.fc1.weight": rng.standard_normal(shape)})
+        rms = np.sqrt((params["blocks.0.mlp.fc1.weight"] ** 2).mean())
+        assert 0.2 * 0.68 < rms < 0.2 * 1.21
+
+
+HIDDEN = {
+    "convit_micro32": {"qk", "v", "qkv", "proj", "fc1", "fc2"},
+    "vit_micro32": {"qkv", "proj", "fc1", "fc2"},
+    "cmt_micro32": {"q", "k", "v", "proj", "conv1.0", "conv2.0", "_fc"},
+    "mobile_micro32": {"qkv", "proj", "fc1", "fc2", "project", "expand"},
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_which_parameters_are_matrices_between_features(name):
+    """Not what sees pixels or positions, nor what names the classes."""
+    shapes = shapes_of(ALL_VARIANTS[name])
+    hidden = {key for key, shape in shapes.items() if is_hidden(key, shape)}
+    ends = {key.removesuffix(".weight") for key in hidden}
+    assert all(end.endswith(tuple(HIDDEN[name])) for end in ends)
+    assert all(any(end.endswith(kind) for end in ends) for kind in HIDDEN[name])
+    assert all(prod(shapes[key]) == prod(shapes[key][:2]) for key in hidden)
+    others = shapes.keys() - hidden
+    big = [key for key in others if key.endswith(".weight") and len(shapes[key]) == 2]
+    assert all("pos_proj" in key or key.startswith("head") for key in big)
+
+
+def test_every_variant_has_such_matrices():
+    for name, config in ALL_VARIANTS.items():
+        assert any(is_hidden(*item) for item in shapes_of(config).items()), name
+
+
+def test_float32_stays_float32_in_place():
+    params = {"blocks.0.attn.v.weight": np.ones((2, 3), "f4"), "head.weight": np.ones((2, 2), "f4")}
+    kept, optimizer = dict(params), mc.Muon(params)
+    optimizer.step(params, {name: p.copy() for name, p in params.items()})
+    for name, p in params.items():
+        assert p is kept[name] and (p != 1).any()
+        assert {p.dtype, optimizer.exp_avg[name].dtype} == {np.dtype("f4")}
+
+
+def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
+    rng = np.random.default_rng(0)
+    params = {"blocks.0.attn.v.weight": rng.standard_normal((2, 3)), "norm.bias": np.ones(3)}
+    grads = {name: rng.standard_normal(p.shape) for name, p in params.items()}
+    optimizer = mc.Muon(params)
+    before = deepcopy((params, vars(optimizer)))
+    wrong = [
+        grads | {"norm.bias": np.ones(2)},
+        grads | {"norm.bais": np.ones(3)},
+        {"blocks.0.attn.v.weight": grads["blocks.0.attn.v.weight"]},
+        grads | {"blocks.0.attn.v.weight": grads["blocks.0.attn.v.weight"].T},
+    ]
+    for one in wrong:
+        with pytest.raises(mc.UserError):
+            optimizer.step(params, one)
+        np.testing.assert_equal((params, vars(optimizer)), before)
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])
+def test_a_momentum_that_cannot_be_is_refused(momentum):
+    with pytest.raises(mc.UserError, match="momentum must be at least 0 and below 1"):
+        mc.Muon({}, momentum=momentum)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_not_swallowed(value):
+    params = {"blocks.0.attn.v.weight": np.ones((3, 4))}
+    grads = {"blocks.0.attn.v.weight": np.ones((3, 4))}
+    grads["blocks.0.attn.v.weight"][1, 2] = value
+    with np.errstate(invalid="ignore"):
+        mc.Muon(params).step(params, grads)
+    assert not np.isfinite(params["blocks.0.attn.v.weight"]).all()
