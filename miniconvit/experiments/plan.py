@@ -147,8 +147,8 @@ class Plan:
         s = self.rows[0].settings
         rates = " or ".join(f"{lr:g}" for lr in sorted({row.settings.lr for row in self.rows}))
         return (
-            f"recipe {s.recipe}: batches of {s.batch_size}, peak learning rate {rates}, "
-            f"augmentation {s.augment}, weight decay {s.weight_decay:g}"
+            f"recipe {s.recipe}: batches of {s.batch_size}, optimizer {s.optimizer}, peak learning "
+            f"rate {rates}, augmentation {s.augment}, weight decay {s.weight_decay:g}"
         )
 
     def save(self, path):

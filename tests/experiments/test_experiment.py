@@ -222,7 +222,8 @@ def test_the_other_experiments_have_their_rows():
     names += [f"cmt_micro32{end}" for end in ("", "_nolocal", "_nofilter")]
     assert [row.settings.model for row in rows] == 2 * names
     assert [row.settings.lr for row in rows] == 2 * [1.5e-3, 1.5e-3, 3e-3, 3e-3, 3e-3]
-    assert "peak learning rate 0.0015 or 0.003," in planned("hybrid", "convit_micro32").recipe
+    words = planned("hybrid", "convit_micro32").recipe
+    assert "optimizer adamw, peak learning rate 0.0015 or 0.003," in words
     with pytest.raises(UserError, match="no CMT of the size of convit_tiny32"):
         complete("hybrid", {"model": "convit_tiny32"})
     deep = complete("diversity", {})
