@@ -13,7 +13,8 @@ try:
     from .gradcheck import check_gradients
     from .layers import cross_entropy_backward, cross_entropy_forward
     from .model import convit_backward, convit_forward, init_params, param_shapes
-    from .optim import AdamW, Muon, clip_grad_norm, warmup_cosine
+    from .muon import Muon
+    from .optim import AdamW, clip_grad_norm, warmup_cosine
 except ImportError as error:
     raise unusable(missing(error)) from error
 

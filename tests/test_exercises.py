@@ -112,7 +112,7 @@ from miniconvit.data import normalize
 from miniconvit.gradcheck.mutants import planted
 from miniconvit.layers import attention_forward, linear_forward
 from miniconvit.neighbours import conv_forward
-from miniconvit.optim import NEWTON_SCHULZ as MUON, orthogonal
+from miniconvit.muon import NEWTON_SCHULZ as MUON, orthogonal
 rng = np.random.default_rng(0)
 """
 """What a reader has at the prompt by the end of a page."""

@@ -26,6 +26,7 @@ FLOORS = {
     "optim": 2,
     "data": 2,
     "model": 3,
+    "muon": 3,
     "neighbours": 4,
     "gradcheck": 5,
     "engine": 5,
@@ -154,7 +155,7 @@ def test_importing_the_package_loads_the_lesson_and_the_checker_alone():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = found.stdout.split()
     ours = {name.split(".")[1] for name in modules if name.startswith("miniconvit.")}
-    lesson = {"layers", "optim", "model", "gradcheck"}
+    lesson = {"layers", "optim", "muon", "model", "gradcheck"}
     assert ours == {"errors", "arrays", "arguments", "config"} | lesson
     assert not {"miniconvit.gradcheck.cases", "miniconvit.gradcheck.mutants"} & set(modules)
     others = {

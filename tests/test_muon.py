@@ -4,16 +4,17 @@ golden/make_muon_golden.py writes PyTorch's values and says what they are.
 """
 
 import json
+import re
 from copy import deepcopy
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import miniconvit as mc
+from miniconvit.muon import is_hidden, orthogonal
+from miniconvit.neighbours.diversity import PatchHeadConfig
 from miniconvit.neighbours.models import ALL_VARIANTS, shapes_of
-from miniconvit.optim import is_hidden, orthogonal
 
 GOLDEN = Path(__file__).parent / "golden" / "muon.npz"
 
@@ -63,12 +64,13 @@ def test_each_singular_value_goes_through_the_polynomial_and_the_vectors_stay(sh
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, (u * s) @ vt, rtol=0, atol=2e-5)
     np.testing.assert_allclose(orthogonal(1e9 * matrix), orthogonal(matrix), atol=1e-12)
+    np.testing.assert_allclose(orthogonal(1e-5 * matrix), orthogonal(matrix), atol=1e-12)
     assert not orthogonal(np.zeros(shape)).any()
 
 
 def test_a_step_has_about_the_length_of_adamws():
-    """The root mean square of a step, in units of the rate: AdamW's is at most 1, and 0.2 to 0.4 in
-    trainings (Liu et al. 2025). Ours is 0.2 where all singular values are 1."""
+    """The root mean square of a step, in units of the rate: AdamW's is 0.2 to 0.4 in trainings (Liu
+    et al. 2025). Ours is 0.2 where all singular values are 1."""
     rng = np.random.default_rng(0)
     for shape in ((64, 64), (256, 64), (64, 256)):
         params = {"blocks.0.mlp.fc1.weight": np.zeros(shape)}
@@ -78,11 +80,15 @@ def test_a_step_has_about_the_length_of_adamws():
         assert 0.2 * 0.68 < rms < 0.2 * 1.21
 
 
+OF_A_BLOCK = ["attn.qkv", "attn.proj", "mlp.fc#"]
+OF_GPSA = ["attn.qk", "attn.v", *OF_A_BLOCK]
+OF_CMT = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.conv#.#"]
+OF_A_STEM = ["stem.project", "branches.#.expand", "branches.#.project", "branches.#.se.fc#"]
 HIDDEN = {
-    "convit_micro32": {"qk", "v", "qkv", "proj", "fc1", "fc2"},
-    "vit_micro32": {"qkv", "proj", "fc1", "fc2"},
-    "cmt_micro32": {"q", "k", "v", "proj", "conv1.0", "conv2.0", "_fc"},
-    "mobile_micro32": {"qkv", "proj", "fc1", "fc2", "project", "expand"},
+    "convit_micro32": [f"blocks.#.{end}" for end in OF_GPSA],
+    "vit_micro32": [f"blocks.#.{end}" for end in OF_A_BLOCK],
+    "cmt_micro32": ["_fc", *(f"blocks_{stage}.#.{end}" for stage in "abcd" for end in OF_CMT)],
+    "mobile_micro32": [*OF_A_STEM, *(f"blocks.#.{end}" for end in OF_A_BLOCK), "fusion.fc#"],
 }
 
 
@@ -90,14 +96,21 @@ HIDDEN = {
 def test_which_parameters_are_matrices_between_features(name):
     """Not what sees pixels or positions, nor what names the classes."""
     shapes = shapes_of(ALL_VARIANTS[name])
-    hidden = {key for key, shape in shapes.items() if is_hidden(key, shape)}
-    ends = {key.removesuffix(".weight") for key in hidden}
-    assert all(end.endswith(tuple(HIDDEN[name])) for end in ends)
-    assert all(any(end.endswith(kind) for end in ends) for kind in HIDDEN[name])
-    assert all(prod(shapes[key]) == prod(shapes[key][:2]) for key in hidden)
-    others = shapes.keys() - hidden
-    big = [key for key in others if key.endswith(".weight") and len(shapes[key]) == 2]
-    assert all("pos_proj" in key or key.startswith("head") for key in big)
+    hidden = {re.sub(r"\d+", "#", key) for key, shape in shapes.items() if is_hidden(key, shape)}
+    assert hidden == {f"{end}.weight" for end in HIDDEN[name]}
+
+
+def test_a_head_on_each_patch_names_classes_too():
+    config = PatchHeadConfig(img_size=8, embed_dim=8, depth=2, local_up_to_layer=1)
+    both = shapes_of(config), shapes_of(ALL_VARIANTS["convit_micro32"])
+    assert "patch_head.weight" in both[0]
+    ends = [{re.sub(r"\d+", "#", k) for k, v in s.items() if is_hidden(k, v)} for s in both]
+    assert ends[0] == ends[1]
+
+
+def test_patches_of_one_pixel_are_pixels():
+    assert not is_hidden("patch_embed.proj.weight", (48, 3, 1, 1))
+    assert not is_hidden("patch_embed_b.proj.weight", (32, 24, 1, 1))
 
 
 def test_every_variant_has_such_matrices():
@@ -130,6 +143,10 @@ def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
         with pytest.raises(mc.UserError):
             optimizer.step(params, one)
         np.testing.assert_equal((params, vars(optimizer)), before)
+
+
+def test_the_momentum_is_pytorchs():
+    assert mc.Muon({}).momentum == 0.95
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])

@@ -16,9 +16,10 @@ from ..data.dataset import SOURCES, Dataset
 from ..data.imagefolder import BROKEN
 from ..engine.cuda import PRECISIONS
 from ..errors import UserError, did_you_mean, unknown_name
+from ..muon import Muon
 from ..neighbours.diversity import PatchHeadConfig
 from ..neighbours.models import ALL_VARIANTS, is_convit, shapes_of
-from ..optim import OPTIMIZERS, is_running
+from ..optim import AdamW, is_running
 from .freeze import FREEZE
 from .run_folder import RunFolder
 
@@ -62,6 +63,9 @@ RECIPES = _TABLES["recipes"]
 """Name to the settings that it gives."""
 DEFAULT_RECIPE = _TABLES["default"]
 """Data set to recipe."""
+
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
+"""Name to class."""
 
 _SIZES = ", ".join(name.removeprefix("convit_") for name in VARIANTS if name[0] == "c")
 _OTHERS = ", ".join(name for name in ALL_VARIANTS if name not in VARIANTS)
@@ -145,9 +149,8 @@ class Settings:
     optimizer: str = setting(
         TRAINING,
         _one_of(OPTIMIZERS),
-        "How parameters move. adamw scales every number of the gradient. muon makes the steps of "
-        "the blocks' matrices orthogonal, and learns more in an epoch. Other parameters move as "
-        "with adamw.",
+        "How parameters move. adamw scales every number of the gradient. muon makes the step of a "
+        "matrix between features equally long in all directions. It moves the rest as adamw.",
         "adamw",
     )
     weight_decay: float = setting(TRAINING, NOT_NEGATIVE, "Weight decay.", 0.05)

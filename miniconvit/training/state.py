@@ -6,9 +6,9 @@ from ..arrays import to_device
 from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from ..config import is_count, is_number
 from ..errors import UserError
-from ..optim import OPTIMIZERS, AdamW
+from ..optim import AdamW
 from .freeze import initial_params
-from .settings import Settings, refuse_difference
+from .settings import OPTIMIZERS, Settings, refuse_difference
 
 
 def no_sums():

@@ -23,7 +23,8 @@ from miniconvit.engine.objective import Classification
 from miniconvit.engine.pieces import cut
 from miniconvit.engine.processes import LostUpdate, LostWorker, ProcessEngine, can_fork
 from miniconvit.engine.threads import ONE_BLAS_THREAD, Engine
-from miniconvit.optim import AdamW, Muon, clip_grad_norm
+from miniconvit.muon import Muon
+from miniconvit.optim import AdamW, clip_grad_norm
 from miniconvit.training.settings import make_settings
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are processes on Linux alone")

@@ -116,7 +116,7 @@ def rates_of(s, total):
         ALL,
         ALL | {"cutmix": 0.0, "repeats": 1},
         ALL | {"mixup": 0.0, "augment": "none"},
-        ALL | {"optimizer": "muon"},
+        ALL | {"optimizer": "muon", "weight_decay": 2.0},
     ],
 )
 def test_equals_a_plain_loop(tmp_path, given):
