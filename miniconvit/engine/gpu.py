@@ -7,7 +7,7 @@ from time import process_time
 from .. import layers
 from ..arrays import to_cpu
 from ..errors import UserError
-from ..optim import AdamW, clip_grad_norm, update_average
+from ..optim import clip_grad_norm, update_average
 from .cuda import out_of_memory
 from .objective import Classification
 
@@ -115,13 +115,13 @@ class DeviceEngine:
 
     def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """As Engine's: each of these dictionaries gets views of one buffer. A Classification can
-        take a whole step(), where AdamW makes it."""
+        take a whole step() of an optimizer that is KNOWN."""
         is_whole = params.keys() == optimizer.exp_avg.keys() == self.objective.shapes.keys()
         if is_whole and (ready := self._ready(params)):
             model, buffers = ready
             buffers.hold(params, optimizer, average, trained)
             names = tuple(params if trained is None else trained)
-            is_whole = model and type(optimizer) is AdamW
+            is_whole = model and type(optimizer) in kernels.KNOWN
             self._training = (params, optimizer, names, max_norm, decay) if is_whole else None
 
     @property
@@ -209,8 +209,8 @@ class DeviceEngine:
     def update(self, optimizer, params, grads, lr=None):
         """As Engine's."""
         moments = {name: optimizer.exp_avg[name] for name in params}
-        is_adamw = type(optimizer) is AdamW
-        if is_adamw and self._are_ours(grads, params=params, exp_avg=moments):
+        is_known = type(optimizer) in kernels.KNOWN
+        if is_known and self._are_ours(grads, params=params, exp_avg=moments):
             self._buffers.note_rates(optimizer, optimizer.lr if lr is None else lr)
             self._buffers.update(optimizer, grads)
         else:

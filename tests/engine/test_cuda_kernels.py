@@ -252,16 +252,19 @@ def test_images_and_parameters_that_do_not_fit_are_refused(cupy):
 
 
 @executed
+@pytest.mark.parametrize("kind", [mc.AdamW, mc.Muon])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_clipping_adamw_and_average_are_the_libraries(warps, dtype):
+def test_clipping_an_optimizer_and_average_are_the_libraries(warps, dtype, kind):
     shapes = {"a.weight": (5, 7), "cls_token": (1, 1, 3), "gate": (1,), "b": (2500,), "w": (40, 60)}
-    shapes["bn.running_var"] = (30,)
+    shapes |= {"bn.running_var": (30,), "wide.weight": (5, 7), "tall.weight": (7, 5)}
+    shapes |= {"long.weight": (3, 700), "square.weight": (6, 6, 1, 1), "row.weight": (1, 9)}
+    shapes |= {"column.weight": (9, 1), "head.weight": (5, 7)}
     params, average = random_like(shapes, dtype, 1), random_like(shapes, dtype, 2)
     there, average_there = to_device((params, average), warps)
     kernels = Kernels(warps, dtype, "float32")
     buffers, optimizers = Buffers(kernels, shapes), []
     for tensors in (params, there):
-        optimizers.append(mc.AdamW(tensors, 1e-2, weight_decay=0.3))
+        optimizers.append(kind(tensors, 1e-2, weight_decay=0.3))
     trained = [name for name in shapes if name != "gate"]
     buffers.hold(there, optimizers[1], average_there, trained)
     frozen = there["gate"].get()

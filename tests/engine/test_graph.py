@@ -18,14 +18,14 @@ CONFIG = mc.ConViTConfig((4, 6), 2, 3, 7, 24, 3, 4, 2.0, local_up_to_layer=2, dr
 STEPS = 7
 
 
-def training(xp, config=CONFIG, records=True, batches=(9,) * STEPS, soft=False):
+def training(xp, config=CONFIG, records=True, batches=(9,) * STEPS, soft=False, kind=mc.AdamW):
     """(numbers of each step, state at the end, launches of each step, the engine) of a training
     with everything in it: drop path, clipping, an average, and gates that stay."""
     rng = np.random.default_rng(1)
     params = mc.init_params(config)
     average = {name: p + 0.1 for name, p in params.items()}
     params, average = to_device((params, average), xp)
-    optimizer, numbers, launches = mc.AdamW(params, weight_decay=0.2), [], []
+    optimizer, numbers, launches = kind(params, weight_decay=0.2), [], []
     trained = [name for name in params if not name.endswith("gating_param")]
     engine = DeviceEngine(Classification(config, 0.1), xp)
     engine.records = records
@@ -51,12 +51,13 @@ def assert_same_bits(found, true):
             assert np.array_equal(found[kind][name], value), (kind, name)
 
 
+@pytest.mark.parametrize("kind", [mc.AdamW, mc.Muon])
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_graph_gives_the_same_bits_by_one_launch(cupy, soft):
-    true, launches, engine = training(cupy, records=False, soft=soft)
+def test_a_graph_gives_the_same_bits_by_one_launch(cupy, soft, kind):
+    true, launches, engine = training(cupy, records=False, soft=soft, kind=kind)
     assert engine.graph_problem is None and min(launches) > 50
     assert fakecupy.STATE.graphs == 0
-    found, launches, engine = training(cupy, soft=soft)
+    found, launches, engine = training(cupy, soft=soft, kind=kind)
     assert engine.graph_problem is None
     assert_same_bits(found, true)
     assert fakecupy.STATE.graphs == STEPS - 1  # once to be compared
@@ -64,9 +65,10 @@ def test_a_graph_gives_the_same_bits_by_one_launch(cupy, soft):
     assert set(launches[2:]) == {1 + 5}
 
 
-def test_a_step_without_a_graph_is_what_its_three_calls_are(cupy):
+@pytest.mark.parametrize("kind, most", [(mc.AdamW, 110), (mc.Muon, 160)])
+def test_a_step_without_a_graph_is_what_its_three_calls_are(cupy, kind, most):
     """step() beside loss_and_grads, clip, update and average."""
-    true, _, _ = training(cupy, records=False)
+    true, _, _ = training(cupy, records=False, kind=kind)
 
     def step(self, load, n, lr, seed, step):
         params, optimizer, names, max_norm, decay = self._training
@@ -80,9 +82,9 @@ def test_a_step_without_a_graph_is_what_its_three_calls_are(cupy):
     before = fakecupy.STATE.launches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceEngine, "step", step)
-        found, _, _ = training(cupy, records=False)
+        found, _, _ = training(cupy, records=False, kind=kind)
     assert_same_bits(found, true)
-    assert fakecupy.STATE.launches - before < STEPS * 110  # by flat kernels, too
+    assert fakecupy.STATE.launches - before < STEPS * most  # by flat kernels, too
 
 
 def test_batches_of_other_sizes_have_their_own_graphs(cupy):

@@ -2,7 +2,7 @@
 one pass over memory. Deleting this folder leaves everything working, only slower."""
 
 from .block import Blocks
-from .flat import Buffers
+from .flat import KNOWN, Buffers
 from .graph import Graph
 from .launch import Kernels, kernels_for
 from .model import Model

@@ -9,11 +9,15 @@ from math import prod, sqrt
 import numpy as np
 
 from ....arguments import check_max_norm
-from ....optim import NEVER_DECAYED, is_running
+from ....muon import Muon, is_hidden
+from ....optim import NEVER_DECAYED, AdamW, is_running
 from .launch import WARPS
+from .muon import groups_of
 
 CHUNK = 1024  # as in kernels.cu
 TRAINED, DECAYED, RUNNING = 1, 2, 3
+KNOWN = AdamW, Muon
+"""The optimizers whose steps Buffers can make."""
 
 
 class Buffers:
@@ -29,7 +33,7 @@ class Buffers:
         self._grads, self.grads = self._zeros()
         self.number = kernels.xp.zeros((1,), kernels.xp.int64)
         self._rates = kernels.empty(3)
-        self._held = {}
+        self._held, self._groups = {}, {}
 
     def _zeros(self):
         """(buffer, its tensors by name, which are views)."""
@@ -51,7 +55,9 @@ class Buffers:
                 view[...] = tensors[name]
             tensors.update(views)
             self._held[kind] = buffer, tensors
-        self._kinds_of(self.shapes if trained is None else trained)
+        names = self.shapes if trained is None else trained
+        self._kinds_of(names)
+        self._others_of(optimizer, names)
 
     def take(self, grads):
         """These gradients, copied to where the buffer has them."""
@@ -81,6 +87,18 @@ class Buffers:
                     kinds[chunks] = RUNNING
             self._kinds[key] = self.kernels.xp.asarray(kinds)
         return self._kinds[key]
+
+    def _others_of(self, optimizer, names):
+        """(groups of matrices that Muon moves, the other names), of these names."""
+        key = tuple(names)
+        if type(optimizer) is not Muon:
+            return [], key
+        if key not in self._groups:
+            groups = groups_of(self.kernels, self.shapes, self._starts, key)
+            others = [name for name in key if not is_hidden(name, self.shapes[name])]
+            self._kinds_of(others)
+            self._groups[key] = groups, others
+        return self._groups[key]
 
     def note(self, step):
         """Tells the device the number of a step, from which chance is drawn."""
@@ -122,8 +140,11 @@ class Buffers:
     def update(self, optimizer, names):
         """As optimizer.step for the held parameters of these names, by the rates on the device."""
         held = [self._held[kind][0] for kind in ("params", "exp_avg", "exp_avg_sq")]
+        groups, others = self._others_of(optimizer, names)
+        for group in groups:
+            group.update(optimizer, held[0], self._grads, held[1], self._rates)
         self.kernels.flat("adamw", self._size, held[0], self._grads, *held[1:],
-                          self._kinds_of(names), self._rates, self._size, optimizer.weight_decay,
+                          self._kinds_of(others), self._rates, self._size, optimizer.weight_decay,
                           *optimizer.betas, optimizer.eps)  # fmt: skip
 
     def average(self, decay):

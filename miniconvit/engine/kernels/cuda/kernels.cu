@@ -446,6 +446,55 @@ KERNEL adamw(BOTH T* params, const T* grads, BOTH T* exp_avg, BOTH T* exp_avg_sq
     }
 }
 
+// Muon: `count` matrices of one shape, each from its start on in the flat buffers. x (count, least,
+// most) has them one after the other, those that are taller than wide turned. place: where element
+// e of a matrix of x lies, from the start on
+__device__ inline i64 place(i64 e, i64 least, i64 most, bool is_turned) {
+    return is_turned ? e % most * least + e / most : e;
+}
+
+// exp_avg: the average of the gradients; x: that with the newest counted once more, over its norm.
+// A matrix belongs to a block
+KERNEL muon_begin(const T* grads, BOTH T* exp_avg, const i64* starts, const u8* turned, T* x,
+                  i64 least, i64 most, double momentum) {
+    extern __shared__ double shared[];
+    T *all = (T*)shared, square = 0, mu = momentum, rest = 1 - momentum;
+    i64 size = least * most, start = starts[blockIdx.x];
+    T* matrix = x + blockIdx.x * size;
+    for (i64 e = THREAD; e < size; e += THREADS) {
+        i64 i = start + place(e, least, most, turned[blockIdx.x]);
+        T g = grads[i], m = exp_avg[i];
+        m += rest * (g - m);
+        exp_avg[i] = m;
+        T ahead = g + mu * (m - g);
+        matrix[e] = ahead;
+        square += ahead * ahead;
+    }
+    all[threadIdx.y] = lane_sum(square);
+    __syncthreads();
+    T norm = sqrt(over_warps(all, 1, 0)), lowest = 1e-7;
+    if (norm < lowest) norm = lowest;  // NaN stays
+    for (i64 e = THREAD; e < size; e += THREADS) matrix[e] /= norm;
+}
+
+// square (count, least, least) = a I + b gram + c square
+KERNEL muon_polynomial(const T* gram, BOTH T* square, i64 n, i64 least, double a, double b, double c) {
+    EACH_THREAD(i, n) {
+        bool is_diagonal = i % (least * least) % (least + 1) == 0;
+        square[i] = (is_diagonal ? (T)a : 0) + (T)b * gram[i] + (T)c * square[i];
+    }
+}
+
+KERNEL muon_end(BOTH T* params, const T* x, const i64* starts, const u8* turned, const T* rates,
+                i64 n, i64 least, i64 most, double decay, double scale) {
+    i64 size = least * most;
+    T keep = 1 - rates[0] * decay, step_size = rates[0] * scale;
+    EACH_THREAD(e, n) {
+        i64 k = e / size, i = starts[k] + place(e % size, least, most, turned[k]);
+        params[i] = keep * params[i] - step_size * x[e];
+    }
+}
+
 KERNEL average(BOTH T* mean, const T* params, i64 n, double decay) {
     T rest = 1 - decay;
     EACH_THREAD(i, n) mean[i] += rest * (params[i] - mean[i]);
