@@ -57,7 +57,7 @@ class Buffers:
             self._held[kind] = buffer, tensors
         names = self.shapes if trained is None else trained
         self._kinds_of(names)
-        self._others_of(optimizer, names)
+        self._parts_of(optimizer, names)
 
     def take(self, grads):
         """These gradients, copied to where the buffer has them."""
@@ -88,7 +88,7 @@ class Buffers:
             self._kinds[key] = self.kernels.xp.asarray(kinds)
         return self._kinds[key]
 
-    def _others_of(self, optimizer, names):
+    def _parts_of(self, optimizer, names):
         """(groups of matrices that Muon moves, the other names), of these names."""
         key = tuple(names)
         if type(optimizer) is not Muon:
@@ -140,7 +140,7 @@ class Buffers:
     def update(self, optimizer, names):
         """As optimizer.step for the held parameters of these names, by the rates on the device."""
         held = [self._held[kind][0] for kind in ("params", "exp_avg", "exp_avg_sq")]
-        groups, others = self._others_of(optimizer, names)
+        groups, others = self._parts_of(optimizer, names)
         for group in groups:
             group.update(optimizer, held[0], self._grads, held[1], self._rates)
         self.kernels.flat("adamw", self._size, held[0], self._grads, *held[1:],
