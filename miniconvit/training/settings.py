@@ -146,13 +146,6 @@ class Settings:
     )
     batch_size: int = setting(TRAINING, COUNT, "Number of images in a step.")
     lr: float = setting(TRAINING, POSITIVE, "Learning rate at its peak.")
-    optimizer: str = setting(
-        TRAINING,
-        _one_of(OPTIMIZERS),
-        "How parameters move. adamw scales every number of the gradient. muon makes the step of a "
-        "matrix between features equally long in all directions. It moves the rest as adamw.",
-        "adamw",
-    )
     weight_decay: float = setting(TRAINING, NOT_NEGATIVE, "Weight decay.", 0.05)
     warmup_epochs: float = setting(
         TRAINING, NOT_NEGATIVE, "Number of epochs in which the learning rate rises to its peak."
@@ -275,6 +268,13 @@ class Settings:
         "Precision of matrix products. tf32 keeps 10 bits after the point and bf16 keeps 7. Sums, "
         "parameters and all else stay float32. On a CPU there is no tf32, and bf16 needs AMX.",
         "float32",
+    )
+    optimizer: str = setting(
+        TRAINING,
+        _one_of(OPTIMIZERS),
+        "How parameters move. adamw scales every number of the gradient. muon makes the step of a "
+        "matrix between features equally long in all directions. It moves the rest as adamw.",
+        "adamw",
     )
 
     def __post_init__(self):

@@ -135,7 +135,7 @@ def test_all_names_to_choose_from_are_shown(help_of, path, names):
 
 def test_the_defaults_are_shown(help_of):
     out = " ".join(help_of("train").split())
-    assert "Weight decay of AdamW. [default: 0.05]" in out
+    assert "Weight decay. [default: 0.05]" in out
     assert "Random seed. [default: 0]" in out
     assert re.search(r"Share of each target [^.]*\. \[default: the recipe's, else 0\]", out)
     assert re.search(r"Number of images in a step\. \[default: the recipe's\]", out)

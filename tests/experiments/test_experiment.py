@@ -409,8 +409,8 @@ def test_tables_are_what_the_runs_say(small, tmp_path, program):
     assert (folder / "sample-efficiency.png").stat().st_size > 10000
     text = (folder / "table.md").read_text()
     assert text in out and "trained on the CPU. Each has" in text
-    for words in ("recipe shapes-minute: batches of 64, peak learning rate 0.002, augmentation "
-                  "none, weight decay 0.05",):  # fmt: skip
+    for words in ("recipe shapes-minute: batches of 64, optimizer adamw, peak learning rate 0.002, "
+                  "augmentation none, weight decay 0.05",):  # fmt: skip
         assert words in text and words in out[: out.index("ConViT, 100 %, seed 0")]
     assert program(*argv)[0] == 0
 

@@ -26,6 +26,7 @@ STORED = {
 }  # fmt: skip
 """The paper's recipe as the checkpoints of earlier runs hold it."""
 SINCE = {"cosine": 0.0, "contrastive": 0.0, "patch_mixing": 0.0, "precision": "float32"}
+SINCE |= {"optimizer": "adamw"}
 """What was added behind it."""
 
 
@@ -65,7 +66,7 @@ OUT_OF_LIMITS = {
     "clip_grad": 0, "label_smoothing": 1.0, "drop_path": -0.1, "augment": "blur", "seed": 2**63,
     "attention": "soft", "local_init": 1, "freeze": "head", "broken": "mend", "repeats": 0,
     "mixup": -1.0, "cutmix": float("inf"), "ema": 1.0, "passes": 0, "init_from": "",
-    "precision": "fp16",
+    "precision": "fp16", "optimizer": "sgd",
     "cosine": -0.1, "contrastive": float("nan"), "patch_mixing": -1.0,
 }  # fmt: skip
 
