@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# PyTorch 2.13.0's Muon moves a float64 matrix by a step that is exact to two or three digits.
+# PyTorch 2.13.0's Muon moves a float64 matrix by a step that is exact to about two digits.
 #
 # What one would guess: an optimizer computes in the type of its parameters, as AdamW does there. But
 # Muon rounds the gradient to bfloat16 before it makes it orthogonal, whatever its type, and five
 # Newton-Schulz steps go on in bfloat16. The parameter stays float64, so nothing shows it. Whoever
-# compares an implementation with PyTorch in float64 finds a difference of a hundredth. This installs
+# compares an implementation with PyTorch in float64 finds a difference of two hundredths. This installs
 # torch in a temporary folder, compares both optimizers with their formulas in float64, and fails if
 # that has changed.
 set -euo pipefail
