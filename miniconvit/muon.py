@@ -31,7 +31,7 @@ class Muon(AdamW):
     ):
         super().__init__(params, lr, weight_decay, betas, eps)
         check_momentum(momentum)
-        self.momentum = momentum
+        self.momentum = float(momentum)
 
     def step(self, params: Params, grads: Params, lr: float | None = None) -> None:
         """p -= lr * decay * p;  p -= lr * 0.2 sqrt(max(out, in)) * orthogonal(ahead).

@@ -33,7 +33,8 @@ class AdamW:
         eps: float = 1e-8,
     ):
         check_rates(lr, weight_decay, betas, eps)
-        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.lr, self.weight_decay, self.eps = float(lr), float(weight_decay), float(eps)
+        self.betas = tuple(map(float, betas))
         self.step_count = 0
         self.exp_avg = {name: _zeros_like(p) for name, p in params.items()}
         self.exp_avg_sq = {name: _zeros_like(p) for name, p in params.items()}

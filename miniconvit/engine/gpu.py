@@ -115,7 +115,8 @@ class DeviceEngine:
 
     def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """As Engine's: each of these dictionaries gets views of one buffer. A Classification can
-        take a whole step() of an optimizer that is KNOWN."""
+        take a whole step() of an optimizer that is KNOWN, whose settings are then fixed."""
+        self._graph = self._seen = None
         is_whole = params.keys() == optimizer.exp_avg.keys() == self.objective.shapes.keys()
         if is_whole and (ready := self._ready(params)):
             model, buffers = ready

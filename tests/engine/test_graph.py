@@ -164,3 +164,23 @@ def test_a_step_that_does_not_fit_is_answered_as_without_a_graph(cupy):
         pytest.raises(mc.UserError, match=r"a step of 64 images .* add --batch-size \d+, which"),
     ):
         engine.step(lambda a, b: (images[a:b], labels[a:b]), 64, 1e-3, 0, 1)
+
+
+def test_what_is_held_next_has_its_own_graph(cupy):
+    """With settings that are whole numbers, too."""
+    rng, states = np.random.default_rng(1), []
+    images = rng.standard_normal((9, 3, *CONFIG.image), dtype="float32")
+    batch = to_device((images, rng.integers(7, size=9)), cupy)
+    for records in (True, False):
+        engine = DeviceEngine(Classification(CONFIG), cupy)
+        engine.records = records
+        for seed, kind in enumerate((mc.AdamW, mc.Muon)):
+            params = to_device(mc.init_params(CONFIG, seed), cupy)
+            engine.hold(params, kind(params, weight_decay=1))
+            for number in range(4):
+                engine.step(lambda *_: batch, 9, 1, 5, number)
+        states.append(to_cpu({"params": params}))
+        assert engine.graph_problem is None
+    assert_same_bits(*states)
+    first = mc.init_params(CONFIG, 1)
+    assert (states[0]["params"]["head.weight"] != first["head.weight"]).any()

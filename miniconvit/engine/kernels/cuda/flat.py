@@ -90,9 +90,9 @@ class Buffers:
 
     def _parts_of(self, optimizer, names):
         """(groups of matrices that Muon moves, the other names), of these names."""
-        key = tuple(names)
         if type(optimizer) is not Muon:
-            return [], key
+            return [], names
+        key = tuple(sorted(names))
         if key not in self._groups:
             groups = groups_of(self.kernels, self.shapes, self._starts, key)
             others = [name for name in key if not is_hidden(name, self.shapes[name])]
@@ -134,7 +134,7 @@ class Buffers:
         optimizer.step_count += 1
         beta1, beta2 = optimizer.betas
         correction1, correction2 = (1.0 - beta**optimizer.step_count for beta in (beta1, beta2))
-        rates = lr, lr / correction1, 1.0 / sqrt(correction2)
+        rates = float(lr), lr / correction1, 1.0 / sqrt(correction2)
         self.kernels.launch("note_rates", 1, self._rates, *rates, warps=1)
 
     def update(self, optimizer, names):

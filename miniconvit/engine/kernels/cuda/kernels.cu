@@ -446,11 +446,11 @@ KERNEL adamw(BOTH T* params, const T* grads, BOTH T* exp_avg, BOTH T* exp_avg_sq
     }
 }
 
-// Muon: `count` matrices of one shape, each from its start on in the flat buffers. x (count, least,
-// most) has them one after the other, those that are taller than wide turned. place: where element
-// e of a matrix of x lies, from the start on
+// Muon: matrices of one shape, each from its start on in the flat buffers. x (count, least, most) has
+// them one after the other, those that are taller than wide turned. place: where element e of a
+// matrix lies in x's
 __device__ inline i64 place(i64 e, i64 least, i64 most, bool is_turned) {
-    return is_turned ? e % most * least + e / most : e;
+    return is_turned ? e % least * most + e / least : e;
 }
 
 // exp_avg: the average of the gradients; x: that with the newest counted once more, over its norm.
@@ -462,12 +462,12 @@ KERNEL muon_begin(const T* grads, BOTH T* exp_avg, const i64* starts, const u8* 
     i64 size = least * most, start = starts[blockIdx.x];
     T* matrix = x + blockIdx.x * size;
     for (i64 e = THREAD; e < size; e += THREADS) {
-        i64 i = start + place(e, least, most, turned[blockIdx.x]);
+        i64 i = start + e;
         T g = grads[i], m = exp_avg[i];
         m += rest * (g - m);
         exp_avg[i] = m;
         T ahead = g + mu * (m - g);
-        matrix[e] = ahead;
+        matrix[place(e, least, most, turned[blockIdx.x])] = ahead;
         square += ahead * ahead;
     }
     all[threadIdx.y] = lane_sum(square);
@@ -490,8 +490,9 @@ KERNEL muon_end(BOTH T* params, const T* x, const i64* starts, const u8* turned,
     i64 size = least * most;
     T keep = 1 - rates[0] * decay, step_size = rates[0] * scale;
     EACH_THREAD(e, n) {
-        i64 k = e / size, i = starts[k] + place(e % size, least, most, turned[k]);
-        params[i] = keep * params[i] - step_size * x[e];
+        i64 k = e / size, i = starts[k] + e % size;
+        T direction = x[k * size + place(e % size, least, most, turned[k])];
+        params[i] = keep * params[i] - step_size * direction;
     }
 }
 
