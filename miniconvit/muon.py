@@ -8,7 +8,9 @@ from .optim import AdamW
 
 NEVER_ORTHOGONAL = ("patch_embed", "pos_proj", "head", "patch_head")
 """How a part of a name begins whose weight sees pixels or positions, or names the classes."""
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+NEWTON_SCHULZ, ROUNDS = (3.4445, -4.7750, 2.0315), 5
+LENGTH = 0.2
+"""Root mean square of a step, in units of the rate, where all directions come to 1."""
 
 
 class Muon(AdamW):
@@ -52,7 +54,7 @@ class Muon(AdamW):
             p *= 1.0 - lr * self.weight_decay
             rows, cols = p.shape[:2]
             direction = orthogonal(ahead.reshape(rows, cols)).reshape(p.shape)
-            p -= lr * 0.2 * sqrt(max(rows, cols)) * direction
+            p -= lr * LENGTH * sqrt(max(rows, cols)) * direction
         super().step(others, {name: grads[name] for name in others}, lr)
 
 
@@ -72,7 +74,7 @@ def orthogonal(matrix: Array) -> Array:
     xp, (rows, cols) = array_module(matrix), matrix.shape
     x = matrix.T if rows > cols else matrix
     x = x / xp.maximum(xp.sqrt((x * x).sum()), 1e-7)
-    for _ in range(5):
+    for _ in range(ROUNDS):
         gram = x @ x.T  # (least, least)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.T if rows > cols else x

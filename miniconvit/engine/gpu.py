@@ -116,14 +116,14 @@ class DeviceEngine:
     def hold(self, params, optimizer, average=None, trained=None, max_norm=inf, decay=None):
         """As Engine's: each of these dictionaries gets views of one buffer. A Classification can
         take a whole step() of an optimizer that is KNOWN, whose settings are then fixed."""
-        self._graph = self._seen = None
+        self._training = self._graph = self._seen = None
         is_whole = params.keys() == optimizer.exp_avg.keys() == self.objective.shapes.keys()
         if is_whole and (ready := self._ready(params)):
             model, buffers = ready
             buffers.hold(params, optimizer, average, trained)
             names = tuple(params if trained is None else trained)
-            is_whole = model and type(optimizer) in kernels.KNOWN
-            self._training = (params, optimizer, names, max_norm, decay) if is_whole else None
+            if model and type(optimizer) in kernels.KNOWN:
+                self._training = params, optimizer, names, max_norm, decay
 
     @property
     def takes_whole_steps(self):
@@ -210,8 +210,8 @@ class DeviceEngine:
     def update(self, optimizer, params, grads, lr=None):
         """As Engine's."""
         moments = {name: optimizer.exp_avg[name] for name in params}
-        is_known = type(optimizer) in kernels.KNOWN
-        if is_known and self._are_ours(grads, params=params, exp_avg=moments):
+        are_ours = self._are_ours(grads, params=params, exp_avg=moments)
+        if are_ours and type(optimizer) in kernels.KNOWN:
             self._buffers.note_rates(optimizer, optimizer.lr if lr is None else lr)
             self._buffers.update(optimizer, grads)
         else:

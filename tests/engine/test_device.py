@@ -851,3 +851,16 @@ def test_on_this_machine_as_it_is(tmp_path):
     with pytest.raises(mc.UserError, match=r"^--device cuda cannot be used: .*; .*"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", [mc.AdamW, mc.Muon])
+def test_without_the_kernels_an_optimizer_moves_the_parameters(cupy, monkeypatch, kind):
+    monkeypatch.setattr("miniconvit.engine.gpu.kernels", None)
+    params = random_params()
+    (images, labels), there = to_device((batch(), params), cupy)
+    with DeviceEngine(Classification(CONFIG), cupy) as engine:
+        engine.hold(there, optimizer := kind(there, 0.1))
+        _, _, grads = engine.loss_and_grads(lambda *_: (images, labels), 13, there)
+        engine.update(optimizer, there, grads)
+    kind(params, 0.1).step(params, to_cpu(grads))
+    assert largest_error(to_cpu(there), params) < 1e-5

@@ -94,8 +94,9 @@ class Buffers:
             return [], names
         key = tuple(sorted(names))
         if key not in self._groups:
-            groups = groups_of(self.kernels, self.shapes, self._starts, key)
-            others = [name for name in key if not is_hidden(name, self.shapes[name])]
+            matrices = [name for name in key if is_hidden(name, self.shapes[name])]
+            others = [name for name in key if name not in matrices]
+            groups = groups_of(self.kernels, self.shapes, self._starts, matrices)
             self._kinds_of(others)
             self._groups[key] = groups, others
         return self._groups[key]

@@ -4,20 +4,19 @@ from math import sqrt
 
 import numpy as np
 
-from ....muon import NEWTON_SCHULZ, is_hidden
+from ....muon import LENGTH, NEWTON_SCHULZ, ROUNDS
 from .launch import WARPS
 
 
 def groups_of(kernels, shapes, starts, names):
-    """A Group for each shape of matrix among the tensors of these names.
+    """A Group for each shape of matrix among those of these names.
 
     shapes, starts: name to shape, and to where the tensor begins in a buffer.
     """
     found = {}
     for name in names:
-        if is_hidden(name, shapes[name]):
-            sides = rows, cols = shapes[name][:2]
-            found.setdefault((min(sides), max(sides)), []).append((starts[name], rows > cols))
+        sides = rows, cols = shapes[name][:2]
+        found.setdefault((min(sides), max(sides)), []).append((starts[name], rows > cols))
     return [Group(kernels, *sides, matrices) for sides, matrices in found.items()]
 
 
@@ -42,7 +41,7 @@ class Group:
         shared = WARPS * self.x.dtype.itemsize
         k.launch("muon_begin", self.count, grads, exp_avg, *places, self.x, least, most,
                  optimizer.momentum, shared=shared)  # fmt: skip
-        for _ in range(5):
+        for _ in range(ROUNDS):
             k.product(self.x, self.x.swapaxes(1, 2), out=self.gram)
             k.product(self.gram, self.gram, out=self.square)
             k.flat("muon_polynomial", self.gram.size, self.gram, self.square, self.gram.size, least,
@@ -50,4 +49,4 @@ class Group:
             k.product(self.square, self.x, out=self.next)
             self.x, self.next = self.next, self.x
         k.flat("muon_end", self.x.size, params, self.x, *places, rates, self.x.size, least, most,
-               optimizer.weight_decay, 0.2 * sqrt(most))  # fmt: skip
+               optimizer.weight_decay, LENGTH * sqrt(most))  # fmt: skip
